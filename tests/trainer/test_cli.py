@@ -1,0 +1,52 @@
+"""A recipe sets values, the command line wins, and what is mistyped is named with the nearest known key."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from trainer.cli import parse_recipe
+
+
+@dataclass
+class Settings:
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak"})
+    num_steps: int = field(default=10, metadata={"help": "steps"})
+    dry_run: bool = field(default=False, metadata={"help": "print and exit"})
+
+    def __post_init__(self):
+        if self.num_steps <= 0:
+            raise ValueError(f"num_steps is {self.num_steps}; use 1 or more")
+
+
+def read(tmp_path, recipe: str, *words: str) -> Settings:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (settings,) = parse_recipe(Settings, description="", argv=["--config", str(tmp_path / "recipe.yaml"), *words])
+    return settings
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
+    settings = read(tmp_path, "learning_rate: 4e-4\nnum_steps: 7\n", "--num_steps", "3", "--dry_run")
+    assert (settings.learning_rate, settings.num_steps, settings.dry_run) == (4e-4, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "message"),
+    [
+        ("learning_rat: 1.0\n", (), "did you mean 'learning_rate'"),
+        ("num_steps: 5\n", ("--num_step", "3"), "did you mean 'num_steps'"),
+        ("num_steps: 0\n", (), "num_steps is 0; use 1 or more"),
+        ("- a\n", (), "must hold"),
+        ("a: [\n", (), "not valid YAML"),
+        ("num_steps: many\n", (), "cannot be read"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_mend(tmp_path, capsys, recipe, words, message):
+    with pytest.raises(SystemExit):
+        read(tmp_path, recipe, *words)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_recipe_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(Settings, description="", argv=["--config", "nowhere.yaml"])
+    assert "nowhere.yaml" in capsys.readouterr().err

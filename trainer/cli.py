@@ -1,0 +1,112 @@
+"""One way to read settings for every entry point: a YAML recipe, then the command line, which wins.
+
+Built on TRL's `TrlParser` (dataclasses and YAML). It adds what a person mistyping a key needs: the nearest known key.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+import yaml
+from trl import TrlParser
+
+
+class RecipeParser(TrlParser):
+    """Parser of `--config recipe.yaml --key value …` into dataclasses; unknown keys are fatal."""
+
+    def __init__(self, *config_classes: type, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(list(config_classes), **kwargs)
+        self.add_argument("--config", metavar="RECIPE", help="YAML recipe; settings on the command line win over it")
+
+    def parse(self, argv: list[str] | None = None) -> tuple:
+        """Parse `argv` (default: the process's) into one instance of each dataclass.
+
+        Raises:
+            SystemExit: the recipe cannot be read, a key is unknown (the nearest known key is named), or a dataclass
+                refuses a value in its `__post_init__`.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        options, _ = self._recipe_option(argv)
+        if options is not None:
+            self.set_defaults(**self._read_recipe(options))
+        namespace, rest = self.parse_known_args(argv)
+        for word in rest:
+            self._refuse_unknown(word, "on the command line")
+        values = vars(namespace)
+        values.pop("config", None)
+        try:
+            return tuple(
+                config_class(**{name: values[name] for name in self._init_fields(config_class) if name in values})
+                for config_class in self.dataclass_types
+            )
+        except (ValueError, TypeError) as error:
+            self.error(str(error))
+
+    @staticmethod
+    def _init_fields(config_class: type) -> list[str]:
+        return [name for name, field in config_class.__dataclass_fields__.items() if field.init]
+
+    @staticmethod
+    def _recipe_option(argv: list[str]) -> tuple[str | None, list[str]]:
+        """The value of `--config` and the other words."""
+        for position, word in enumerate(argv):
+            if word == "--config" and position + 1 < len(argv):
+                return argv[position + 1], argv[:position] + argv[position + 2 :]
+            if word.startswith("--config="):
+                return word.removeprefix("--config="), argv[:position] + argv[position + 1 :]
+        return None, argv
+
+    def _read_recipe(self, path: str) -> dict:
+        if not Path(path).is_file():
+            self.error(f"recipe {path!r} does not exist; recipes are the YAML files under recipes/")
+        try:
+            recipe = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            self.error(f"recipe {path!r} is not valid YAML: {error}")
+        if not isinstance(recipe, dict):
+            self.error(f"recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}")
+        known = self._known_keys()
+        for key in recipe:
+            if key not in known:
+                self._refuse_unknown(key, f"in {path}")
+        for action in self._actions:
+            if action.dest in recipe:
+                action.required = False
+        return {key: self._coerce(key, value, path) for key, value in recipe.items()}
+
+    def _coerce(self, key: str, value, path: str):
+        """Numbers that YAML reads as text (`1e-3`) become what the field's type says."""
+        action = next(action for action in self._actions if action.dest == key)
+        if not isinstance(value, str) or action.type is None:
+            return value
+        try:
+            return action.type(value)
+        except (ValueError, TypeError) as error:
+            self.error(f"{key}: {value!r} in {path} cannot be read: {error}")
+
+    def _known_keys(self) -> set[str]:
+        return {action.dest for action in self._actions} - {"help", "config"}
+
+    def _refuse_unknown(self, word: str, where: str):
+        key = word.lstrip("-").split("=")[0].replace("-", "_")
+        nearest = difflib.get_close_matches(key, self._known_keys(), n=1, cutoff=0.5)
+        mend = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the known ones"
+        self.error(f"unknown setting {word!r} {where}; {mend}")
+
+
+def parse_recipe(*config_classes: type, description: str, argv: list[str] | None = None) -> tuple:
+    """Read a recipe and the command line into one instance of each of `config_classes`.
+
+    Args:
+        config_classes: dataclasses whose fields carry `metadata={"help": …}`.
+        description: first paragraph of `--help`.
+        argv: words to parse; the process's own by default.
+
+    Returns:
+        tuple: an instance of each class, in order.
+
+    Raises:
+        SystemExit: on `--help`, an unreadable recipe, an unknown key, or a value that a dataclass refuses.
+    """
+    return RecipeParser(*config_classes, description=description).parse(argv)
