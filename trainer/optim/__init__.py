@@ -1,0 +1,87 @@
+"""MuonClip for Motif-2: `build_muon_clip(model, lr=…)` for any loop, `MuonClipFactory` for TRL and transformers."""
+
+import importlib
+
+from torch import nn
+
+from trainer.optim.groups import group_parameters
+from trainer.optim.muon_clip_reference import MuonClip
+
+__all__ = ["MuonClip", "MuonClipFactory", "build_muon_clip"]
+
+
+def build_muon_clip(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.1,
+    adamw_lr: float | None = None,
+    learning_rates: dict[str, float] | None = None,
+    weight_decays: dict[str, float] | None = None,
+    adamw_patterns: tuple[str, ...] = (),
+    qk_clip_threshold: float | None = 100.0,
+    **options,
+) -> MuonClip:
+    """Make MuonClip for `model`: parameters grouped by name, QK-clip connected to its attention modules.
+
+    Args:
+        model: a Motif-2 model, possibly wrapped (PEFT, compile, DDP).
+        lr: learning rate of the matrices.
+        weight_decay: decoupled decay of matrices, embeddings and head.
+        adamw_lr: learning rate of all other groups; `lr` where None.
+        learning_rates: learning rate by group name (see `groups.GROUP_NAMES`); wins over `lr` and `adamw_lr`.
+        weight_decays: weight decay by group name; wins over `weight_decay`.
+        adamw_patterns: regular expressions of matrices that AdamW shall take.
+        qk_clip_threshold: largest attention logit left alone; None switches QK-clip off.
+        options: further arguments of the optimizer, such as `momentum` or `qk_clip_rule`.
+
+    Returns:
+        MuonClip: the optimizer; the model's maximum logits are tracked from now on, unless QK-clip is off.
+
+    Raises:
+        ValueError: names or settings that fit nothing in the model.
+    """
+    groups = group_parameters(
+        model.named_parameters(), lr, weight_decay, learning_rates, weight_decays, adamw_patterns
+    )
+    for group in groups:
+        if (
+            adamw_lr is not None
+            and group["algorithm"] == "adamw"
+            and group["group_name"] not in (learning_rates or {})
+        ):
+            group["lr"] = adamw_lr
+    attentions = []
+    if qk_clip_threshold is None:
+        options["qk_clip_threshold"] = float("inf")
+    else:
+        options["qk_clip_threshold"] = qk_clip_threshold
+        attentions = _clippable_attentions(model)
+        if attentions:
+            _track_max_logits(model, attentions[0])
+    return MuonClip(groups, lr=lr, weight_decay=weight_decay, attentions=attentions, **options)
+
+
+class MuonClipFactory:
+    """Factory for `optimizer_cls_and_kwargs=(MuonClipFactory, kwargs)` of TRL's and transformers' Trainer."""
+
+    def __call__(self, model: nn.Module, **kwargs) -> MuonClip:
+        """Return `build_muon_clip(model, **kwargs)`."""
+        return build_muon_clip(model, **kwargs)
+
+
+def _clippable_attentions(model: nn.Module) -> list[nn.Module]:
+    """Attention modules whose query and key weights both train; others cannot be clipped and need no tracking."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "num_signal_heads_per_group")
+        and all(getattr(getattr(module, name, None), "weight", None) is not None for name in ("q_proj", "k_proj"))
+        and module.q_proj.weight.requires_grad
+        and module.k_proj.weight.requires_grad
+    ]
+
+
+def _track_max_logits(model: nn.Module, attention: nn.Module) -> None:
+    """Turn tracking on through the attention's own package, which for remote code is not `modeling_motif2`."""
+    package = type(attention).__module__.rpartition(".")[0]
+    importlib.import_module(f"{package}.diagnostics").track_max_logits(model)
