@@ -1,0 +1,129 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from tests.trainer.data.conftest import make_documents, make_tokenizer
+from trainer.data.shards import (
+    TokenCorpus,
+    build_shards,
+    check_tokenizer,
+    heldout_texts,
+    load_manifest,
+)
+
+SETTINGS = {"heldout_fraction": 0.1, "shard_tokens": 2000, "progress": False}
+
+
+def read_all(folder, domain, split):
+    corpus = TokenCorpus(folder, domain, split, verify=True)
+    lengths = corpus.lengths(np.arange(corpus.num_documents))
+    return [corpus.tokens(number, 0, length).tolist() for number, length in enumerate(lengths)]
+
+
+def test_shards_hold_every_document_once(tmp_path, tokenizer):
+    documents = make_documents(1500)
+    manifest = build_shards(tmp_path, {"a": documents}, tokenizer, **SETTINGS)
+    expected = sorted([*tokenizer(d["text"])["input_ids"], tokenizer.eos_token_id] for d in documents)
+    train, heldout = (read_all(tmp_path, "a", split) for split in ("train", "heldout"))
+    assert sorted(train + heldout) == expected
+    assert 0.05 < len(heldout) / 1500 < 0.15
+    entry = manifest["domains"]["a"]
+    assert len(entry["train"]["shards"]) > 1
+    assert entry["train"]["tokens"] + entry["heldout"]["tokens"] == sum(map(len, expected))
+    assert entry["licenses"] == {"MIT": 1500}
+    assert manifest == load_manifest(tmp_path)
+    texts = list(heldout_texts(tmp_path, "a"))
+    assert [[*tokenizer(text)["input_ids"], 0] for text in texts] == heldout
+
+
+def test_equal_texts_fall_on_the_same_side(tmp_path, tokenizer):
+    build_shards(tmp_path, {"a": make_documents(300) * 3}, tokenizer, **SETTINGS)
+    train, heldout = ({tuple(d) for d in read_all(tmp_path, "a", split)} for split in ("train", "heldout"))
+    assert heldout
+    assert not train & heldout
+
+
+def test_given_heldout_documents_replace_the_hash(tmp_path, tokenizer):
+    heldout = make_documents(20, shift=1)
+    build_shards(tmp_path, {"a": make_documents(100)}, tokenizer, heldout={"a": heldout}, **SETTINGS)
+    assert list(heldout_texts(tmp_path, "a")) == [document["text"] for document in heldout]
+    assert load_manifest(tmp_path)["domains"]["a"]["train"]["documents"] == 100
+
+
+def test_an_interrupted_build_goes_on_and_gives_the_same_files(tmp_path, tokenizer):
+    documents = make_documents(3000)
+
+    def broken():
+        yield from itertools.islice(documents, 2100)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(tmp_path / "x", {"b": make_documents(50), "a": broken()}, tokenizer, **SETTINGS)
+    kept = json.loads((tmp_path / "x/a/progress.json").read_text())
+    assert kept["documents_read"] > 0
+    build_shards(tmp_path / "x", {"b": make_documents(50), "a": documents}, tokenizer, **SETTINGS)
+    build_shards(tmp_path / "y", {"b": make_documents(50), "a": documents}, tokenizer, **SETTINGS)
+    assert load_manifest(tmp_path / "x") == load_manifest(tmp_path / "y")
+    assert read_all(tmp_path / "x", "a", "train") == read_all(tmp_path / "y", "a", "train")
+    assert not (tmp_path / "x/a/progress.json").exists()
+
+
+def test_complete_domains_are_not_read_again(tmp_path, tokenizer):
+    build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
+
+    def refuses():
+        raise AssertionError("read again")
+        yield
+
+    build_shards(tmp_path, {"a": refuses(), "b": make_documents(50)}, tokenizer, **SETTINGS)
+    assert set(load_manifest(tmp_path)["domains"]) == {"a", "b"}
+
+
+def test_sources_are_kept_in_the_manifest(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(document) + "\n" for document in make_documents(50)))
+    manifest = build_shards(tmp_path / "x", {"a": [{"path": str(file), "license": "X"}]}, tokenizer, **SETTINGS)
+    assert manifest["domains"]["a"]["sources"][0]["path"] == str(file)
+    assert manifest["domains"]["a"]["train"]["documents"] > 30
+
+
+def test_other_settings_and_another_tokenizer_are_refused(tmp_path, tokenizer):
+    build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
+    with pytest.raises(ValueError, match="seed 0 -> 1"):
+        build_shards(tmp_path, {"b": make_documents(50)}, tokenizer, **SETTINGS, seed=1)
+    check_tokenizer(tmp_path, make_tokenizer())
+    with pytest.raises(ValueError, match="another folder"):
+        check_tokenizer(tmp_path, make_tokenizer(words=60))
+
+
+def test_an_empty_domain_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="'a' has no training document"):
+        build_shards(tmp_path, {"a": [{"text": ""}]}, tokenizer, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda file: file.unlink(), "is lost"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is corrupted"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x99"), "is corrupted"),
+    ],
+)
+def test_a_damaged_shard_is_found_and_named(tmp_path, tokenizer, damage, named):
+    build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
+    damage(tmp_path / "a/train_00000.tokens.npy")
+    with pytest.raises(ValueError, match=f"train_00000.tokens.npy {named}"):
+        TokenCorpus(tmp_path, "a", verify=True)
+
+
+def test_a_missing_or_damaged_manifest_is_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="set `sources`"):
+        load_manifest(tmp_path)
+    build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
+    with pytest.raises(ValueError, match="it has \\['a'\\]"):
+        TokenCorpus(tmp_path, "b")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is corrupted"):
+        load_manifest(tmp_path)

@@ -1,0 +1,148 @@
+"""Documents from local files and from dataset hubs, one dictionary `{"text": …}` at a time."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    Args:
+        path: a local file (.jsonl, .jsonl.zst, .parquet, .txt), a folder of such files, or the name of a Hub dataset.
+        name: configuration of a Hub dataset.
+        split: split of a Hub dataset.
+        text_field: field that holds the text.
+        license: licence of the documents, kept in the manifest; a document's own `license` wins.
+        max_documents: stop after so many documents.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    license: str | None = None
+    max_documents: int | None = None
+
+    @classmethod
+    def parse(cls, source: "Source | str | dict") -> "Source":
+        """A `Source` from a path or from a recipe's mapping.
+
+        Raises:
+            ValueError: a key is unknown, or `path` is missing.
+        """
+        if isinstance(source, Source):
+            return source
+        if isinstance(source, str):
+            return cls(path=source)
+        known = [field.name for field in fields(cls)]
+        unknown = set(source) - set(known)
+        if unknown or "path" not in source:
+            raise ValueError(f"source {source!r} needs `path` and may have {known}; unknown: {sorted(unknown)}")
+        return cls(**source)
+
+
+def read_documents(source: Source) -> Iterator[dict]:
+    """Yield the documents of one source in its own order.
+
+    Args:
+        source: files or a Hub dataset.
+
+    Yields:
+        dict: at least `text` (str) and `license` (str or None).
+
+    Raises:
+        ValueError: the source does not exist or cannot be read, or a document has no text; the place is named.
+    """
+    for count, document in enumerate(_raw_documents(source)):
+        if source.max_documents is not None and count >= source.max_documents:
+            return
+        text = document.get(source.text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"document {count} of {source.path} has no text in field {source.text_field!r}; "
+                f"its fields are {sorted(document)}: set `text_field`"
+            )
+        yield {**document, "text": text, "license": document.get("license") or source.license}
+
+
+def chain_documents(sources: Iterable[Source]) -> Iterator[dict]:
+    """Yield the documents of several sources, one source after another."""
+    for source in sources:
+        yield from read_documents(source)
+
+
+def _raw_documents(source: Source) -> Iterator[dict]:
+    path = Path(source.path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"folder {path} holds no corpus file; known suffixes: {', '.join(SUFFIXES)}")
+    elif path.is_file():
+        files = [path]
+    else:
+        yield from _hub_documents(source)
+        return
+    for file in files:
+        yield from _file_documents(file)
+
+
+def _file_documents(file: Path) -> Iterator[dict]:
+    if file.name.endswith((".jsonl", ".jsonl.zst")):
+        return _json_lines(file)
+    if file.suffix == ".parquet":
+        return _parquet_rows(file)
+    if file.suffix == ".txt":
+        return _whole_text(file)
+    raise ValueError(f"{file} is no corpus file; known suffixes: {', '.join(SUFFIXES)}")
+
+
+def _json_lines(file: Path) -> Iterator[dict]:
+    import zstandard
+
+    number = 0
+    try:
+        with (zstandard.open if file.suffix == ".zst" else open)(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                document = json.loads(line)
+                if not isinstance(document, dict):
+                    raise ValueError(f"a line must hold an object, got {type(document).__name__}")
+                yield document
+    except (ValueError, OSError, zstandard.ZstdError) as error:
+        raise ValueError(f"{file} cannot be read near line {max(number, 1)}: {error}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _whole_text(file: Path) -> Iterator[dict]:
+    try:
+        yield {"text": file.read_text(encoding="utf-8")}
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def _hub_documents(source: Source) -> Iterator[dict]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
+    except Exception as error:
+        raise ValueError(
+            f"{source.path!r} is neither a local file or folder nor a dataset that can be opened ({error}); "
+            "correct `path`, or download the data and give its local path"
+        ) from error
+    yield from dataset
