@@ -1,0 +1,162 @@
+"""Settings of one fine-tuning stage: a flat dataclass, filled by a recipe and the command line."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+
+OPTIMIZERS = ("muon_clip", "adamw")
+DTYPES = ("float32", "bfloat16")
+PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+KERNEL_SOURCES = ("auto", "official", "hub", "local", "torch")
+ROW_RULES = ("skip", "refuse")
+LENGTH_RULES = ("skip", "truncate", "refuse")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _field(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SftStageConfig:
+    """One stage. Defaults are stage 1 of arXiv 2511.07464, section 4, but for the batch, which fits one device.
+
+    Raises:
+        ValueError: a value is out of range or two settings contradict each other; the message names the mend.
+    """
+
+    model_name_or_path: str = _field("", "folder or Hub name of the model and tokenizer to start from")
+    output_dir: str = _field("", "folder of the run: model/, metrics.jsonl, config.yaml, checkpoints/ …")
+    train_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "conversations: .jsonl, .jsonl.zst or .parquet files with a `messages` column"},
+    )
+    eval_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "held-out conversations; their loss is measured before and after"},
+    )
+    max_samples: int = _field(0, "keep only so many conversations after shuffling; 0 keeps all")
+    bad_rows: str = _field("skip", "skip: malformed rows are counted and left out; refuse: the first one stops")
+    long_samples: str = _field("skip", "skip, truncate or refuse conversations longer than max_length tokens")
+    max_characters: int = _field(1_000_000, "rows with more text than this are malformed (assumption)")
+
+    max_length: int = _field(16_384, "tokens of a packed sequence, and of the longest conversation")
+    packing: bool = _field(True, "pack several conversations into one sequence; they do not see each other")
+    packing_strategy: str = _field("bfd", "bfd (best fit decreasing), bfd_split or wrapped")
+    per_device_batch_size: int = _field(1, "sequences a device and micro-step")
+    gradient_accumulation_steps: int = _field(1, "micro-steps an update; leave 1 when global_batch_tokens is set")
+    global_batch_tokens: int = _field(0, "tokens an update over all devices; 0: given by the two settings above")
+    num_epochs: float = _field(1.0, "passes over the data; max_steps wins")
+    max_steps: int = _field(-1, "updates; -1: given by num_epochs")
+
+    optimizer: str = _field("muon_clip", "muon_clip, or adamw (for LoRA)")
+    learning_rate: float = _field(2e-5, "peak learning rate")
+    adamw_learning_rate: float = _field(
+        0.0, "peak for embeddings, head, norms and other vectors under muon_clip; 0: as learning_rate"
+    )
+    weight_decay: float = _field(0.1, "decoupled weight decay")
+    warmup_ratio: float = _field(0.05, "share of the updates with a rising learning rate")
+    lr_scheduler: str = _field("cosine", "shape after the warm-up, a name that transformers knows")
+    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm")
+    qk_clip_threshold: float = _field(100.0, "heads whose largest attention logit exceeds this are clipped")
+
+    lora_rank: int = _field(0, "rank of LoRA adapters; 0 trains all parameters")
+    lora_alpha: int = _field(32, "LoRA scale times rank")
+    lora_dropout: float = _field(0.0, "LoRA dropout")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "modules that get an adapter"}
+    )
+
+    kernels: str = _field("auto", "PolyNorm kernel: auto, official, hub, local or torch")
+    dtype: str = _field("bfloat16", "bfloat16 (autocast over float32 parameters) or float32")
+    attn_implementation: str = _field("sdpa", "attention function: sdpa, eager, flash_attention_2 …")
+    gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
+    use_cpu: bool = _field(False, "train on the CPU although an accelerator is there")
+
+    seed: int = _field(0, "seed of shuffling, sampling and adapters")
+    logging_steps: int = _field(1, "updates between lines of metrics.jsonl")
+    eval_steps: int = _field(0, "updates between evaluations on eval_files; 0: only before and after")
+    save_steps: int = _field(0, "updates between checkpoints; 0: none")
+    save_total_limit: int = _field(2, "checkpoints kept")
+    resume: bool = _field(False, "go on from the last checkpoint in output_dir")
+    preview_samples: int = _field(2, "conversations printed with their loss mask before training")
+    progress: bool = _field(True, "show a progress bar")
+    report_to: str = _field("none", "tracker that transformers knows: none, tensorboard, wandb …")
+    dry_run: bool = _field(False, "print the resolved settings, sizes, samples with loss mask, and exit")
+
+    def __post_init__(self):
+        for name, known in (
+            ("bad_rows", ROW_RULES),
+            ("long_samples", LENGTH_RULES),
+            ("packing_strategy", PACKING_STRATEGIES),
+            ("optimizer", OPTIMIZERS),
+            ("kernels", KERNEL_SOURCES),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
+        for name in ("model_name_or_path", "output_dir", "train_files"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
+        self._check_numbers()
+        if self.lora_rank and self.optimizer == "muon_clip":
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} with optimizer muon_clip, whose QK-clip rescales "
+                "the q_proj and k_proj that LoRA freezes; set optimizer: adamw"
+            )
+        if self.global_batch_tokens and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"global_batch_tokens ({self.global_batch_tokens}) and gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}) both set the batch; leave one of them at its default"
+            )
+
+    def _check_numbers(self):
+        for name in ("max_length", "max_characters", "per_device_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("logging_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("max_samples", "global_batch_tokens", "lora_rank", "eval_steps", "save_steps", "preview_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
+        for name in ("learning_rate", "max_grad_norm", "qk_clip_threshold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use a number above 0")
+        for name in ("weight_decay", "adamw_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; use a share of the updates, from 0 to below 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; use 0 to below 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps is {self.max_steps}; use 1 or more, or -1 for num_epochs")
+        if self.max_steps == -1 and not self.num_epochs > 0:
+            raise ValueError(f"num_epochs is {self.num_epochs}; use a number above 0, or set max_steps")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps an update, given the number of devices.
+
+        Raises:
+            ValueError: global_batch_tokens is not a whole number of micro-steps.
+        """
+        if not self.global_batch_tokens:
+            return self.gradient_accumulation_steps
+        micro_step_tokens = self.per_device_batch_size * self.max_length * world_size
+        if self.global_batch_tokens % micro_step_tokens:
+            nearest = max(1, round(self.global_batch_tokens / micro_step_tokens)) * micro_step_tokens
+            raise ValueError(
+                f"global_batch_tokens is {self.global_batch_tokens}, not a multiple of per_device_batch_size * "
+                f"max_length * devices = {micro_step_tokens}; use {nearest}"
+            )
+        return self.global_batch_tokens // micro_step_tokens
+
+    def batch_tokens(self, world_size: int) -> int:
+        """Most tokens an update sees, over all devices."""
+        return self.per_device_batch_size * self.max_length * world_size * self.accumulation_steps(world_size)
+
+    def save(self, path: str | Path) -> None:
+        """Write every setting as a recipe that `--config` reads back."""
+        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""Settings that cannot work are refused with the mend, and a batch in tokens becomes micro-steps."""
+
+import pytest
+
+from sft.config import SftStageConfig
+from trainer.cli import parse_recipe
+
+NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"train_files": []}, "train_files is empty"),
+        ({"bad_rows": "ignore"}, "bad_rows is 'ignore'; use one of skip, refuse"),
+        ({"kernels": "magic"}, "kernels is 'magic'; use one of auto"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio is 1.0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"num_epochs": 0}, "num_epochs is 0"),
+        ({"per_device_batch_size": 0}, "per_device_batch_size is 0"),
+        ({"lora_rank": 8}, "set optimizer: adamw"),
+        ({"global_batch_tokens": 1 << 20, "gradient_accumulation_steps": 2}, "both set the batch"),
+    ],
+)
+def test_bad_values_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SftStageConfig(**(NEEDED | settings))
+
+
+def test_batch_in_tokens_becomes_micro_steps():
+    config = SftStageConfig(**NEEDED, global_batch_tokens=1 << 25, per_device_batch_size=2, max_length=16_384)
+    assert config.accumulation_steps(world_size=64) == 16
+    assert config.batch_tokens(world_size=64) == 1 << 25
+    with pytest.raises(ValueError, match=r"not a multiple .* = 98304; use 33521664"):
+        config.accumulation_steps(world_size=3)
+
+
+def test_saved_settings_are_a_recipe(tmp_path):
+    config = SftStageConfig(**NEEDED, learning_rate=1e-3, lora_rank=4, optimizer="adamw", max_steps=5)
+    config.save(tmp_path / "config.yaml")
+    (again,) = parse_recipe(SftStageConfig, description="", argv=["--config", str(tmp_path / "config.yaml")])
+    assert again == config

@@ -1,0 +1,145 @@
+"""Malformed rows are counted, reported, and skipped or refused; what is kept is tokenized once, with its marks."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from sft.data import load_conversations, read_rows, row_problem
+
+USER = {"role": "user", "content": "What is 1 + 1?"}
+REPLY = {"role": "assistant", "content": "2"}
+GOOD = {"messages": [USER, REPLY]}
+
+
+def turns(*messages) -> dict:
+    return {"messages": list(messages)}
+
+
+MUST_GO = {
+    "not a JSON object": "free text",
+    "no messages": {"text": "x"},
+    "a message is not an object": turns("hello", REPLY),
+    "missing role": turns({"content": "x"}, REPLY),
+    "unknown role": turns({"role": "critic", "content": "x"}, REPLY),
+    "content is not text": turns({"role": "user", "content": 5}, REPLY),
+    "empty turn": turns(USER, {"role": "assistant", "content": " \n"}),
+    "reasoning_content is not text": turns(USER, REPLY | {"reasoning_content": ["x"]}),
+    "a system turn that is not the first": turns(USER, {"role": "system", "content": "x"}, REPLY),
+    "last turn is not the assistant's": turns(USER, REPLY, USER),
+    "no user turn before the assistant's": turns({"role": "system", "content": "x"}, REPLY),
+    "malformed tool calls": turns(USER, REPLY | {"tool_calls": [{"arguments": {}}]}),
+    "chat markup inside a text": turns({"role": "user", "content": "x<|endofturn|>"}, REPLY),
+    "tools are not JSON": GOOD | {"tools": "[{"},
+    "tools are not a list of schemas": GOOD | {"tools": "[1]"},
+    "more than 1000 characters": turns({"role": "user", "content": "x" * 1001}, REPLY),
+}
+MUST_STAY = {
+    "two turns": GOOD,
+    "system": turns({"role": "system", "content": "x"}, USER, REPLY),
+    "thinking": turns(USER, REPLY | {"reasoning_content": "1 + 1 is 2"}),
+    "call without text": turns(
+        USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    ),
+    "tools as JSON text": GOOD | {"tools": '[{"name": "f"}]'},
+    "less-than signs": turns({"role": "user", "content": "a <| b |> c <|unknown|>"}, REPLY),
+    "other columns": GOOD | {"source": "somewhere", "score": 0.5},
+}
+
+
+@pytest.mark.parametrize("reason", MUST_GO)
+def test_rows_that_must_go(reason):
+    assert row_problem(MUST_GO[reason], max_characters=1000) == reason
+
+
+@pytest.mark.parametrize("name", MUST_STAY)
+def test_rows_that_must_stay(name, tokenizer, write_rows):
+    assert row_problem(MUST_STAY[name], max_characters=1000) is None
+    data, _ = load_conversations([write_rows([MUST_STAY[name]])], tokenizer, max_length=400)
+    assert len(data) == 1
+
+
+def test_bad_rows_are_counted_by_reason_and_place(tokenizer, write_rows):
+    path = write_rows([GOOD, *MUST_GO.values(), GOOD])
+    data, report = load_conversations([path], tokenizer, max_length=200, max_characters=1000)
+    assert (report.rows, report.kept, len(data)) == (len(MUST_GO) + 2, 2, 2)
+    assert report.dropped == dict.fromkeys(MUST_GO, 1)
+    assert report.places["no messages"] == ["rows.jsonl:3"]
+    assert "dropped 1: empty turn (first: rows.jsonl:8)" in report.summary()
+
+
+def test_first_bad_row_stops_when_refused(tokenizer, write_rows):
+    path = write_rows([GOOD, MUST_GO["empty turn"]])
+    with pytest.raises(ValueError, match=r"row rows.jsonl:2 is malformed: empty turn; mend it, or set bad_rows: skip"):
+        load_conversations([path], tokenizer, max_length=200, bad_rows="refuse")
+
+
+def test_long_conversations_by_rule(tokenizer, write_rows):
+    long = turns(USER, {"role": "assistant", "content": "2 " * 300})
+    all_prompt = turns({"role": "user", "content": "2 " * 300}, REPLY)
+    path = write_rows([GOOD, long, all_prompt])
+    data, report = load_conversations([path], tokenizer, max_length=100, seed=None)
+    assert (len(data), report.dropped["more than 100 tokens"]) == (1, 2)
+    data, report = load_conversations([path], tokenizer, max_length=100, seed=None, long_samples="truncate")
+    assert [len(ids) for ids in data["input_ids"]][1] == 100
+    assert (len(data), report.longest_tokens) == (2, 100), "a reply that is wholly cut off teaches nothing"
+    with pytest.raises(ValueError, match="more than max_length 100"):
+        load_conversations([path], tokenizer, max_length=100, long_samples="refuse")
+
+
+def test_enormous_row_is_refused_before_it_is_tokenized(tokenizer, write_rows):
+    enormous = turns(USER, {"role": "assistant", "content": "x" * 2_000_000})
+    _, report = load_conversations([write_rows([GOOD, enormous])], tokenizer, max_length=100)
+    assert report.dropped == {"more than 1000000 characters": 1}
+
+
+def test_parquet_and_compressed_lines_hold_the_same_rows(tmp_path, write_rows):
+    rows = [GOOD, turns(USER, {"role": "assistant", "content": "два"})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with zstandard.open(tmp_path / "rows.jsonl.zst", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    expected = [row for _, row in read_rows(write_rows(rows))]
+    for name in ("rows.parquet", "rows.jsonl.zst"):
+        assert [row for _, row in read_rows(tmp_path / name)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, "does not exist"),
+        ("rows.csv", b"a,b", "unknown suffix"),
+        ("broken.parquet", b"PAR1 no", "cannot be read as parquet"),
+        ("broken.jsonl.zst", b"no frame", "cannot be read"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_nothing_left_is_an_error_with_the_reasons(tokenizer, write_rows):
+    with pytest.raises(ValueError, match=r"(?s)no conversation is left .*dropped 1: no messages"):
+        load_conversations([write_rows([{"a": 1}])], tokenizer, max_length=100)
+
+
+def test_shuffle_is_seeded_and_a_sample_is_its_start(tokenizer, write_rows, arithmetic_rows):
+    path = write_rows(arithmetic_rows[:40])
+    first, _ = load_conversations([path], tokenizer, max_length=200, seed=1)
+    again, _ = load_conversations([path], tokenizer, max_length=200, seed=1, max_samples=10)
+    other, _ = load_conversations([path], tokenizer, max_length=200, seed=2)
+    assert first["input_ids"][:10] == again["input_ids"][:]
+    assert first["input_ids"][:] != other["input_ids"][:]
+    assert sorted(first["input_ids"]) == sorted(other["input_ids"])
+
+
+def test_real_conversations_pass(tokenizer, shared_data):
+    files = [shared_data / "sft" / f"{domain}.parquet" for domain in ("general", "math", "code")]
+    dropped = {}
+    for file in files:
+        problems = [problem for _, row in read_rows(file) if (problem := row_problem(row))]
+        dropped[file.stem] = len(problems)
+    assert all(count < 100 for count in dropped.values()), dropped
