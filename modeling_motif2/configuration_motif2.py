@@ -1,0 +1,273 @@
+"""Configuration of Motif-2, in our layout (`model_type` "motif2") and in the official one ("Motif" or "motif")."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+PUBLISHED_VOCAB_SIZE = 219520
+PUBLISHED_BOS_TOKEN_ID = 219396
+PUBLISHED_EOS_TOKEN_ID = 219395
+
+OFFICIAL_MODEL_TYPES = ("Motif", "motif")
+# Keys of official config.json files that change nothing in the computation.
+UNUSED_OFFICIAL_KEYS = ("auto_map", "expanded", "fused_rope", "use_bias", "transformers_version")
+# Keys an official config.json must carry: no value of theirs can be guessed.
+REQUIRED_OFFICIAL_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def from_official_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Translates the content of an official config.json into our terms; any other content is returned as it is.
+
+    A key that is absent takes the value with which transformers 4 leaves it out: tied embeddings, no noise heads.
+
+    Raises:
+        ValueError: if a key that cannot be guessed is missing, or asks for something that is not built.
+    """
+    if config_dict.get("model_type") not in OFFICIAL_MODEL_TYPES:
+        return config_dict
+    missing = [name for name in REQUIRED_OFFICIAL_KEYS if config_dict.get(name) is None]
+    if config_dict.get("rope_theta") is None and not (config_dict.get("rope_parameters") or {}).get("rope_theta"):
+        missing.append("rope_theta")
+    if missing:
+        raise ValueError(f"the official config.json lacks {', '.join(missing)}: add the checkpoint's own values.")
+    if config_dict.get("use_bias"):
+        raise ValueError("use_bias=true in config.json is not built: no Motif-2 projection has a bias.")
+    translated = {"num_noise_heads": None, "tie_word_embeddings": True} | config_dict
+    for name in UNUSED_OFFICIAL_KEYS:
+        translated.pop(name, None)
+    translated["model_type"] = "motif2"
+    architectures = config_dict.get("architectures") or []
+    translated["architectures"] = [name.replace("MotifFor", "Motif2For") for name in architectures] or None
+    return translated
+
+
+@strict
+class Motif2Config(PreTrainedConfig):
+    """Shape and constants of a Motif-2 model; the defaults are Motif-2-12.7B.
+
+    Args:
+        vocab_size: number of token embeddings.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: query heads, signal and noise together.
+        num_key_value_heads: key heads, equal to the value heads: two a group.
+        num_noise_heads: noise heads, one a group, so also the number of groups. None is plain differential attention
+            (Motif-2.6B): every group has one signal and one noise head.
+        head_dim: width of a query or key head; a group's value is twice as wide. May be left out only when
+            `num_noise_heads` is None (then it is hidden_size / num_attention_heads) or every size is the default.
+        k_ratio: keys a noise head; only 1 is defined.
+        hidden_act: only "poly_norm".
+        max_position_embeddings: longest sequence in tokens.
+        initializer_range: standard deviation of linear and embedding weights.
+        lambda_std_dev: standard deviation of the four lambda vectors.
+        rms_norm_eps: epsilon of the norms over the hidden dimension.
+        attn_rms_norm_eps: epsilon of the norm on attention's output.
+        rope_parameters: `{"rope_theta": …}`, or that with a scaling; a `rope_theta` keyword is folded in.
+        use_cache: whether forward returns a key-value cache by default.
+        tie_word_embeddings: whether `lm_head` shares the embedding's weight.
+        attention_dropout: must be 0; the report defines no dropout on a difference of two maps.
+        use_sliding_window: whether layers from `max_window_layers` on see only `sliding_window` tokens.
+        sliding_window: width of the window in tokens; set to None unless `use_sliding_window`.
+        max_window_layers: index of the first layer with a window.
+        layer_types: set from the three fields above: None, or "full_attention" / "sliding_attention" by layer.
+        bos_token_id, eos_token_id, pad_token_id: default to the published ids with the published vocabulary,
+            otherwise to None.
+
+    Raises:
+        ValueError: if the settings contradict each other; the message names the value and the mend.
+
+    Source: arXiv 2511.07464, section 2; the official checkpoints' config.json.
+    """
+
+    model_type = "motif2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0
+    # trl reads `config.auto_map` of a model given as a path.
+    auto_map = {}
+
+    vocab_size: int = PUBLISHED_VOCAB_SIZE
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 40
+    num_key_value_heads: int = 16
+    num_noise_heads: int | None = 8
+    head_dim: int | None = None
+    k_ratio: int | float = 1
+    hidden_act: str = "poly_norm"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    lambda_std_dev: float = 0.1
+    rms_norm_eps: float = 1e-6
+    attn_rms_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    attention_dropout: int | float = 0.0
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int | None = None
+    layer_types: list[str] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.auto_map = dict(kwargs.pop("auto_map", None) or {})
+        if self.head_dim is None:
+            self.head_dim = self._infer_head_dim()
+        self._set_layer_types()
+        if self.vocab_size == PUBLISHED_VOCAB_SIZE and self.eos_token_id is None:
+            self.eos_token_id = PUBLISHED_EOS_TOKEN_ID
+            self.bos_token_id = PUBLISHED_BOS_TOKEN_ID if self.bos_token_id is None else self.bos_token_id
+            self.pad_token_id = PUBLISHED_EOS_TOKEN_ID if self.pad_token_id is None else self.pad_token_id
+        self._check_heads()
+        self._check_the_rest(kwargs)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of heads that share two keys, a value and a noise map."""
+        return self.num_attention_heads // 2 if self.num_noise_heads is None else self.num_noise_heads
+
+    @property
+    def num_signal_heads_per_group(self) -> int:
+        """Signal heads r that share their group's noise head."""
+        return self.num_attention_heads // self.num_groups - 1
+
+    def _infer_head_dim(self) -> int:
+        if self.num_noise_heads is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}, so head_dim cannot be inferred: set head_dim."
+                )
+            return self.hidden_size // self.num_attention_heads
+        fields = type(self).__dataclass_fields__
+        shape = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_noise_heads")
+        if any(getattr(self, name) != fields[name].default for name in shape):
+            raise ValueError(
+                f"head_dim is missing while num_noise_heads={self.num_noise_heads}: with noise heads it does not follow "
+                "from the other sizes, so set head_dim (128 in Motif-2-12.7B)."
+            )
+        return 128
+
+    def _set_layer_types(self) -> None:
+        if not self.use_sliding_window:
+            self.sliding_window = None
+            self.layer_types = None
+            return
+        if self.sliding_window is None or self.sliding_window < 1:
+            raise ValueError(
+                f"use_sliding_window=True needs sliding_window >= 1 (tokens), got {self.sliding_window}: "
+                "set sliding_window, or use_sliding_window=False."
+            )
+        first = self.max_window_layers or 0
+        self.layer_types = [
+            "sliding_attention" if layer >= first else "full_attention" for layer in range(self.num_hidden_layers)
+        ]
+
+    def _check_heads(self) -> None:
+        heads, keys, noise = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
+        if noise is None and (heads < 2 or heads % 2):
+            raise ValueError(
+                f"num_attention_heads={heads} is odd or below 2: plain differential attention (num_noise_heads=None) "
+                "pairs heads, so use an even number, or set num_noise_heads."
+            )
+        if noise is not None and (noise < 1 or heads % noise or heads // noise < 2):
+            raise ValueError(
+                f"num_attention_heads={heads} is not a multiple (at least twofold) of num_noise_heads={noise}: every "
+                f"group has one noise head and at least one signal head. Use num_attention_heads = num_noise_heads * "
+                "(signal heads a group + 1), or num_noise_heads=None for plain pairs."
+            )
+        if keys % 2:
+            raise ValueError(
+                f"num_key_value_heads={keys} is odd: every group owns two keys, use {2 * self.num_groups}."
+            )
+        if keys != 2 * self.num_groups:
+            raise ValueError(
+                f"num_key_value_heads={keys} does not fit {self.num_groups} groups: every group owns two keys, "
+                f"use {2 * self.num_groups}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE rotates its two halves.")
+
+    def _check_the_rest(self, extra: dict[str, Any]) -> None:
+        if self.hidden_act != "poly_norm":
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not built: Motif-2 has only 'poly_norm'.")
+        if self.k_ratio != 1:
+            raise ValueError(f"k_ratio={self.k_ratio} is not defined by the report: use k_ratio=1.")
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} has no defined meaning on a difference of two maps: use 0."
+            )
+        for name in ("use_bias", "attention_bias", "mlp_bias"):
+            if extra.get(name):
+                raise ValueError(f"{name}=True is not built: no Motif-2 projection has a bias. Use {name}=False.")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name}={token_id} lies outside the vocabulary of {self.vocab_size}: set it below, or None."
+                    )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads config.json; an official one comes back in our terms."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_official_dict(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Builds the configuration from a config.json's content, ours or official."""
+        return super().from_dict(from_official_dict(config_dict), **kwargs)
+
+    def to_official_dict(self) -> dict[str, Any]:
+        """Returns this configuration as the config.json of an official checkpoint, without remote code."""
+        official = self.to_diff_dict()
+        for name in ("auto_map", "lambda_std_dev", "layer_types", "rope_parameters"):
+            official.pop(name, None)
+        if self.num_noise_heads is None:
+            official.pop("num_noise_heads")
+        scaling = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
+        official.update(
+            model_type="Motif",
+            architectures=["MotifForCausalLM"],
+            rope_theta=self.rope_parameters["rope_theta"],
+            rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
+            use_bias=False,
+        )
+        return official
+
+
+class OfficialMotifConfig(Motif2Config):
+    """Lets `AutoConfig` read an official config.json (`model_type` "Motif"); what comes out is a `Motif2Config`."""
+
+    model_type = "Motif"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        return Motif2Config.from_dict(config_dict, **kwargs)
+
+
+class OfficialMotifLowerCaseConfig(OfficialMotifConfig):
+    """Same for the spelling "motif", seen in ports of the official checkpoints."""
+
+    model_type = "motif"
+
+
+__all__ = ["Motif2Config"]

@@ -1,0 +1,223 @@
+"""What attention does, by layer: lambda, the norms of the signal and noise maps' outputs, and the largest logits.
+
+Nothing is computed or kept until `track_max_logits` or `record_attention` turns it on.
+
+Shapes: B batch, T query tokens, S key tokens, G groups, r signal heads a group, H = G * (r + 1) query heads,
+D head dimension.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Logits held at a time while their maximum is taken (assumption: 256 MiB in float32).
+MAX_LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one layer's attention did since recording began.
+
+    Attributes:
+        layer: index from 0.
+        lambda_value: weight of the noise map.
+        signal_norms: (G * r,) mean length of each signal map's output, or None when not recorded.
+        noise_norms: (G,) mean length of each noise map's output, before lambda, or None when not recorded.
+        max_logits: (H,) largest scaled logit of each query head in q_proj's order, or None when not tracked.
+    """
+
+    layer: int
+    lambda_value: float
+    signal_norms: torch.Tensor | None
+    noise_norms: torch.Tensor | None
+    max_logits: torch.Tensor | None
+
+    @property
+    def noise_share(self) -> float | None:
+        """Length of lambda times the noise outputs over that of the signal outputs: how far noise has taken over."""
+        if self.signal_norms is None:
+            return None
+        return abs(self.lambda_value) * float(self.noise_norms.mean() / self.signal_norms.mean())
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns the model's `Motif2Attention` modules in the order of their layers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [module for module in model.modules() if hasattr(module, "lambda_value") and hasattr(module, "max_logits")]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no Motif2Attention: pass a Motif-2 model or one that wraps it.")
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def track_max_logits(model: nn.Module, enabled: bool = True) -> None:
+    """Makes every attention keep `max_logits`, the running maximum of its scaled logits by head; or stops it.
+
+    The tensor is (H,), float32, in q_proj's head order, starts at -inf, covers visible positions only and lives on the
+    module's device. It is taken from the dtype that attention sees, without gradient and without waiting for the device.
+    """
+    for attention in attention_modules(model):
+        if not enabled:
+            attention.max_logits = None
+        elif attention.max_logits is None:
+            attention.max_logits = _new_state(attention, -torch.inf, extra=0)
+
+
+def track_output_norms(model: nn.Module, enabled: bool = True) -> None:
+    """Makes every attention sum the lengths of its maps' outputs by head, and count the tokens; or stops it.
+
+    `output_norms` is (H + 1,), float32: the sums in q_proj's head order, then the number of tokens.
+    """
+    for attention in attention_modules(model):
+        if not enabled:
+            attention.output_norms = None
+        elif attention.output_norms is None:
+            attention.output_norms = _new_state(attention, 0.0, extra=1)
+
+
+def _new_state(attention: nn.Module, value: float, extra: int) -> torch.Tensor:
+    heads = attention.num_groups * (attention.num_signal_heads_per_group + 1)
+    return torch.full((heads + extra,), value, dtype=torch.float32, device=attention.lambda_q1.device)
+
+
+def reset_max_logits(model: nn.Module) -> None:
+    """Sets every tracked maximum back to -inf; where nothing is tracked, `max_logits` stays None."""
+    for attention in attention_modules(model):
+        if attention.max_logits is not None:
+            attention.max_logits.fill_(-torch.inf)
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[list[LayerStatistics]]:
+    """Records every forward inside the block.
+
+    Yields:
+        A list that holds one `LayerStatistics` a layer once the block has ended. A tracking of maximum logits that was
+        already on keeps its own values, and misses what happens inside.
+    """
+    modules = attention_modules(model)
+    before = [(attention.max_logits, attention.output_norms) for attention in modules]
+    for attention in modules:
+        attention.max_logits = attention.output_norms = None
+    track_max_logits(model)
+    track_output_norms(model)
+    statistics: list[LayerStatistics] = []
+    try:
+        yield statistics
+    finally:
+        statistics.extend(_layer_statistics(attention) for attention in modules)
+        for attention, (max_logits, output_norms) in zip(modules, before, strict=True):
+            attention.max_logits, attention.output_norms = max_logits, output_norms
+
+
+@torch.no_grad()
+def attention_statistics(model: nn.Module, **inputs) -> list[LayerStatistics]:
+    """Returns one `LayerStatistics` a layer.
+
+    Args:
+        model: a Motif-2 model, or one that wraps it.
+        **inputs: for one forward of the model to record. Without them, what has been tracked so far is returned.
+    """
+    if not inputs:
+        return [_layer_statistics(attention) for attention in attention_modules(model)]
+    with record_attention(model) as statistics:
+        model(**inputs)
+    return statistics
+
+
+@torch.no_grad()
+def _layer_statistics(attention: nn.Module) -> LayerStatistics:
+    signal_norms = noise_norms = None
+    if attention.output_norms is not None:
+        sums, tokens = attention.output_norms[:-1], attention.output_norms[-1]
+        by_group = (sums / tokens).view(attention.num_groups, -1)  # (G, r + 1)
+        signal_norms, noise_norms = by_group[:, :-1].flatten().cpu(), by_group[:, -1].cpu()
+    return LayerStatistics(
+        layer=attention.layer_idx,
+        lambda_value=float(attention.lambda_value()),
+        signal_norms=signal_norms,
+        noise_norms=noise_norms,
+        max_logits=None if attention.max_logits is None else attention.max_logits.cpu().clone(),
+    )
+
+
+@torch.no_grad()
+def update_max_logits(
+    attention: nn.Module,
+    signal_query: torch.Tensor,
+    noise_query: torch.Tensor,
+    key: torch.Tensor,
+    visible: torch.Tensor | None,
+) -> None:
+    """Raises `attention.max_logits` to this forward's maxima; called by the attention itself.
+
+    Args:
+        attention: the module whose `max_logits` is tracked.
+        signal_query: (B, G * r, T, D), rotated.
+        noise_query: (B, G, T, D), rotated.
+        key: (B, 2G, S, D), rotated, `k1_g, k2_g` alternating.
+        visible: (B or 1, 1, T, S) boolean, or None for a plain causal mask.
+    """
+    signal = _largest_logits(signal_query, key[:, 0::2], visible)  # (G, r)
+    noise = _largest_logits(noise_query, key[:, 1::2], visible)  # (G, 1)
+    largest = torch.cat((signal, noise), dim=1).flatten() * attention.scaling  # (H,)
+    attention.max_logits.copy_(torch.maximum(attention.max_logits, largest.to(attention.max_logits.device)))
+
+
+def _largest_logits(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Returns the largest query-key product (G, queries a key) in float32, a slice of the queries at a time."""
+    batch, heads, tokens, dim = query.shape
+    groups, length = key.shape[1:3]
+    query = query.reshape(batch, groups, heads // groups, tokens, dim)
+    largest = torch.full((groups, heads // groups), -torch.inf, dtype=torch.float32, device=query.device)
+    at_once = max(1, MAX_LOGITS_AT_ONCE // (batch * heads * length))
+    for start in range(0, tokens, at_once):
+        part = query[:, :, :, start : start + at_once]
+        logits = torch.matmul(part.flatten(2, 3), key.transpose(2, 3)).float()  # (B, G, r * t, S)
+        logits = logits.unflatten(2, (heads // groups, -1))  # (B, G, r, t, S)
+        if visible is None:
+            seen = torch.ones(part.shape[3], length, dtype=torch.bool, device=query.device)
+            seen = seen.tril(length - tokens + start)[None, None, None]
+        else:
+            seen = visible[:, :, None, start : start + at_once]
+        largest = torch.maximum(largest, logits.masked_fill(~seen, -torch.inf).amax(dim=(0, 3, 4)))
+    return largest
+
+
+@torch.no_grad()
+def update_output_norms(
+    attention: nn.Module, signal: torch.Tensor, noise: torch.Tensor, visible: torch.Tensor | None
+) -> None:
+    """Adds the lengths of this forward's outputs to `attention.output_norms`; called by the attention itself.
+
+    Args:
+        attention: the module whose `output_norms` is tracked.
+        signal: (B, T, G, r, 2D) outputs of the signal maps.
+        noise: (B, T, G, 1, 2D) outputs of the noise maps, before lambda.
+        visible: (B or 1, 1, T, S) boolean; a token that sees nothing is padding and is not counted. None counts all.
+    """
+    lengths = torch.cat((signal, noise), dim=3).float().norm(dim=-1).flatten(2)  # (B, T, H)
+    counted = lengths.new_ones(lengths.shape[:2])
+    if visible is not None:
+        counted = visible.any(-1)[:, 0].expand(lengths.shape[:2]).to(lengths.dtype)  # (B, T)
+    sums = (lengths * counted[..., None]).sum((0, 1))
+    attention.output_norms.add_(torch.cat((sums, counted.sum()[None])).to(attention.output_norms.device))
+
+
+def visible_positions(mask: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns which keys each query sees, (B or 1, 1, T, S) boolean, leaving out padding queries.
+
+    Args:
+        mask: (B or 1, 1, T, S) boolean (True: visible), or added to the logits.
+        padding_mask: (B, S) with 0 on padding, or None; its last T columns belong to the queries.
+    """
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    if padding_mask is not None and padding_mask.ndim == 2:
+        mask = mask & padding_mask[:, None, -mask.shape[2] :, None].bool()
+    return mask

@@ -1,0 +1,607 @@
+"""Motif-2: a decoder with grouped differential attention (GDA) and PolyNorm.
+
+Shapes: B batch, T query tokens, S key tokens, C hidden size, G groups, r signal heads a group, H = G * (r + 1) query
+heads, D head dimension. A group owns r signal queries, 1 noise query, 2 keys and 1 value that is 2D wide.
+
+Source: arXiv 2511.07464 (Motif-2-12.7B), arXiv 2510.06949 (grouped differential attention), arXiv 2411.03884 (PolyNorm).
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_motif2 import Motif2Config
+from .diagnostics import update_max_logits, update_output_norms, visible_positions
+
+# Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
+WIDE_VALUE_BACKENDS = ("eager", "flex_attention")
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor in float32, or as it is when its dtype is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def lambda_init(layer_idx: int) -> float:
+    """Returns the constant part of lambda for a layer counted from 0 (layer 0 gives -0.0099, layer 1 gives 0.2)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * (layer_idx - 1))
+
+
+def poly_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """PolyNorm: a weighted sum of the root-mean-square normalised powers 3, 2 and 1 of the input.
+
+    Args:
+        x: (..., F), any floating dtype; the means run over all of F, in float32 or wider.
+        weight: (3,), for x^3, x^2 and x in this order.
+        bias: (1,).
+        eps: added to each mean square.
+
+    Returns:
+        (..., F) in float32 or wider.
+
+    Source: arXiv 2411.03884, section 3.
+    """
+    x = widen(x)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    square = x * x
+    powers = (square * x, square, x)
+    terms = (
+        factor * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + eps)
+        for factor, power in zip(weight.unbind(), powers, strict=True)
+    )
+    return sum(terms, start=bias)
+
+
+@use_kernel_forward_from_hub("FusedMulPolyNorm")
+class Motif2PolyNormMul(nn.Module):
+    """PolyNorm of the gate, times the other branch.
+
+    Args:
+        eps: added to each mean square; not part of a checkpoint's configuration.
+    """
+
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, mul: torch.Tensor) -> torch.Tensor:
+        """Returns poly_norm(x) * mul, (..., F), in the dtype of x; both inputs are (..., F)."""
+        return (poly_norm(x, self.weight, self.bias, self.eps) * mul).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Motif2RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 and returned in the input's dtype.
+
+    Args:
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = widen(hidden_states)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * normed).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class Motif2RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding, half-split ("NeoX") over all D dimensions."""
+
+    def __init__(self, config: Motif2Config):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config, None)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: Motif2Config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Returns the inverse frequencies (D / 2,) in float32, and the factor on cos and sin (1 without scaling)."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return (config.rope_parameters["rope_theta"] ** -exponents).to(device), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cos and sin, each (B, T, D), in the dtype of `hidden_states`; `position_ids` is (B, T)."""
+        device_type = hidden_states.device.type if hidden_states.device.type != "mps" else "cpu"
+        with maybe_autocast(device_type=device_type, enabled=False):
+            angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, T, D / 2)
+            angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Applies the rotary embedding to (B, T, G, heads a group, D); cos and sin are (B, T, D)."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return heads * cos[:, :, None, None] + turned * sin[:, :, None, None]
+
+
+class Motif2MLP(nn.Module):
+    """Gated MLP whose activation is PolyNorm."""
+
+    def __init__(self, config: Motif2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = Motif2PolyNormMul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+
+
+def repeat_heads(states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Repeats every head `repeats` times in place (interleaved, never tiled): (B, G, S, D) to (B, G * r, S, D)."""
+    return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention of one stream in transformers' interface.
+
+    Args:
+        module: the stream, for its `num_key_value_groups`.
+        query: (B, heads, T, D).
+        key: (B, G, S, D).
+        value: (B, G, S, 2D).
+        attention_mask: (B or 1, 1, T, S), added to the logits, or None.
+        scaling: factor on the logits.
+
+    Returns:
+        Output (B, T, heads, 2D) and the map (B, heads, T, S), both in the query's dtype.
+    """
+    key = repeat_heads(key, module.num_key_value_groups)
+    value = repeat_heads(value, module.num_key_value_groups)
+    logits = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, heads, T, S)
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    weights = nn.functional.softmax(widen(logits), dim=-1).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class Motif2AttentionStream(nn.Module):
+    """One of the two attentions whose difference GDA takes; without parameters.
+
+    transformers' attention functions read what they need from a module like this one, so that signal (r queries a
+    key) and noise (1 query a key) both go through them unchanged.
+
+    Args:
+        config: gives the name of the backend.
+        layer_idx: index of the layer.
+        num_key_value_groups: queries that share one key.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: Motif2Config, layer_idx: int, num_key_value_groups: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = num_key_value_groups
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends with the backend that the configuration names.
+
+        Args:
+            query: (B, heads, T, D).
+            key: (B, G, S, D).
+            value: (B, G, 2, S, D), the two halves of each group's value.
+            mask: in the backend's own form.
+            **kwargs: to the backend, `scaling` among them.
+
+        Returns:
+            Output (B, T, heads, 2D), and the backend's second result.
+        """
+        name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if name in WIDE_VALUE_BACKENDS:
+            wide = value.transpose(2, 3).flatten(3)  # (B, G, S, 2D), a view when nothing is cached
+            return attend(self, query, key, wide, mask, **kwargs)
+        first, second = (attend(self, query, key, half, mask, **kwargs)[0] for half in value.unbind(2))
+        return torch.cat((first, second), dim=-1), None
+
+
+class Motif2Attention(nn.Module):
+    """Grouped differential attention: r signal maps a group minus lambda times the group's one noise map.
+
+    q_proj's rows are striped by group `[g0 s0 … s(r-1) n, g1 …]`, k_proj's and v_proj's alternate `k1_g, k2_g`.
+
+    Args:
+        config: shapes and constants.
+        layer_idx: index of the layer, from 0; it sets `lambda_init`.
+
+    Attributes:
+        max_logits: (H,) float32 in q_proj's head order, the running maximum of the scaled logits over visible
+            positions; None unless `diagnostics.track_max_logits` turned it on.
+        output_norms: (H + 1,) float32, sums kept by `diagnostics.track_output_norms`; None when off.
+
+    Source: arXiv 2510.06949, section 3.
+    """
+
+    def __init__(self, config: Motif2Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_groups = config.num_groups
+        self.num_signal_heads_per_group = config.num_signal_heads_per_group
+        self.scaling = self.head_dim**-0.5
+        self.lambda_init = lambda_init(layer_idx)
+        self.max_logits: torch.Tensor | None = None
+        self.output_norms: torch.Tensor | None = None
+
+        num_signal_heads = self.num_groups * self.num_signal_heads_per_group
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_signal_heads * 2 * self.head_dim, config.hidden_size, bias=False)
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            setattr(self, name, nn.Parameter(torch.empty(self.head_dim).normal_(0, config.lambda_std_dev)))
+        self.subln = Motif2RMSNorm(2 * self.head_dim, eps=config.attn_rms_norm_eps)
+        self.signal = Motif2AttentionStream(config, layer_idx, self.num_signal_heads_per_group)
+        self.noise = Motif2AttentionStream(config, layer_idx, 1)
+
+    def lambda_value(self) -> torch.Tensor:
+        """Returns lambda, the noise map's weight: one scalar a layer, in float32 or wider."""
+        first = torch.sum(widen(self.lambda_q1) * widen(self.lambda_k1))
+        second = torch.sum(widen(self.lambda_q2) * widen(self.lambda_k2))
+        return torch.exp(first) - torch.exp(second) + self.lambda_init
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        visible: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends, and projects back to the residual stream.
+
+        Args:
+            hidden_states: (B, T, C).
+            position_embeddings: cos and sin, each (B, T, D).
+            attention_mask: in the backend's own form, from transformers' mask functions.
+            past_key_values: cache of keys and values, each (B, 2G, S, D), or None.
+            visible: (B or 1, 1, T, S) boolean, for the diagnostics only; None is plain causal.
+            **kwargs: to the attention backend.
+
+        Returns:
+            (B, T, C), and the differential map (B, G * r, T, S) with eager attention and `output_attentions`, else None.
+        """
+        batch, tokens = hidden_states.shape[:2]
+        ratio, dim = self.num_signal_heads_per_group, self.head_dim
+        query = self.q_proj(hidden_states).view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
+        key = self.k_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
+        value = self.v_proj(hidden_states).view(batch, tokens, -1, dim).transpose(1, 2)  # (B, 2G, T, D)
+        signal_query, noise_query = (
+            rotate(heads, *position_embeddings).flatten(2, 3).transpose(1, 2)  # (B, G * r or G, T, D)
+            for heads in query.split((ratio, 1), dim=3)
+        )
+        key = rotate(key, *position_embeddings).flatten(2, 3).transpose(1, 2)  # (B, 2G, T, D)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        signal_key, noise_key = key[:, 0::2], key[:, 1::2]  # (B, G, S, D)
+        value = value.unflatten(1, (-1, 2))  # (B, G, 2, S, D)
+        if self.max_logits is not None:
+            update_max_logits(self, signal_query, noise_query, key, visible)
+
+        kwargs |= {"scaling": self.scaling, "dropout": 0.0}
+        signal, signal_map = self.signal(signal_query, signal_key, value, attention_mask, **kwargs)
+        noise, noise_map = self.noise(noise_query, noise_key, value, attention_mask, **kwargs)
+        lambda_value = self.lambda_value().to(signal.dtype)
+        signal, noise = signal.unflatten(2, (-1, ratio)), noise.unsqueeze(3)  # (B, T, G, r or 1, 2D)
+        if self.output_norms is not None:
+            update_output_norms(self, signal, noise, visible)
+        output = self.subln(signal - lambda_value * noise) * (1 - self.lambda_init)
+        differential_map = None
+        if self.config._attn_implementation == "eager" and kwargs.get("output_attentions"):
+            differential_map = signal_map - lambda_value * repeat_heads(noise_map, ratio)  # (B, G * r, T, S)
+        return self.o_proj(output.flatten(2)), differential_map
+
+
+class Motif2DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config: Motif2Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = Motif2Attention(config, layer_idx)
+        self.mlp = Motif2MLP(config)
+        self.input_layernorm = Motif2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Motif2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """Returns the block's output (B, T, C); `kwargs` are those of `Motif2Attention.forward`."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Motif2PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the backbone and its heads."""
+
+    config: Motif2Config
+    config_class = Motif2Config
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Motif2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Motif2DecoderLayer, "attentions": Motif2Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Motif2Attention):
+            for parameter in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(parameter, mean=0.0, std=self.config.lambda_std_dev)
+        elif isinstance(module, Motif2PolyNormMul):
+            init.constant_(module.weight, 1 / 3)
+            init.zeros_(module.bias)
+
+
+def positions_from_cumulative_lengths(cumulative_lengths: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns position_ids (1, T) that restart at every document of a packed row; lengths are (documents + 1,)."""
+    index = torch.arange(tokens, device=cumulative_lengths.device)
+    document = torch.searchsorted(cumulative_lengths, index, right=True) - 1
+    return (index - cumulative_lengths[document])[None]
+
+
+class Motif2Model(Motif2PreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: Motif2Config):
+        super().__init__(config)
+        # No padding_idx: Motif's padding token is also its end-of-text token, whose embedding must be trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Motif2DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = Motif2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Motif2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids: (B, T) token ids; exactly one of it and `inputs_embeds`.
+            attention_mask: (B, S) with 0 on padding, or a prepared 4-dimensional mask (B or 1, 1, T, S), or None.
+            position_ids: (B, T); where they restart, a new packed document begins. Default: from the cache's length.
+            past_key_values: keys and values of earlier tokens.
+            inputs_embeds: (B, T, C).
+            use_cache: whether to return `past_key_values`.
+            **kwargs: `output_attentions`, `output_hidden_states`, `cu_seq_lens_q` …, passed on to attention.
+
+        Returns:
+            `last_hidden_state` (B, T, C) after the final norm, and the cache.
+
+        Raises:
+            ValueError: if neither or both inputs are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        # A cache made here is empty, so the mask does not need it; packed documents are only recognised without one.
+        cache_of_mask = past_key_values
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._default_positions(inputs_embeds, cache_of_mask, kwargs.get("cu_seq_lens_q"))
+        mask_arguments = (inputs_embeds, attention_mask, cache_of_mask, position_ids)
+        masks = self._masks(self.config, *mask_arguments)
+        visible = self._visible(*mask_arguments)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self._layer_types(), strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                visible=visible.get(layer_type),
+                sliding_window=self.config.sliding_window if layer_type == "sliding_attention" else None,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _layer_types(self) -> list[str]:
+        return self.config.layer_types or ["full_attention"] * len(self.layers)
+
+    def _masks(
+        self,
+        config: Motif2Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Returns one mask by layer type, in the form of the backend that `config` names."""
+        builders = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            layer_type: builders[layer_type](
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in dict.fromkeys(self._layer_types())
+        }
+
+    def _visible(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Returns what each query sees by layer type, whatever the backend; empty while no diagnostic is on."""
+        modules = [layer.self_attn for layer in self.layers]
+        if all(module.max_logits is None and module.output_norms is None for module in modules):
+            return {}
+        eager = copy.copy(self.config)
+        eager._attn_implementation = "eager"
+        masks = self._masks(eager, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return {layer_type: visible_positions(mask, attention_mask) for layer_type, mask in masks.items()}
+
+    @staticmethod
+    def _default_positions(
+        inputs_embeds: torch.Tensor, past_key_values: Cache | None, cumulative_lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        tokens = inputs_embeds.shape[1]
+        if cumulative_lengths is not None:
+            return positions_from_cumulative_lengths(cumulative_lengths.to(inputs_embeds.device), tokens)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
+
+
+class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Motif2Config):
+        super().__init__(config)
+        self.model = Motif2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Runs the decoder and the head; arguments as in `Motif2Model.forward`, and two more.
+
+        Args:
+            labels: (B, T) token ids, -100 where no loss is wanted; shifted here.
+            logits_to_keep: compute only the last so many positions (0: all), or those at the given indices.
+
+        Returns:
+            `loss` when labels are given, `logits` (B, kept, vocabulary), the cache and what was recorded.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class Motif2ForSequenceClassification(GenericForSequenceClassification, Motif2PreTrainedModel):
+    """The decoder with a classification head on a row's last token."""
+
+
+class Motif2ForTokenClassification(GenericForTokenClassification, Motif2PreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+
+class Motif2ForQuestionAnswering(GenericForQuestionAnswering, Motif2PreTrainedModel):
+    """The decoder with a head for the start and the end of an answer."""
+
+
+__all__ = [
+    "Motif2ForCausalLM",
+    "Motif2ForQuestionAnswering",
+    "Motif2ForSequenceClassification",
+    "Motif2ForTokenClassification",
+    "Motif2Model",
+    "Motif2PreTrainedModel",
+]

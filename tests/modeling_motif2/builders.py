@@ -1,0 +1,47 @@
+"""Small models that the model's tests share."""
+
+import torch
+
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+
+VOCAB_SIZE = 61
+
+
+def small_config(groups: int = 2, ratio: int = 2, layers: int = 2, **overrides) -> Motif2Config:
+    """A configuration of toy size; weights are drawn large so that attention is far from uniform."""
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": groups * (ratio + 1),
+        "num_key_value_heads": 2 * groups,
+        "num_noise_heads": groups,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "lambda_std_dev": 0.5,
+        "rope_theta": 10000.0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return Motif2Config(**(settings | overrides))
+
+
+def small_model(seed: int = 0, attention: str = "eager", dtype: torch.dtype = torch.float32, **overrides):
+    """A randomly initialised `Motif2ForCausalLM` in evaluation mode, with PolyNorm and norm weights off their start."""
+    torch.manual_seed(seed)
+    config = small_config(**overrides)
+    config._attn_implementation = attention
+    model = Motif2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "subln" in name or "act_fn" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype)
+
+
+def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Token ids (rows, tokens) above the special tokens."""
+    return torch.randint(3, VOCAB_SIZE, (rows, tokens), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,97 @@
+"""The model against the float64 reference: shapes, padding, packing, caches and generation."""
+
+import random
+
+import pytest
+import torch
+
+from modeling_motif2.modeling_motif2 import lambda_init, poly_norm
+from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.reference import reference_logits
+
+# RoPE's angles are float32 in the model whatever its dtype: that is what is left in float64.
+FLOAT64_TOLERANCE = 2e-5
+
+
+def close_to_reference(model, logits: torch.Tensor, ids: torch.Tensor, tolerance: float) -> None:
+    """Asserts that logits (T, vocabulary) of one document are the reference's, relative to their largest value."""
+    expected = reference_logits(model, ids)
+    assert torch.isfinite(logits).all()
+    error = (logits.double() - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+
+
+def random_shape(seed: int) -> dict:
+    """A configuration drawn by seed: ratio 1-8, groups 1-8, plain pairs now and then."""
+    draw = random.Random(seed)
+    groups, ratio = draw.randint(1, 8), draw.randint(1, 8)
+    plain = draw.random() < 0.2
+    return {
+        "groups": groups,
+        "ratio": 1 if plain else ratio,
+        "layers": draw.randint(1, 3),
+        "head_dim": draw.choice((2, 4, 6, 16)),
+        "hidden_size": draw.choice((16, 24, 40)),
+        "intermediate_size": draw.choice((8, 33, 64)),
+        "rope_theta": draw.choice((100.0, 10000.0, 1e6)),
+        "tie_word_embeddings": draw.random() < 0.3,
+    } | ({"num_noise_heads": None} if plain else {})
+
+
+@pytest.mark.parametrize("seed", range(32))
+def test_random_configurations_match_the_reference(seed):
+    draw = random.Random(1000 + seed)
+    model = small_model(seed=seed, attention=draw.choice(("eager", "sdpa")), dtype=torch.float64, **random_shape(seed))
+    lengths = [draw.randint(1, 19) for _ in range(3)]
+    documents = [random_ids(1, length, seed=seed + i)[0] for i, length in enumerate(lengths)]
+    side = draw.choice(("left", "right", "packed"))
+    with torch.no_grad():
+        if side == "packed":
+            position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+            row = model(torch.cat(documents)[None], position_ids=position_ids, use_cache=draw.random() < 0.5).logits[0]
+            outputs = row.split(lengths)
+        else:
+            ids, mask = torch.zeros(3, max(lengths), dtype=torch.long), torch.zeros(3, max(lengths), dtype=torch.long)
+            spans = [slice(max(lengths) - n, None) if side == "left" else slice(0, n) for n in lengths]
+            for row, (span, document) in enumerate(zip(spans, documents, strict=True)):
+                ids[row, span], mask[row, span] = document, 1
+            logits = model(ids, attention_mask=mask).logits
+            outputs = [logits[row, span] for row, span in enumerate(spans)]
+    for document, output in zip(documents, outputs, strict=True):
+        close_to_reference(model, output, document, FLOAT64_TOLERANCE)
+
+
+def test_cached_steps_equal_one_forward():
+    model = small_model(dtype=torch.float64, attention="sdpa")
+    ids = random_ids(2, 13)
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache, parts = None, []
+        for step in (5, 1, 1, 4, 2):
+            start = sum(part.shape[1] for part in parts)
+            out = model(ids[:, start : start + step], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_greedy_generation_equals_repeated_forwards():
+    model = small_model(dtype=torch.float64, attention="sdpa")
+    ids = random_ids(2, 7)
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, expected)
+
+
+def test_polynorm_gives_the_published_values():
+    x = torch.tensor([1.0, -2.0, 0.5, -0.25], dtype=torch.float64)
+    y = poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
+    torch.testing.assert_close(y, torch.tensor([0.554770, -0.683406, 0.228870, -0.007552]).double(), atol=1e-6, rtol=0)
+
+
+def test_lambda_init_counts_layers_from_zero():
+    assert lambda_init(0) == pytest.approx(-0.0099, abs=1e-4)
+    assert lambda_init(1) == pytest.approx(0.2)
