@@ -1,6 +1,6 @@
 """Configuration of Motif-2, in our layout (`model_type` "motif2") and in the official one ("Motif" or "motif")."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -90,10 +90,10 @@ class Motif2Config(PreTrainedConfig):
     """
 
     model_type = "motif2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta = 1_000_000.0
     # trl reads `config.auto_map` of a model given as a path.
-    auto_map = {}
+    auto_map: ClassVar[dict] = {}
 
     vocab_size: int = PUBLISHED_VOCAB_SIZE
     hidden_size: int = 4096
@@ -157,8 +157,8 @@ class Motif2Config(PreTrainedConfig):
         shape = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_noise_heads")
         if any(getattr(self, name) != fields[name].default for name in shape):
             raise ValueError(
-                f"head_dim is missing while num_noise_heads={self.num_noise_heads}: with noise heads it does not follow "
-                "from the other sizes, so set head_dim (128 in Motif-2-12.7B)."
+                f"head_dim is missing while num_noise_heads={self.num_noise_heads}: with noise heads it does not "
+                "follow from the other sizes, so set head_dim (128 in Motif-2-12.7B)."
             )
         return 128
 
@@ -209,7 +209,8 @@ class Motif2Config(PreTrainedConfig):
             raise ValueError(f"k_ratio={self.k_ratio} is not defined by the report: use k_ratio=1.")
         if self.attention_dropout:
             raise ValueError(
-                f"attention_dropout={self.attention_dropout} has no defined meaning on a difference of two maps: use 0."
+                f"attention_dropout={self.attention_dropout} has no meaning defined on a difference of two maps: "
+                "use 0."
             )
         for name in ("use_bias", "attention_bias", "mlp_bias"):
             if extra.get(name):

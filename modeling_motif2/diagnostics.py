@@ -59,7 +59,7 @@ def track_max_logits(model: nn.Module, enabled: bool = True) -> None:
     """Makes every attention keep `max_logits`, the running maximum of its scaled logits by head; or stops it.
 
     The tensor is (H,), float32, in q_proj's head order, starts at -inf, covers visible positions only and lives on the
-    module's device. It is taken from the dtype that attention sees, without gradient and without waiting for the device.
+    module's device. It is taken in the dtype that attention sees, without gradient or waiting for the device.
     """
     for attention in attention_modules(model):
         if not enabled:

@@ -3,13 +3,13 @@
 Shapes: B batch, T query tokens, S key tokens, C hidden size, G groups, r signal heads a group, H = G * (r + 1) query
 heads, D head dimension. A group owns r signal queries, 1 noise query, 2 keys and 1 value that is 2D wide.
 
-Source: arXiv 2511.07464 (Motif-2-12.7B), arXiv 2510.06949 (grouped differential attention), arXiv 2411.03884 (PolyNorm).
+Source: arXiv 2511.07464 (Motif-2-12.7B), 2510.06949 (grouped differential attention), 2411.03884 (PolyNorm).
 """
 
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -320,7 +320,7 @@ class Motif2Attention(nn.Module):
             **kwargs: to the attention backend.
 
         Returns:
-            (B, T, C), and the differential map (B, G * r, T, S) with eager attention and `output_attentions`, else None.
+            (B, T, C), and with eager attention and `output_attentions` the differential map (B, G * r, T, S).
         """
         batch, tokens = hidden_states.shape[:2]
         ratio, dim = self.num_signal_heads_per_group, self.head_dim
@@ -378,14 +378,17 @@ class Motif2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Motif2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["Motif2DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Motif2DecoderLayer, "attentions": Motif2Attention}
+    _can_record_outputs: ClassVar[dict[str, type]] = {
+        "hidden_states": Motif2DecoderLayer,
+        "attentions": Motif2Attention,
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -531,7 +534,7 @@ class Motif2Model(Motif2PreTrainedModel):
 class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Motif2Config):
         super().__init__(config)

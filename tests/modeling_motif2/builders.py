@@ -30,7 +30,7 @@ def small_config(groups: int = 2, ratio: int = 2, layers: int = 2, **overrides) 
 
 
 def small_model(seed: int = 0, attention: str = "eager", dtype: torch.dtype = torch.float32, **overrides):
-    """A randomly initialised `Motif2ForCausalLM` in evaluation mode, with PolyNorm and norm weights off their start."""
+    """A randomly initialised `Motif2ForCausalLM` in evaluation mode; norm weights are off their start."""
     torch.manual_seed(seed)
     config = small_config(**overrides)
     config._attn_implementation = attention
