@@ -1,0 +1,1 @@
+"""Evaluation of Motif-2 with lm-eval: suites, tasks, a sandbox for generated programs, reports."""

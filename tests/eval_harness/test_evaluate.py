@@ -1,0 +1,96 @@
+"""Demo tasks score what they say, raw and in chat markup, whatever the batch size."""
+
+import math
+
+import pytest
+import torch
+from lm_eval.api.model import LM
+
+from eval_harness.evaluate import evaluate, load_tasks
+
+TASKS = ["motif2_arithmetic", "motif2_heldout_general", "motif2_heldout_code", "motif2_heldout_math"]
+
+
+class ScriptedLM(LM):
+    """Answers every prompt with what `answer(row)` returns."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return [self.answer(request.doc) for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        raise AssertionError("no multiple choice is asked here")
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [-float(len(request.args[0].encode())) for request in requests]
+
+
+def test_arithmetic_counts_only_the_number_after_the_hashes(demo_data):
+    right = evaluate(ScriptedLM(lambda row: row["answer"]), None, TASKS[:1], data_dir=demo_data)
+    assert right.metrics["motif2_arithmetic"]["exact_match"] == 1.0
+    assert right.num_samples["motif2_arithmetic"] == 12
+    unmarked = evaluate(ScriptedLM(lambda row: row["answer"].replace("#", "")), None, TASKS[:1], data_dir=demo_data)
+    assert unmarked.score("motif2_arithmetic") == 0.0
+    wrong = evaluate(ScriptedLM(lambda row: row["answer"] + "1"), None, TASKS[:1], data_dir=demo_data)
+    assert wrong.score("motif2_arithmetic") == 0.0
+
+
+def test_heldout_loss_is_in_bits_per_byte(demo_data):
+    result = evaluate(ScriptedLM(str), None, TASKS[1:2], data_dir=demo_data)
+    assert result.metrics["motif2_heldout_general"]["bits_per_byte"] == pytest.approx(1 / math.log(2))
+    assert result.metrics["motif2_heldout_general"]["byte_perplexity"] == pytest.approx(math.e)
+
+
+def test_a_model_is_scored_like_by_hand(demo_data, tiny_model, tokenizer):
+    result = evaluate(tiny_model, tokenizer, TASKS[1:2], data_dir=demo_data, limit=1)
+    text = result.samples["motif2_heldout_general"][0]["doc"]["text"]
+    ids = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
+    with torch.no_grad():
+        logits = tiny_model(ids).logits.log_softmax(-1)
+    loss = -logits[0, :-1].gather(-1, ids[0, 1:, None]).sum().item()
+    expected = loss / math.log(2) / len(text.encode())
+    assert result.score("motif2_heldout_general") == pytest.approx(expected, rel=1e-6) or result.metrics[
+        "motif2_heldout_general"
+    ]["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_chat_markup_replaces_the_raw_prompt(demo_data, tiny_model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    try:
+        chat = evaluate(tiny_model, tokenizer, TASKS[:1], data_dir=demo_data, limit=2, apply_chat_template=True)
+        raw = evaluate(tiny_model, tokenizer, TASKS[:1], data_dir=demo_data, limit=2)
+    finally:
+        tokenizer.chat_template = None
+    prompts = [result.samples["motif2_arithmetic"][0]["arguments"][0][0] for result in (chat, raw)]
+    assert prompts == ["<user>What is 10 + 13?<assistant>", "Question: What is 10 + 13?\nAnswer:"]
+
+
+def test_no_chat_template_is_refused(demo_data, tiny_model, tokenizer):
+    with pytest.raises(ValueError, match="no chat template"):
+        evaluate(tiny_model, tokenizer, TASKS[:1], data_dir=demo_data, apply_chat_template=True)
+
+
+def test_batch_size_changes_no_answer(demo_data, tiny_model, tokenizer):
+    results = [evaluate(tiny_model, tokenizer, TASKS, data_dir=demo_data, batch_size=size) for size in (1, 5, 12)]
+    answers = [[row["resps"] for row in result.samples["motif2_arithmetic"]] for result in results]
+    assert len({row[0][0] for row in answers[0]}) > 1, "an answer that never changes proves nothing"
+    assert answers[0] == answers[1] == answers[2]
+    for task in TASKS[1:]:
+        for metric, score in results[0].metrics[task].items():
+            assert [result.metrics[task][metric] for result in results[1:]] == pytest.approx([score, score], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "data", "message"),
+    [
+        (["motif2_arithmetik"], True, "did you mean 'motif2_arithmetic'"),
+        ([], True, "no task is named"),
+        (["motif2_arithmetic"], False, "arithmetic.jsonl"),
+    ],
+)
+def test_bad_input_names_the_mend(tmp_path, demo_data, tasks, data, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_tasks(tasks, demo_data if data else tmp_path)
