@@ -6,8 +6,9 @@ from torch import nn
 
 from trainer.optim.groups import group_parameters
 from trainer.optim.muon_clip_reference import MuonClip
+from trainer.optim.parallel_muon_clip import ParallelMuonClip
 
-__all__ = ["MuonClip", "MuonClipFactory", "build_muon_clip"]
+__all__ = ["MuonClip", "MuonClipFactory", "ParallelMuonClip", "build_muon_clip"]
 
 
 def build_muon_clip(
@@ -20,11 +21,11 @@ def build_muon_clip(
     adamw_patterns: tuple[str, ...] = (),
     qk_clip_threshold: float | None = 100.0,
     **options,
-) -> MuonClip:
+) -> ParallelMuonClip:
     """Make MuonClip for `model`: parameters grouped by name, QK-clip connected to its attention modules.
 
     Args:
-        model: a Motif-2 model, possibly wrapped (PEFT, compile, DDP).
+        model: a Motif-2 model, possibly wrapped (PEFT, compile, DDP) or sharded (FSDP2, tensor parallelism).
         lr: learning rate of the matrices.
         weight_decay: decoupled decay of matrices, embeddings and head.
         adamw_lr: learning rate of all other groups; `lr` where None.
@@ -32,10 +33,10 @@ def build_muon_clip(
         weight_decays: weight decay by group name; wins over `weight_decay`.
         adamw_patterns: regular expressions of matrices that AdamW shall take.
         qk_clip_threshold: largest attention logit left alone; None switches QK-clip off.
-        options: further arguments of the optimizer, such as `momentum` or `qk_clip_rule`.
+        options: further arguments of `ParallelMuonClip`, such as `momentum`, `chunk_size` or `qk_clip_rule`.
 
     Returns:
-        MuonClip: the optimizer; the model's maximum logits are tracked from now on, unless QK-clip is off.
+        ParallelMuonClip: the optimizer; the model's maximum logits are tracked from now on, unless QK-clip is off.
 
     Raises:
         ValueError: names or settings that fit nothing in the model.
@@ -58,13 +59,13 @@ def build_muon_clip(
         attentions = _clippable_attentions(model)
         if attentions:
             _track_max_logits(model, attentions[0])
-    return MuonClip(groups, lr=lr, weight_decay=weight_decay, attentions=attentions, **options)
+    return ParallelMuonClip(groups, lr=lr, weight_decay=weight_decay, attentions=attentions, **options)
 
 
 class MuonClipFactory:
     """Factory for `optimizer_cls_and_kwargs=(MuonClipFactory, kwargs)` of TRL's and transformers' Trainer."""
 
-    def __call__(self, model: nn.Module, **kwargs) -> MuonClip:
+    def __call__(self, model: nn.Module, **kwargs) -> ParallelMuonClip:
         """Return `build_muon_clip(model, **kwargs)`."""
         return build_muon_clip(model, **kwargs)
 

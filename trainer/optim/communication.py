@@ -1,0 +1,98 @@
+"""The ranks that share an optimizer, and the collectives they run: one all-to-all with exact sizes, one maximum.
+
+A team has a process group of its own, so that its collectives neither wait for the training's nor delay them: NCCL
+runs each group on a stream of its own, beside the products on the current stream.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.optim.plan import Route
+
+
+@dataclass
+class Flight:
+    """Buffers under way: `arrive()` returns the received one once the current stream may read it."""
+
+    received: Tensor | None
+    sent: Tensor | None = None
+    work: dist.Work | None = None
+    team: "Team | None" = None
+
+    def arrive(self) -> Tensor:
+        """Wait (on NCCL: make the current stream wait) and hand the received buffer over, once."""
+        if self.work is not None:
+            with self.team.clear_errors():
+                self.work.wait()
+        received, self.received, self.sent, self.work = self.received, None, None, None
+        return received
+
+
+class Team:
+    """Ranks that work together on the same parameters.
+
+    Args:
+        ranks: global ranks, ascending; this rank is one of them. One rank alone communicates nothing.
+        timeout_seconds: how long a collective waits for a rank that does not come.
+    """
+
+    def __init__(self, ranks: Sequence[int], timeout_seconds: float):
+        self.ranks, self.timeout_seconds = tuple(ranks), timeout_seconds
+        self.me, self.group = 0, None
+        if len(self.ranks) > 1:
+            self.me = self.ranks.index(dist.get_rank())
+            timeout = timedelta(seconds=timeout_seconds)
+            self.group = dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
+
+    @contextlib.contextmanager
+    def clear_errors(self):
+        """Turn a collective's failure into an error that says what it means.
+
+        Raises:
+            RuntimeError: a rank has died, or did not come within the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"MuonClip on rank {self.ranks[self.me]} lost a rank among {list(self.ranks)}: it died, or did not "
+                f"reach the same step within {self.timeout_seconds} s. Look for that rank's own error, and restart "
+                f"from the last checkpoint ({error})"
+            ) from error
+
+    def exchange(self, send: Tensor, route: Route) -> Flight:
+        """Start an all-to-all of flat `send` along `route`, without waiting for it."""
+        if self.group is None:
+            return Flight(send)
+        receive = send.new_empty(sum(route.receive_splits))
+        with self.clear_errors():
+            work = dist.all_to_all_single(
+                receive, send, list(route.receive_splits), list(route.send_splits), group=self.group, async_op=True
+            )
+        return Flight(receive, send, work, self)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Elementwise maximum of `values` over the team, in place."""
+        if self.group is not None:
+            with self.clear_errors():
+                dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def require_equal(self, number: int, what: str, device: torch.device) -> None:
+        """Check that all ranks hold the same `number`.
+
+        Raises:
+            ValueError: they do not; `what` says what differs.
+        """
+        pair = self.maximum(torch.tensor([number, -number], dtype=torch.int64, device=device)).tolist()
+        if pair[0] != -pair[1]:
+            raise ValueError(
+                f"{what} differ between ranks {list(self.ranks)}: give every rank the same parameters in the same "
+                "order and the same settings, or pass `process_group` with the ranks that do share them"
+            )

@@ -1,0 +1,334 @@
+"""MuonClip over shards: each matrix is put together on one rank, orthogonalised there, and sent back in parts.
+
+The meaning is `muon_clip_reference.MuonClip`; docs/parallel_muonclip.md draws the flow. A step is
+1. agree: one MAX all-reduce says whether all gradients are finite, which parameters have one, the largest logits;
+2. matrices: the pipeline of `pipeline.run_pipeline` over a plan made once (`plan.plan_chunks`);
+3. the rest: AdamW on local shards;
+4. QK-clip of the query and key rows that this rank holds.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
+
+from trainer.optim.communication import Team
+from trainer.optim.fused import apply_update, nesterov
+from trainer.optim.layout import Layout, layout_of, local_of
+from trainer.optim.muon_clip_reference import COEFFICIENTS, MuonClip, update_scale
+from trainer.optim.orthogonalise import Orthogonaliser
+from trainer.optim.pipeline import run_pipeline
+from trainer.optim.plan import Chunk, plan_chunks
+from trainer.optim.qk_clip import QKClip
+
+MODES = ("parallel", "distributed")
+
+
+@dataclass(frozen=True)
+class TeamPlan:
+    """What one team does in a step: its matrices (group, parameter), their layouts and this rank's chunks."""
+
+    team: Team
+    matrices: tuple[tuple[dict, Tensor], ...]
+    layouts: tuple[Layout, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class ParallelMuonClip(MuonClip):
+    """MuonClip for DTensor and plain parameters, on any number of ranks.
+
+    Plain parameters are taken as copies that all ranks of `process_group` hold (as under DDP): their matrices are
+    shared out too. Parameters may be replaced in `param_groups` (as accelerate does) or added at any time.
+
+    Args:
+        params: groups as for `MuonClip`.
+        lr: learning rate of the Muon groups.
+        method: Newton-Schulz as "gram" (on the s x s Gram matrix, float16, one restart) or "classic".
+        coefficients: (a, b, c) of each Newton-Schulz step.
+        mode: "parallel" (one owner a matrix), or "distributed" (every rank gathers and orthogonalises every matrix),
+            which is there to be compared with.
+        chunk_size: matrices of the largest size that a rank owns in a chunk, or as many small ones; None: all at once.
+        pipelined: overlap a chunk's products with its neighbours' transfers.
+        balanced: share matrices out by cost, longest first, instead of in turn.
+        wire_dtype: dtype of directions on the wire; None: bfloat16 on accelerators, the parameters' own elsewhere.
+        process_group: all ranks that step together; None: all there are.
+        timeout_seconds: how long a collective waits for a rank that does not come.
+        backend: of the Newton-Schulz kernels.
+        options: of `MuonClip`: momentum, weight_decay, adamw_lr, adamw_betas, adamw_eps, qk_clip_threshold,
+            qk_clip_rule, attentions.
+
+    Raises:
+        ValueError: a setting out of range, or an attention module whose weights are not among the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        *,
+        method: str = "gram",
+        coefficients: Iterable = COEFFICIENTS,
+        mode: str = "parallel",
+        chunk_size: int | None = 2,
+        pipelined: bool = True,
+        balanced: bool = True,
+        wire_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        timeout_seconds: float = 600.0,
+        backend: str = "auto",
+        **options,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}: choose one of {MODES}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}: give at least 1, or None for all matrices at once")
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
+        self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced
+        self.wire_dtype, self.process_group, self.timeout_seconds = wire_dtype, process_group, timeout_seconds
+        self.orthogonalise = Orthogonaliser(method, coefficients, backend)
+        self._teams: dict[tuple[int, ...], Team] = {}
+        self._known_parameters: tuple[int, ...] = ()
+        self._plans: dict[tuple[bool, ...], list[TeamPlan]] = {}
+        self._last_logits: Tensor | None = None
+        super().__init__(params, lr, **options)
+        places = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        weights = [(attention.q_proj.weight, attention.k_proj.weight) for attention in self.attentions]
+        if any(id(weight) not in places for pair in weights for weight in pair):
+            raise ValueError(
+                "an attention module's q_proj or k_proj weight is not optimised: leave it out of attentions"
+            )
+        self._clipped_places = [(places[id(query)], places[id(key)]) for query, key in weights]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all parameters on all ranks, or none if any rank's gradient holds a NaN or an infinity.
+
+        Every rank must call it, whatever gradients it has. A parameter that has a gradient on some ranks only counts
+        as having a zero gradient on the others; one that has none anywhere is left alone.
+
+        Returns:
+            What `closure` returns, or None.
+
+        Raises:
+            RuntimeError: a rank died or did not come in time.
+            ValueError: the ranks' parameters differ.
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self._prepare()
+        finite, active, logits = self._agree()
+        if finite:
+            self._make_state()
+            for plan in self._plan_for(active):
+                run = self._run_parallel if self.mode == "parallel" else self._run_distributed
+                run(plan)
+            self._step_rest(active)
+            if any(group["lr"] > 0 for group in self.param_groups):  # a checkpoint's load steps once with lr 0
+                self._clip.apply(logits)
+            self._last_logits = logits
+        else:
+            self.skipped_steps += 1
+        self._clip.reset()
+        return loss
+
+    def clip_report(self) -> dict:
+        """What the last step that was not skipped saw; this asks the device.
+
+        Returns:
+            dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps.
+        """
+        layers = [] if self._last_logits is None else self._last_logits.split(self._clip.num_heads)
+        by_layer = [float(layer.max()) for layer in layers]
+        return {
+            "clipped_heads": sum(int((layer > self.qk_clip_threshold).sum()) for layer in layers),
+            "max_logit": max(by_layer, default=-math.inf),
+            "max_logits_by_layer": by_layer,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _prepare(self) -> None:
+        """Read layouts and connect QK-clip, again whenever the parameters are others than before."""
+        parameters = self._parameters()
+        known = tuple(map(id, parameters))
+        if known == self._known_parameters:
+            return
+        self._device = local_of(parameters[0]).device
+        shared = dist.is_available() and dist.is_initialized()
+        ranks = tuple(sorted(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))) if shared else (0,)
+        self._control = self._team(ranks)
+        description = [
+            (tuple(p.shape), str(getattr(p, "placements", "")), group["algorithm"])
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+        settings = (self.mode, self.chunk_size, self.balanced, self.orthogonalise.method, str(self.wire_dtype))
+        digest = zlib.crc32(repr((description, settings)).encode())
+        self._control.require_equal(digest, "MuonClip's parameters or settings", self._device)
+        matrices = [p for group in self.param_groups if group["algorithm"] == "muon" for p in group["params"]]
+        self._layouts = {id(matrix): layout_of(matrix, ranks) for matrix in matrices}
+        weights = [[self.param_groups[g]["params"][i] for g, i in pair] for pair in self._clipped_places]
+        queries, keys = [query for query, _ in weights], [key for _, key in weights]
+        rank = dist.get_rank() if shared else 0
+        blocks = {id(w): self._block_of(w, ranks, rank) for w in (*queries, *keys)}
+        self._clip = QKClip(self.attentions, queries, keys, blocks, self.qk_clip_threshold, self.qk_clip_rule)
+        self._plans, self._known_parameters = {}, known
+
+    def _block_of(self, weight: Tensor, ranks: tuple[int, ...], rank: int):
+        layout = self._layouts.get(id(weight)) or layout_of(weight, ranks)
+        return layout.blocks[layout.team.index(rank)]
+
+    def _team(self, ranks: tuple[int, ...]) -> Team:
+        if ranks not in self._teams:
+            self._teams[ranks] = Team(ranks, self.timeout_seconds)
+        return self._teams[ranks]
+
+    def _agree(self) -> tuple[bool, tuple[bool, ...], Tensor]:
+        """One collective: whether all gradients are finite, which parameters have one on any rank, maximum logits."""
+        parameters = self._parameters()
+        gradients = [local_of(g) for p in parameters if (g := _gradient(p)) is not None]
+        largest = get_total_norm([g for g in gradients if g.numel()], norm_type=math.inf).to(self._device)
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32).to(self._device)
+        flags = torch.cat([(~largest.isfinite()).float().reshape(1), present])
+        agreed = self._control.maximum(torch.cat([flags, self._clip.pack(self._device)]))
+        not_finite, *active = agreed[: len(flags)].tolist()  # the step's one wait for the device
+        return not not_finite, tuple(map(bool, active)), agreed[len(flags) :]
+
+    def _plan_for(self, active: tuple[bool, ...]) -> list[TeamPlan]:
+        """Plans of the teams this rank is in, for the matrices that have a gradient somewhere."""
+        if active not in self._plans:
+            pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+            by_team: dict[tuple[int, ...], list] = {}
+            for (group, parameter), used in zip(pairs, active, strict=True):
+                if used and group["algorithm"] == "muon":
+                    layout = self._layouts[id(parameter)]
+                    by_team.setdefault(layout.team, []).append((group, parameter, layout))
+            self._plans[active] = [self._plan_team(ranks, members) for ranks, members in by_team.items()]
+        return self._plans[active]
+
+    def _plan_team(self, ranks: tuple[int, ...], members: list) -> TeamPlan:
+        team = self._team(ranks)
+        layouts = tuple(layout for _, _, layout in members)
+        chunks = plan_chunks(layouts, team.me, self.orthogonalise.method, self.chunk_size, self.balanced)
+        return TeamPlan(team, tuple((group, parameter) for group, parameter, _ in members), layouts, chunks)
+
+    def _run_parallel(self, plan: TeamPlan) -> None:
+        def prologue(number: int, out: Tensor | None) -> None:
+            group, parameter = plan.matrices[number]
+            self._direction(group, parameter, out)
+
+        def epilogue(number: int, update: Tensor) -> None:
+            self._apply(*plan.matrices[number], update)
+
+        wire_dtype = self._direction_dtype(plan.matrices[0][1])
+        run_pipeline(
+            plan.chunks,
+            [layout.shape for layout in plan.layouts],
+            plan.team,
+            prologue,
+            self.orthogonalise,
+            epilogue,
+            wire_dtype,
+            self.orthogonalise.result_dtype(wire_dtype, self._device),
+            self._device,
+            self.pipelined,
+        )
+
+    def _run_distributed(self, plan: TeamPlan) -> None:
+        """Every rank gathers and orthogonalises every matrix, and keeps its own part of the update."""
+        for (group, parameter), layout in zip(plan.matrices, plan.layouts, strict=True):
+            local = local_of(parameter)
+            direction = torch.empty_like(local, dtype=self._direction_dtype(parameter))
+            self._direction(group, parameter, direction)
+            if isinstance(parameter, DTensor):
+                placement = (parameter.device_mesh, parameter.placements)
+                shape = {"shape": parameter.shape, "stride": parameter.stride()}
+                direction = DTensor.from_local(direction, *placement, run_check=False, **shape).full_tensor()
+            turned = layout.shape[0] > layout.shape[1]
+            update = self.orthogonalise((direction.mT if turned else direction).contiguous()[None])[0]
+            part = torch.empty_like(local, dtype=update.dtype)
+            block = layout.blocks[plan.team.me]
+            for full, own in block.tiles(update.mT if turned else update, part):
+                own.copy_(full)
+            self._apply(group, parameter, part)
+
+    def _direction_dtype(self, parameter: Tensor) -> torch.dtype:
+        if self.wire_dtype is not None:
+            return self.wire_dtype
+        return parameter.dtype if self._device.type == "cpu" else torch.bfloat16
+
+    def _direction(self, group: dict, parameter: Tensor, out: Tensor | None) -> None:
+        """Advance the momentum of this rank's shard and write the Nesterov direction to `out`."""
+        momentum_buffer = local_of(self.state[parameter]["momentum_buffer"])
+        nesterov(_local_gradient(parameter), momentum_buffer, group["momentum"], out)
+
+    def _apply(self, group: dict, parameter: Tensor, update: Tensor) -> None:
+        lr = float(group["lr"])
+        step_size = lr * update_scale(*parameter.shape)  # a DTensor's shape is the full one
+        apply_update(local_of(parameter), update, 1 - lr * group["weight_decay"], step_size)
+
+    def _make_state(self) -> None:
+        """Make every parameter's state, with its placements, so that checkpoints hold the same keys on all ranks."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state and group["algorithm"] == "muon":
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                elif not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["step"] = torch.zeros(())
+                if group["algorithm"] == "adamw":  # loading leaves the count where the checkpoint had it
+                    state["step"] = state["step"].to(local_of(parameter).device)
+
+    def _step_rest(self, active: tuple[bool, ...]) -> None:
+        """AdamW on local shards; empty ones only count the step."""
+        chosen = {id(parameter) for parameter, used in zip(self._parameters(), active, strict=True) if used}
+        for group in (group for group in self.param_groups if group["algorithm"] == "adamw"):
+            used = [parameter for parameter in group["params"] if id(parameter) in chosen]
+            for parameter in used:
+                if not local_of(parameter).numel():
+                    self.state[parameter]["step"] += 1
+            used = [parameter for parameter in used if local_of(parameter).numel()]
+            if not used:
+                continue
+            states = [self.state[parameter] for parameter in used]
+            adamw(
+                [local_of(parameter) for parameter in used],
+                [_local_gradient(parameter) for parameter in used],
+                [local_of(state["exp_avg"]) for state in states],
+                [local_of(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=False,
+                fused=self._device.type == "cuda",
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient, brought to the parameter's placements where it has others (a partial sum, say)."""
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def _local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's shard of the gradient; zeros where only other ranks have one."""
+    local = local_of(parameter)
+    return torch.zeros_like(local) if parameter.grad is None else local_of(parameter.grad)

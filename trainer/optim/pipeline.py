@@ -1,0 +1,118 @@
+"""A Muon step over the chunks of a plan: gather, orthogonalise, scatter, with the neighbours' traffic in between.
+
+    stream   | gather 0 | orthogonalise 0     | orthogonalise 1     | …
+    network  | gather 0 | gather 1            | scatter 0, gather 2 | …
+
+At most two chunks' buffers are alive at a time. What is done to a matrix comes in as functions, so that this file
+knows about buffers and order only. Legend: m, n a matrix turned so that m <= n.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.optim.communication import Flight, Team
+from trainer.optim.plan import Chunk, Piece
+
+
+def run_pipeline(
+    chunks: Sequence[Chunk],
+    shapes: Sequence[tuple[int, int]],
+    team: Team,
+    prologue: Callable[[int, Tensor | None], None],
+    orthogonalise: Callable[[Tensor], Tensor],
+    epilogue: Callable[[int, Tensor], None],
+    gather_dtype: torch.dtype,
+    scatter_dtype: torch.dtype,
+    device: torch.device,
+    pipelined: bool = True,
+) -> None:
+    """Run all chunks of one team.
+
+    Args:
+        chunks: this rank's plan.
+        shapes: (A, B) of every matrix of the team.
+        team: the ranks that exchange.
+        prologue: called once for each matrix; writes this rank's part of the direction, shaped as its block, into the
+            tensor it is given (None: nobody asks this rank for it).
+        orthogonalise: maps a batch (count, m, n) in `gather_dtype` to updates of the same shape.
+        epilogue: called with this rank's part of each update, shaped as its block.
+        gather_dtype: dtype of directions on the wire.
+        scatter_dtype: dtype of updates on the wire.
+        device: of the buffers.
+        pipelined: overlap a chunk's products with the transfers of its neighbours.
+    """
+
+    def start_gather(chunk: Chunk) -> Flight:
+        send = torch.empty(sum(chunk.gather.send_splits), dtype=gather_dtype, device=device)
+        slots = {piece.matrix: _slot(send, piece) for piece in chunk.gather.sends}
+        for number in chunk.members:
+            prologue(number, slots.get(number))
+        return team.exchange(send, chunk.gather)
+
+    def start_scatter(chunk: Chunk, gathered: Flight) -> Flight:
+        updates = _orthogonalise_owned(chunk, shapes, gathered, orthogonalise)
+        send = torch.empty(sum(chunk.scatter.send_splits), dtype=scatter_dtype, device=device)
+        for piece in chunk.scatter.sends:
+            for full, local in piece.block.tiles(updates[piece.matrix], _slot(send, piece)):
+                local.copy_(full)
+        return team.exchange(send, chunk.scatter)
+
+    def finish(chunk: Chunk, scattered: Flight) -> None:
+        received = scattered.arrive()
+        for piece in chunk.scatter.receives:
+            epilogue(piece.matrix, _slot(received, piece))
+
+    gathered = start_gather(chunks[0]) if chunks else None
+    unfinished: tuple[Chunk, Flight] | None = None
+    for index, chunk in enumerate(chunks):
+        following = chunks[index + 1] if index + 1 < len(chunks) else None
+        upcoming = start_gather(following) if pipelined and following else None
+        scattered = start_scatter(chunk, gathered)
+        if unfinished:
+            finish(*unfinished)
+        unfinished = (chunk, scattered)
+        if not pipelined:
+            finish(*unfinished)
+            unfinished = None
+            upcoming = start_gather(following) if following else None
+        gathered = upcoming
+    if unfinished:
+        finish(*unfinished)
+
+
+def _orthogonalise_owned(
+    chunk: Chunk, shapes: Sequence[tuple[int, int]], gathered: Flight, orthogonalise: Callable[[Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """Put owned matrices together, turned and batched by shape, and orthogonalise them; views by number, (A, B)."""
+    received = gathered.arrive()
+    numbers_by_shape: dict[tuple[int, int], list[int]] = {}
+    for number in chunk.owned:
+        numbers_by_shape.setdefault((min(shapes[number]), max(shapes[number])), []).append(number)
+    batches = [
+        (numbers, received.new_empty(len(numbers), *shape))  # (count, m, n)
+        for shape, numbers in numbers_by_shape.items()
+    ]
+    wholes = {number: view for numbers, batch in batches for number, view in _turned_back(numbers, batch, shapes)}
+    for piece in chunk.gather.receives:
+        for full, local in piece.block.tiles(wholes[piece.matrix], _slot(received, piece)):
+            full.copy_(local)
+    del received, wholes
+    updates = {}
+    while batches:
+        numbers, batch = batches.pop(0)
+        updates |= dict(_turned_back(numbers, orthogonalise(batch), shapes))
+        del batch
+    return updates
+
+
+def _turned_back(numbers: list[int], batch: Tensor, shapes: Sequence[tuple[int, int]]):
+    """Pairs of a matrix's number and its view (A, B) of the batch (count, m, n)."""
+    for number, matrix in zip(numbers, batch, strict=True):
+        yield number, matrix.mT if shapes[number][0] > shapes[number][1] else matrix
+
+
+def _slot(buffer: Tensor, piece: Piece) -> Tensor:
+    """The part of a flat buffer that holds a piece, shaped as its block."""
+    return buffer[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)

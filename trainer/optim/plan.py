@@ -1,0 +1,156 @@
+"""The plan of a step: who orthogonalises which matrix, in which chunks, and what travels where.
+
+A plan is a pure function of shapes, layouts and settings, so every rank works out the same one.
+Legend: s = min(A, B), l = max(A, B) of a matrix; positions are places in the team of ranks.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.optim.layout import Block, Layout
+
+NEWTON_SCHULZ_STEPS = 5
+
+
+def newton_schulz_flops(shape: Sequence[int], method: str = "classic", symmetric: bool = True) -> int:
+    """Floating-point operations of five Newton-Schulz steps on one matrix.
+
+    Args:
+        shape: (A, B) of the matrix.
+        method: "classic", or "gram" with one restart.
+        symmetric: count a symmetric product half, as kernels do that compute one triangle.
+    """
+    s, l = min(shape), max(shape)
+    product = 1 if symmetric else 2  # of a symmetric s x s result, in units of s^2 times the inner length
+    if method == "classic":
+        return NEWTON_SCHULZ_STEPS * (product * (s * s * l + s**3) + 2 * s * s * l)
+    return 2 * product * s * s * l + 4 * s * s * l + 14 * product * s**3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of matrix number `matrix`, at `offset` (elements) of a buffer to or from the rank at position `peer`."""
+
+    matrix: int
+    peer: int
+    block: Block
+    offset: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """One all-to-all as one rank sees it: pieces in the buffers' order, and elements to and from each position."""
+
+    sends: tuple[Piece, ...]
+    receives: tuple[Piece, ...]
+    send_splits: tuple[int, ...]
+    receive_splits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one rank does in one round of the pipeline.
+
+    Args:
+        members: numbers of all matrices of the round, whoever owns them.
+        owned: numbers of the matrices that this rank orthogonalises.
+        gather: brings the blocks of owned matrices to this rank.
+        scatter: brings the updates of this rank's blocks back from their owners.
+    """
+
+    members: tuple[int, ...]
+    owned: tuple[int, ...]
+    gather: Route
+    scatter: Route
+
+
+def assign_owners(costs: Sequence[float], team_size: int, balanced: bool = True) -> list[int]:
+    """Position that owns each matrix: longest processing time first, or in turn where not `balanced`."""
+    if not balanced:
+        return [number % team_size for number in range(len(costs))]
+    owners, loads = [0] * len(costs), [(0, position) for position in range(team_size)]
+    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        load, position = heapq.heappop(loads)
+        owners[number] = position
+        heapq.heappush(loads, (load + costs[number], position))
+    return owners
+
+
+def cut_rounds(
+    layouts: Sequence[Layout], owners: Sequence[int], costs: Sequence[float], chunk_size: int | None, balanced: bool
+) -> list[list[list[int]]]:
+    """Cut each rank's matrices into rounds of at most `chunk_size` times the largest matrix's elements.
+
+    A round so holds `chunk_size` large matrices a rank or many small ones, which make an efficient batch. Where
+    `balanced`, equal shapes stand together and costly ones first.
+
+    Returns:
+        list: for each round, for each position, the numbers of the matrices it owns.
+    """
+    sizes = [layout.shape[0] * layout.shape[1] for layout in layouts]
+    order = sorted(range(len(sizes)), key=lambda n: (-costs[n], sorted(layouts[n].shape), n)) if balanced else None
+    budget = float("inf") if chunk_size is None else chunk_size * max(sizes)
+    team_size = len(layouts[0].team)
+    by_position: list[list[list[int]]] = [[] for _ in range(team_size)]
+    used = [float("inf")] * team_size
+    for number in order or range(len(sizes)):
+        position = owners[number]
+        if not by_position[position] or used[position] + sizes[number] > budget:
+            by_position[position].append([])
+            used[position] = 0
+        by_position[position][-1].append(number)
+        used[position] += sizes[number]
+    count = max(map(len, by_position))
+    return [[rounds[i] if i < len(rounds) else [] for rounds in by_position] for i in range(count)]
+
+
+def plan_chunks(
+    layouts: Sequence[Layout], me: int, method: str, chunk_size: int | None, balanced: bool
+) -> tuple[Chunk, ...]:
+    """Plan the rounds of one team.
+
+    Args:
+        layouts: of every matrix of the team, in the same order on every rank.
+        me: this rank's position in the team.
+        method: "classic" or "gram", which decides the costs.
+        chunk_size: most elements a rank owns in a round, in units of the largest matrix; None puts all in one round.
+        balanced: share out by cost, longest first, instead of in turn.
+    """
+    costs = [newton_schulz_flops(layout.shape, method) for layout in layouts]
+    owners = assign_owners(costs, len(layouts[0].team), balanced)
+    rounds = cut_rounds(layouts, owners, costs, chunk_size, balanced)
+    return tuple(_chunk_of(layouts, owned_by, me) for owned_by in rounds)
+
+
+def _chunk_of(layouts: Sequence[Layout], owned_by: list[list[int]], me: int) -> Chunk:
+    team = range(len(owned_by))
+    gather = Route(
+        *_pieces(
+            [[(n, layouts[n].blocks[me]) for n in owned_by[o] if me in layouts[n].sources(o)] for o in team],
+            [[(n, layouts[n].blocks[s]) for n in owned_by[me] if s in layouts[n].sources(me)] for s in team],
+        )
+    )
+    scatter = Route(
+        *_pieces(
+            [[(n, layouts[n].blocks[position]) for n in owned_by[me]] for position in team],
+            [[(n, layouts[n].blocks[me]) for n in owned_by[o]] for o in team],
+        )
+    )
+    members = tuple(sorted(number for owned in owned_by for number in owned))
+    return Chunk(members, tuple(owned_by[me]), gather, scatter)
+
+
+def _pieces(*directions: list[list[tuple[int, Block]]]) -> tuple[tuple, ...]:
+    """Lay blocks by peer into a buffer, for sending and receiving: (sends, receives, send_splits, receive_splits)."""
+    laid, splits = [], []
+    for by_peer in directions:
+        pieces, offset = [], 0
+        for peer, blocks in enumerate(by_peer):
+            for number, block in blocks:
+                if block.numel:
+                    pieces.append(Piece(number, peer, block, offset))
+                offset += block.numel
+        laid.append(tuple(pieces))
+        splits.append(tuple(sum(block.numel for _, block in blocks) for blocks in by_peer))
+    return (*laid, *splits)
