@@ -140,7 +140,7 @@ class MuonClip(torch.optim.Optimizer):
         if not any(group["lr"] > 0 for group in self.param_groups):  # a checkpoint's load steps once with lr 0
             return
         for attention in (module for module in self.attentions if module.max_logits is not None):
-            logits = attention.max_logits.to(attention.q_proj.weight.dtype)  # (H,)
+            logits = attention.max_logits.to(torch.promote_types(torch.float32, attention.q_proj.weight.dtype))  # (H,)
             key_of_query = key_head_of_query(attention.num_groups, attention.num_signal_heads_per_group)
             scales = clip_scales(logits, key_of_query.to(logits.device), self.qk_clip_threshold, self.qk_clip_rule)
             for projection, scale in zip((attention.q_proj, attention.k_proj), scales, strict=True):

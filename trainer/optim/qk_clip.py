@@ -63,6 +63,7 @@ class QKClip:
             num_heads, num_signal_heads, head_dim = geometry
             key_of_query = key_head_of_query(num_heads // (num_signal_heads + 1), num_signal_heads).to(packed.device)
             stacked = torch.stack([logits[layer] for layer in layers])  # (L, H)
+            stacked = stacked.to(torch.promote_types(torch.float32, self.queries[layers[0]].dtype))
             scales = clip_scales(stacked, key_of_query, self.threshold, self.rule)  # (L, H), (L, K)
             for weights, scale in zip((self.queries, self.keys), scales, strict=True):
                 rows = scale.repeat_interleave(head_dim, dim=-1)  # (L, H * D) or (L, K * D)

@@ -1,0 +1,176 @@
+"""Parallel MuonClip equals the reference in every layout, and itself bit for bit on any number of ranks."""
+
+import functools
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from tests.distributed import run_distributed
+from tests.trainer.optim.helpers import Bag, attention_of, distribute, groups_of, shard_fully, train
+from trainer.optim import MuonClip, ParallelMuonClip
+
+OPTIONS = {"lr": 0.1, "qk_clip_rule": "official", "method": "classic"}
+
+
+def reference_result(dtype, rule="official") -> dict[str, torch.Tensor]:
+    bag = Bag(dtype)
+    attention = attention_of(bag)
+    return train(bag, MuonClip(groups_of(bag), lr=0.1, qk_clip_rule=rule, attentions=[attention]), attention)
+
+
+def single_result(dtype, **options) -> dict[str, torch.Tensor]:
+    bag = Bag(dtype)
+    attention = attention_of(bag)
+    return train(bag, ParallelMuonClip(groups_of(bag), **OPTIONS | options, attentions=[attention]), attention)
+
+
+def plain(bag, world_size):
+    """Copies on all ranks, as under DDP."""
+
+
+def fsdp(bag, world_size):
+    shard_fully(bag, init_device_mesh("cpu", (world_size,)))
+
+
+def fsdp_columns(bag, world_size):
+    """Columns where they divide evenly, as FSDP2 demands; all other dimensions may be uneven."""
+
+    def placement(parameter):
+        return Shard(1 if parameter.ndim == 2 and parameter.shape[1] % world_size == 0 else 0)
+
+    shard_fully(bag, init_device_mesh("cpu", (world_size,)), shard_placement_fn=placement)
+
+
+def uneven_columns(bag, world_size):
+    distribute(bag, init_device_mesh("cpu", (world_size,)), lambda p: [Shard(p.ndim - 1)])
+
+
+def hsdp(bag, world_size):
+    shard_fully(bag, init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicas", "shards")))
+
+
+def tensor_parallel(bag, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    distribute(bag, mesh, lambda p: [Shard(1 if p.shape == (6, 16) else 0)])
+
+
+def fsdp_tensor_parallel(bag, world_size):
+    """FSDP2 over tensor parallelism, by rows for some and by columns for others; FSDP2 wants even shards here."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "tp"))
+    by_rows = {(16, 6), (12, 5)}
+    distribute(bag, mesh["tp"], lambda p: [Shard(0) if tuple(p.shape) in by_rows else Replicate()])
+    del bag.odd, bag.short
+    bag.q_proj = torch.nn.Parameter(torch.distributed.tensor.distribute_tensor(
+        bag.q_proj.full_tensor().detach(), mesh["tp"], [Shard(1)]))  # fmt: skip
+    shard_fully(bag, mesh["dp"])
+
+
+LAYOUTS = [plain, fsdp, fsdp_columns, uneven_columns, hsdp, tensor_parallel]
+
+
+def results_by_layout(rank, world_size, layouts, dtype, options):
+    results = {}
+    for layout in layouts:
+        bag = Bag(dtype)
+        layout(bag, world_size)
+        attention = attention_of(bag, rank, world_size)
+        optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS | options, attentions=[attention])
+        results[layout.__name__] = train(bag, optimizer, attention)
+    return results
+
+
+@functools.cache
+def distributed_results(world_size: int, dtype: torch.dtype) -> list:
+    return run_distributed(results_by_layout, world_size, world_size, LAYOUTS, dtype, {})
+
+
+def assert_all_close(actual, expected, tolerance):
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("rule", ["official", "q_only", "compensated"])
+def test_one_rank_equals_the_reference(dtype, tolerance, rule):
+    assert_all_close(single_result(dtype, qk_clip_rule=rule), reference_result(dtype, rule), tolerance)
+
+
+def test_the_clip_is_part_of_what_is_compared():
+    unclipped = single_result(torch.float64, qk_clip_threshold=1e9)
+    clipped = single_result(torch.float64)
+    assert not torch.allclose(clipped["q_proj"], unclipped["q_proj"], rtol=0.1)
+    assert not torch.allclose(clipped["k_proj"], unclipped["k_proj"], rtol=0.1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_layout_is_bitwise_equal_to_one_rank(world_size, dtype):
+    expected = single_result(dtype)
+    for results in distributed_results(world_size, dtype):
+        for layout, result in results.items():
+            for name, value in result.items():
+                assert torch.equal(value, expected[name]), f"{layout} on {world_size} ranks differs in {name}"
+
+
+@pytest.mark.distributed
+def test_switches_do_not_change_a_bit():
+    expected = single_result(torch.float32)
+    switches = [
+        {"chunk_size": 1},
+        {"chunk_size": None, "pipelined": False},
+        {"chunk_size": 1, "balanced": False},
+        {"mode": "distributed"},
+    ]
+
+    def run(rank):
+        return [results_by_layout(rank, 4, [fsdp, hsdp, plain], torch.float32, options) for options in switches]
+
+    for results in run_distributed(run, 4):
+        for options, by_layout in zip(switches, results, strict=True):
+            for layout, result in by_layout.items():
+                for name, value in result.items():
+                    assert torch.equal(value, expected[name]), f"{layout} with {options} differs in {name}"
+
+
+def strided_run(rank):
+    bag = Bag()
+    fsdp_tensor_parallel(bag, 4)
+    placements = {name: parameter.placements for name, parameter in bag.named_parameters()}
+    attention = attention_of(bag, rank, 4)
+    optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS, attentions=[attention])
+    return placements, train(bag, optimizer, attention)
+
+
+@pytest.mark.distributed
+def test_fsdp_over_tensor_parallelism_is_bitwise_equal_to_one_rank():
+    expected = single_result(torch.float64)
+    for placements, result in run_distributed(strided_run, 4):
+        assert isinstance(placements["k_proj"][0], _StridedShard)
+        assert placements["q_proj"] == (Shard(0), Shard(1))
+        assert "odd" not in result
+        for name, value in result.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def heads_of_tensor_parallel_rank(rank):
+    """Under tensor parallelism a module knows the maxima of its own heads only."""
+    bag = Bag()
+    mesh = init_device_mesh("cpu", (2,))
+    distribute(bag, mesh, lambda p: [Shard(0)])
+    attention = attention_of(bag)
+    attention.max_logits = attention.max_logits.chunk(2)[rank].clone()
+    optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS, attentions=[attention])
+    return train(bag, optimizer, attention), optimizer.clip_report()
+
+
+@pytest.mark.distributed
+def test_local_heads_of_tensor_parallelism():
+    expected = single_result(torch.float64)
+    for result, report in run_distributed(heads_of_tensor_parallel_rank, 2):
+        assert torch.equal(result["q_proj"], expected["q_proj"])
+        assert torch.equal(result["k_proj"], expected["k_proj"])
+        assert (report["clipped_heads"], report["max_logit"]) == (3, 400.0)
