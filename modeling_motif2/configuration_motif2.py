@@ -92,6 +92,25 @@ class Motif2Config(PreTrainedConfig):
     model_type = "motif2"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta = 1_000_000.0
+    # Attention is cut between groups: a rank's heads are whole groups, so the ranks must divide their number. What is
+    # replicated there sees only its rank's heads, so its gradient is summed. PolyNorm's means run over the whole
+    # intermediate dimension, so its inputs are gathered.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise_rep",
+        "layers.*.mlp.up_proj": "colwise_rep",
+        "layers.*.mlp.down_proj": "rowwise_rep",
+        "layers.*.self_attn.subln": "replicated_with_grad_allreduce",
+        "layers.*.self_attn": "replicated_with_grad_allreduce",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     # trl reads `config.auto_map` of a model given as a path.
     auto_map: ClassVar[dict] = {}
 

@@ -17,7 +17,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -34,6 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_motif2 import Motif2Config
 from .diagnostics import update_max_logits, update_output_norms, visible_positions
+from .hub import Motif2HubMixin
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = ("eager", "flex_attention")
@@ -157,7 +162,7 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Applies the rotary embedding to (B, T, G, heads a group, D); cos and sin are (B, T, D)."""
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return heads * cos[:, :, None, None] + turned * sin[:, :, None, None]
+    return (heads * cos[:, :, None, None] + turned * sin[:, :, None, None]).to(heads.dtype)
 
 
 class Motif2MLP(nn.Module):
@@ -165,13 +170,20 @@ class Motif2MLP(nn.Module):
 
     def __init__(self, config: Motif2Config):
         super().__init__()
+        self.intermediate_size = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = Motif2PolyNormMul()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        gate = self.gate_proj(hidden_states)
+        if gate.shape[-1] != self.intermediate_size and not getattr(self.act_fn, "reduces_over_ranks", False):
+            raise ValueError(
+                f"PolyNorm sees {gate.shape[-1]} of {self.intermediate_size} features, so its means would be wrong: "
+                "gather gate_proj and up_proj (the model's own tp_plan does), or use one that reduces over ranks."
+            )
+        return self.down_proj(self.act_fn(gate, self.up_proj(hidden_states)))
 
 
 def repeat_heads(states: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -246,6 +258,11 @@ class Motif2AttentionStream(nn.Module):
             Output (B, T, heads, 2D), and the backend's second result.
         """
         name = self.config._attn_implementation
+        if name.startswith("flash") and query.dtype == torch.float32:
+            raise ValueError(
+                f"attn_implementation={name!r} needs float16 or bfloat16: load the model with dtype=torch.bfloat16, "
+                "run it under autocast, or use sdpa."
+            )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if name in WIDE_VALUE_BACKENDS:
             wide = value.transpose(2, 3).flatten(3)  # (B, G, S, 2D), a view when nothing is cached
@@ -324,7 +341,13 @@ class Motif2Attention(nn.Module):
         """
         batch, tokens = hidden_states.shape[:2]
         ratio, dim = self.num_signal_heads_per_group, self.head_dim
-        query = self.q_proj(hidden_states).view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
+        query = self.q_proj(hidden_states)
+        if query.shape[-1] % ((ratio + 1) * dim):
+            raise ValueError(
+                f"q_proj gave {query.shape[-1]} features, not whole groups of {(ratio + 1) * dim}: tensor parallelism "
+                f"must cut between groups, so use a number of ranks that divides {self.num_groups}."
+            )
+        query = query.view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
         key = self.k_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
         value = self.v_proj(hidden_states).view(batch, tokens, -1, dim).transpose(1, 2)  # (B, 2G, T, D)
         signal_query, noise_query = (
@@ -370,7 +393,7 @@ class Motif2DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class Motif2PreTrainedModel(PreTrainedModel):
+class Motif2PreTrainedModel(Motif2HubMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by the backbone and its heads."""
 
     config: Motif2Config
@@ -384,6 +407,11 @@ class Motif2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
+    # Whatever the dtype asked for: these are small, and lambda is an exponential.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "subln", "act_fn"),
+        *("input_layernorm", "post_attention_layernorm", "norm"),
+    ]
     _supports_attention_backend = True
     _can_record_outputs: ClassVar[dict[str, type]] = {
         "hidden_states": Motif2DecoderLayer,
@@ -448,8 +476,9 @@ class Motif2Model(Motif2PreTrainedModel):
             `last_hidden_state` (B, T, C) after the final norm, and the cache.
 
         Raises:
-            ValueError: if neither or both inputs are given.
+            ValueError: if neither or both inputs are given, or the attention backend cannot do what is asked.
         """
+        self._check_backend(attention_mask, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -479,6 +508,25 @@ class Motif2Model(Motif2PreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_backend(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+        name = self.config._attn_implementation
+        if name not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+            raise ValueError(
+                f"attn_implementation={name!r} cannot run grouped differential attention: it has no registered mask, "
+                "or pages its cache while a layer here attends more than once to one cache. Use eager, sdpa, "
+                "flex_attention or flash_attention_2; a backend of your own needs AttentionMaskInterface.register."
+            )
+        if kwargs.get("output_attentions") and name != "eager":
+            raise ValueError(
+                f"output_attentions needs every probability, which attn_implementation={name!r} does not return: load "
+                'the model with attn_implementation="eager".'
+            )
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] != 1:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} heads: signal and noise heads share one mask, so give "
+                "(batch, 1, queries, keys)."
+            )
 
     def _layer_types(self) -> list[str]:
         return self.config.layer_types or ["full_attention"] * len(self.layers)
@@ -512,7 +560,7 @@ class Motif2Model(Motif2PreTrainedModel):
         position_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Returns what each query sees by layer type, whatever the backend; empty while no diagnostic is on."""
-        modules = [layer.self_attn for layer in self.layers]
+        modules = [layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer)]
         if all(module.max_logits is None and module.output_norms is None for module in modules):
             return {}
         eager = copy.copy(self.config)
@@ -535,6 +583,9 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_rep"}
+    _pp_plan: ClassVar[dict[str, tuple]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: Motif2Config):
         super().__init__(config)

@@ -1,0 +1,117 @@
+"""The README.md of a saved model: what it is, how it was made, its licence, and its evaluation if there is one."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CODE_LICENSE = "Apache-2.0"
+REPORT = "arXiv:2511.07464"
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", {argument})
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```"""
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    num_parameters: int | None = None,
+    description: str | None = None,
+    training: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    language: list[str] | None = None,
+    evaluation: dict[str, dict[str, float]] | None = None,
+) -> Path:
+    """Writes README.md into a saved folder, over one that is there.
+
+    Args:
+        folder: has the config.json that `save_pretrained` wrote.
+        name: title; default: the folder's name.
+        num_parameters: parameters in all.
+        description: what the model is for, in Markdown.
+        training: how it was made, in Markdown.
+        license: identifier of the weights' licence on the Hub.
+        base_model: repository that it was fine-tuned from.
+        datasets: repositories of its data.
+        language: language codes.
+        evaluation: {task: {metric: value}}.
+
+    Returns:
+        Path of the card.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    name = name or folder.resolve().name
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=value
+        )
+        for task, metrics in (evaluation or {}).items()
+        for metric, value in metrics.items()
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        base_model=base_model,
+        datasets=datasets,
+        language=language,
+        tags=["motif2", "grouped-differential-attention", "polynorm"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    sections = [
+        f"# {name}",
+        _what_it_is(config, num_parameters, description),
+        "## Use\n\n" + _use(config),
+        "## How it was made\n\n" + (training or "Not recorded by whoever saved this model."),
+        "## Evaluation\n\n" + (_table(evaluation) if evaluation else "None recorded."),
+        "## Licence\n\n" + _licence(license),
+    ]
+    path = folder / "README.md"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(path)
+    return path
+
+
+def _what_it_is(config: dict, num_parameters: int | None, description: str | None) -> str:
+    noise = config.get("num_noise_heads")
+    groups = noise or config["num_attention_heads"] // 2
+    attention = f"{config['num_attention_heads'] - groups} signal and {groups} noise heads in {groups} groups"
+    size = "" if num_parameters is None else f"{num_parameters / 1e9:.3g} B parameters, "
+    facts = (
+        f"A Motif-2 language model: {size}{config['num_hidden_layers']} layers of width {config['hidden_size']}, "
+        f"grouped differential attention ({attention}), PolyNorm, {config['vocab_size']:,} tokens ({REPORT})."
+    )
+    return facts if description is None else f"{facts}\n\n{description}"
+
+
+def _use(config: dict) -> str:
+    if config["model_type"] == "motif2":
+        text = "With the `motif2` package, `import modeling_motif2` first and leave `trust_remote_code` out."
+        return USE.format(folder="path/or/repository", argument="trust_remote_code=True") + "\n\n" + text
+    text = "This folder is in the official layout and has no sources: `import modeling_motif2` first."
+    return USE.format(folder="path/or/repository", argument='dtype="auto"') + "\n\n" + text
+
+
+def _table(evaluation: dict[str, dict[str, float]]) -> str:
+    rows = [
+        f"| {task} | {metric} | {value:.4g} |" for task, row in evaluation.items() for metric, value in row.items()
+    ]
+    return "\n".join(["| task | metric | value |", "|---|---|---:|", *rows])
+
+
+def _licence(license: str | None) -> str:
+    weights = f"Weights: {license}." if license else "Weights: not stated by whoever saved this model."
+    return f"{weights} Code in this folder: {CODE_LICENSE}."
+
+
+__all__ = ["write_model_card"]

@@ -1,0 +1,400 @@
+"""Official checkpoints, both layouts, errors that name tensors, and folders that load without this package."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM, Motif2Model
+from modeling_motif2.model_card import write_model_card
+from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.reference import reference_logits
+
+UNUSED_KEYS = {
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "expanded": True,
+    "fused_rope": True,
+    "rope_scaling": None,
+    "use_bias": False,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "transformers_version": "4.51.3",
+    "torch_dtype": "float32",
+    "auto_map": {
+        "AutoConfig": "configuration_motif.MotifConfig",
+        "AutoModelForCausalLM": "modeling_motif.MotifForCausalLM",
+    },
+}
+STYLE_12_7B = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 4,
+    "num_noise_heads": 2,
+    "head_dim": 6,
+    "k_ratio": 1,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+# Motif-2.6B's config.json leaves out the noise heads, head_dim, and tied embeddings (transformers 4's default).
+STYLE_2_6B = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rope_theta": 500000.0,
+}
+STYLES = {"12.7B": STYLE_12_7B, "2.6B": STYLE_2_6B}
+CONSTANTS = {
+    "vocab_size": 53,
+    "hidden_act": "poly_norm",
+    "rms_norm_eps": 1e-6,
+    "attn_rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.02,
+    "bos_token_id": 3,
+    "eos_token_id": 2,
+}
+
+
+def official_tensors(config: dict) -> dict[str, torch.Tensor]:
+    """Random float32 tensors with the official names and shapes, listed without help from the model."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    dim = config.get("head_dim") or hidden // heads
+    signal = heads - (config.get("num_noise_heads") or heads // 2)
+    keys = config["num_key_value_heads"]
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads * dim, hidden),
+        "self_attn.k_proj.weight": (keys * dim, hidden),
+        "self_attn.v_proj.weight": (keys * dim, hidden),
+        "self_attn.o_proj.weight": (hidden, signal * 2 * dim),
+        "self_attn.lambda_q1": (dim,),
+        "self_attn.lambda_k1": (dim,),
+        "self_attn.lambda_q2": (dim,),
+        "self_attn.lambda_k2": (dim,),
+        "self_attn.subln.weight": (2 * dim,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "mlp.act_fn.weight": (3,),
+        "mlp.act_fn.bias": (1,),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    for index in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()}
+
+
+def write_official(folder, style: str, model_type: str = "Motif", change=None) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint in the official layout, two shards; `change(tensors)` may spoil it first."""
+    folder.mkdir(exist_ok=True)
+    config = CONSTANTS | STYLES[style]
+    tensors = official_tensors(config)
+    if change is not None:
+        change(tensors)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, folder / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    head = {"model_type": model_type, "architectures": ["MotifForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(head | config | UNUSED_KEYS))
+    generation = {"bos_token_id": 3, "eos_token_id": [2, 5], "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return tensors
+
+
+def official_logits(tensors: dict, config: Motif2Config, ids: torch.Tensor) -> torch.Tensor:
+    """The float64 reference on tensors as written, not as loaded."""
+
+    class Written:
+        def state_dict(self):
+            head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+            return tensors | {"lm_head.weight": head}
+
+    Written.config = config
+    return reference_logits(Written(), ids)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("model_type", ["Motif", "motif"])
+def test_official_checkpoints_load_through_the_auto_classes(tmp_path, style, model_type):
+    tensors = write_official(tmp_path, style, model_type)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is Motif2Config
+    assert config.model_type == "motif2"
+    assert config.num_noise_heads == STYLES[style].get("num_noise_heads")
+    assert config.tie_word_embeddings == (style == "2.6B")
+    assert config.rope_parameters["rope_theta"] == STYLES[style]["rope_theta"]
+    assert (config.sliding_window, config.auto_map) == (None, {})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is Motif2ForCausalLM
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == [2, 5]
+    ids = random_ids(1, 11)[0] % 53
+    expected = official_logits(tensors, config, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[None]).logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+        backbone = AutoModel.from_pretrained(tmp_path)
+        assert type(backbone) is Motif2Model
+        torch.testing.assert_close(backbone(ids[None])[0], model.model(ids[None])[0])
+    assert type(Motif2ForCausalLM.from_pretrained(tmp_path).config) is Motif2Config
+
+
+def test_a_task_head_loads_from_a_language_model(tmp_path):
+    write_official(tmp_path, "12.7B")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert model.score.weight.shape == (3, 24)
+
+
+@pytest.mark.parametrize("layout", ["motif2", "official"])
+@pytest.mark.parametrize("style", STYLES)
+def test_saving_in_both_layouts_loses_nothing(tmp_path, style, layout):
+    tensors = write_official(tmp_path / "in", style)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    model.save_pretrained(tmp_path / "out", layout=layout)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    if layout == "official":
+        original = json.loads((tmp_path / "in" / "config.json").read_text())
+        same = set(original) - {"transformers_version", "auto_map", "torch_dtype", "sliding_window", "fused_rope"}
+        same -= {"max_window_layers", "expanded"}
+        assert {key: written.get(key) for key in same} == {key: original[key] for key in same}
+        assert not list((tmp_path / "out").glob("*.py"))
+    else:
+        assert written["model_type"] == "motif2"
+        assert written["auto_map"]["AutoModelForCausalLM"] == "modeling_motif2.Motif2ForCausalLM"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = random_ids(1, 7) % 53
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.generation_config.eos_token_id == [2, 5]
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="layout='megatron' is unknown"):
+        small_model().save_pretrained(tmp_path, layout="megatron")
+
+
+def rename(tensors):
+    tensors["model.layers.0.self_attn.lambda_q9"] = tensors.pop("model.layers.0.self_attn.lambda_q1")
+
+
+def reshape(tensors):
+    tensors["model.layers.1.self_attn.o_proj.weight"] = torch.zeros(24, 48)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
+    write_official(tmp_path, "12.7B", change=rename)
+    with pytest.raises(ValueError, match=r"1 missing: .*lambda_q1; 1 left over: .*lambda_q9"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lambda_q9"):
+        AutoModel.from_pretrained(tmp_path)
+    write_official(tmp_path, "12.7B", change=reshape)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj\.weight is \(24, 48\), not \(24, 96\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert loaded.model.layers[1].self_attn.o_proj.weight.shape == (24, 96)
+
+
+def test_a_doubtful_checkpoint_can_be_loaded_on_request(tmp_path):
+    write_official(tmp_path, "12.7B", change=rename)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, strict=False, output_loading_info=True)
+    assert info["missing_keys"] == {"model.layers.0.self_attn.lambda_q1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": None}, "lacks rope_theta"),
+        ({"num_hidden_layers": None, "hidden_size": None}, "lacks hidden_size, num_hidden_layers"),
+        ({"use_bias": True}, "use_bias"),
+        ({"head_dim": None}, "head_dim is missing"),
+    ],
+)
+def test_an_official_configuration_that_cannot_be_read_says_why(tmp_path, change, message):
+    write_official(tmp_path, "12.7B")
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_full_size_has_the_published_tensors():
+    config = Motif2Config()
+    with torch.device("meta"):
+        model = Motif2ForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in full_size_shapes(config).items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert actual == expected
+    assert len(actual) == 643 == 3 + 16 * 40
+    assert actual["model.layers.39.self_attn.q_proj.weight"] == (5120, 4096)
+    assert actual["model.layers.39.self_attn.k_proj.weight"] == (2048, 4096)
+    assert actual["model.layers.39.self_attn.o_proj.weight"] == (4096, 8192)
+    assert actual["model.layers.39.self_attn.subln.weight"] == (256,)
+    assert actual["model.layers.39.self_attn.lambda_k2"] == (128,)
+    assert actual["lm_head.weight"] == (219520, 4096)
+    assert model.num_parameters() == pytest.approx(12.7e9, rel=0.005)
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (219395, 219396, 219395)
+
+
+def full_size_shapes(config: Motif2Config) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        tensors = {}
+        hidden, inner, vocabulary = 4096, 16384, 219520
+        tensors["model.embed_tokens.weight"] = torch.empty(vocabulary, hidden)
+        tensors["model.norm.weight"] = torch.empty(hidden)
+        tensors["lm_head.weight"] = torch.empty(vocabulary, hidden)
+        for layer in range(40):
+            prefix = f"model.layers.{layer}."
+            tensors[prefix + "input_layernorm.weight"] = torch.empty(hidden)
+            tensors[prefix + "post_attention_layernorm.weight"] = torch.empty(hidden)
+            tensors[prefix + "self_attn.q_proj.weight"] = torch.empty(5120, hidden)
+            tensors[prefix + "self_attn.k_proj.weight"] = torch.empty(2048, hidden)
+            tensors[prefix + "self_attn.v_proj.weight"] = torch.empty(2048, hidden)
+            tensors[prefix + "self_attn.o_proj.weight"] = torch.empty(hidden, 8192)
+            for name in ("q1", "k1", "q2", "k2"):
+                tensors[prefix + f"self_attn.lambda_{name}"] = torch.empty(128)
+            tensors[prefix + "self_attn.subln.weight"] = torch.empty(256)
+            tensors[prefix + "mlp.gate_proj.weight"] = torch.empty(inner, hidden)
+            tensors[prefix + "mlp.up_proj.weight"] = torch.empty(inner, hidden)
+            tensors[prefix + "mlp.down_proj.weight"] = torch.empty(hidden, inner)
+            tensors[prefix + "mlp.act_fn.weight"] = torch.empty(3)
+            tensors[prefix + "mlp.act_fn.bias"] = torch.empty(1)
+    return tensors
+
+
+def test_full_size_2_6b_ties_its_head():
+    config = Motif2Config(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_noise_heads=None,
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        max_position_embeddings=16384,
+    )
+    with torch.device("meta"):
+        model = Motif2ForCausalLM(config)
+    assert (config.num_groups, config.num_signal_heads_per_group, config.head_dim) == (8, 1, 128)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (2048, 2048)
+    assert model.model.layers[0].self_attn.o_proj.weight.shape == (2048, 2048)
+    assert model.num_parameters() == pytest.approx(2.6e9, rel=0.02)
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.path = [path for path in sys.path if path not in ("", {root!r})]
+try:
+    import modeling_motif2
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package is importable here")
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
+ids = torch.arange(3, 15)[None]
+with torch.no_grad():
+    torch.save((model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)), {out!r})
+model.save_pretrained({again!r})
+"""
+
+
+def run_without_package(tmp_path, folder, again):
+    """Loads a saved folder with remote code in a process that has no `modeling_motif2`; returns logits and text."""
+    root = str(__import__("pathlib").Path(__file__).resolve().parents[2])
+    out = tmp_path / "out.pt"
+    script = WITHOUT_PACKAGE.format(root=root, folder=str(folder), out=str(out), again=str(again))
+    blocker = tmp_path / "blocker"
+    blocker.mkdir(exist_ok=True)
+    # An editable install puts the package on the path through a finder: refuse it by name.
+    (blocker / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'modeling_motif2':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    env = {
+        "PYTHONPATH": str(blocker),
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def test_a_saved_folder_works_without_this_package(tmp_path):
+    model = small_model(attention="sdpa")
+    model.save_pretrained(tmp_path / "saved")
+    logits, generated = run_without_package(tmp_path, tmp_path / "saved", tmp_path / "again")
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(logits, model(ids).logits)
+        assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(ids).logits, logits)
+    sources = {path.name for path in (tmp_path / "saved").glob("*.py")}
+    assert {"modeling_motif2.py", "configuration_motif2.py", "diagnostics.py"} <= sources
+    assert sources == {path.name for path in (tmp_path / "again").glob("*.py")}
+
+
+def test_the_model_card_says_what_is_known(tmp_path):
+    small_model().save_pretrained(tmp_path / "my-model")
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    assert "4 signal and 2 noise heads in 2 groups" in card
+    assert "Not recorded by whoever saved this model." in card
+    assert "Weights: not stated" in card
+    write_model_card(
+        tmp_path / "my-model",
+        training="Pre-trained on nothing much.",
+        license="apache-2.0",
+        evaluation={"gsm8k": {"exact_match": 0.5}},
+    )
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    assert "| gsm8k | exact_match | 0.5 |" in card
+    assert "license: apache-2.0" in card
+    assert "Pre-trained on nothing much." in card
+    small_model().save_pretrained(tmp_path / "my-model")
+    assert "nothing much" in (tmp_path / "my-model" / "README.md").read_text()
+
+
+def test_a_saved_model_saves_again_after_its_folder_is_gone(tmp_path):
+    small_model().save_pretrained(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "modeling_motif2.py").exists()
