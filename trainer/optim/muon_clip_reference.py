@@ -88,21 +88,22 @@ class MuonClip(torch.optim.Optimizer):
             raise ValueError(f"qk_clip_rule is {qk_clip_rule!r}: choose one of {QK_CLIP_RULES}")
         self.qk_clip_threshold, self.qk_clip_rule, self.attentions = qk_clip_threshold, qk_clip_rule, list(attentions)
         self.skipped_steps, self._report = 0, {"clipped_heads": 0, "max_logit": -math.inf}
-        groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
-        for group in (group for group in groups if group.get("algorithm") == "adamw"):
-            group.setdefault("lr", lr if adamw_lr is None else adamw_lr)
+        self._adamw_lr = lr if adamw_lr is None else adamw_lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": adamw_betas}
-        super().__init__(groups, defaults | {"eps": adamw_eps, "algorithm": "muon"})
-        for group in self.param_groups:
-            if group["algorithm"] not in ("muon", "adamw"):
-                raise ValueError(f"algorithm is {group['algorithm']!r}: choose 'muon' or 'adamw'")
-            if group["algorithm"] == "muon" and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("a Muon group holds a parameter that is no matrix: give it to an 'adamw' group")
+        super().__init__(params, defaults | {"eps": adamw_eps, "algorithm": "muon"})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters, at construction or later."""
+        if (algorithm := param_group.get("algorithm", "muon")) not in ("muon", "adamw"):
+            raise ValueError(f"algorithm is {algorithm!r}: choose 'muon' or 'adamw'")
+        super().add_param_group({"lr": self._adamw_lr} | param_group if algorithm == "adamw" else param_group)
+        if algorithm == "muon" and any(p.ndim != 2 for p in self.param_groups[-1]["params"]):
+            raise ValueError("a Muon group holds a parameter that is no matrix: give it to an 'adamw' group")
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update all parameters, or none (counted in `skipped_steps`) if a gradient holds a NaN or an infinity."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
+        loss = torch.enable_grad()(closure)() if closure else None
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if all(bool(gradient.isfinite().all()) for gradient in gradients):
             for group in self.param_groups:
@@ -112,9 +113,8 @@ class MuonClip(torch.optim.Optimizer):
             self._clip_queries_and_keys()
         else:
             self.skipped_steps += 1
-        for attention in self.attentions:
-            if attention.max_logits is not None:
-                attention.max_logits.fill_(-math.inf)
+        for attention in (module for module in self.attentions if module.max_logits is not None):
+            attention.max_logits.fill_(-math.inf)
         return loss
 
     def clip_report(self) -> dict:

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from trainer.optim.communication import Team
 from trainer.optim.fused import apply_update, nesterov
 from trainer.optim.layout import Layout, layout_of, local_of
-from trainer.optim.muon_clip_reference import COEFFICIENTS, MuonClip, update_scale
+from trainer.optim.muon_clip_reference import MuonClip, update_scale
 from trainer.optim.orthogonalise import Orthogonaliser
 from trainer.optim.pipeline import run_pipeline
 from trainer.optim.plan import Chunk, plan_chunks
@@ -51,16 +51,16 @@ class ParallelMuonClip(MuonClip):
         params: groups as for `MuonClip`.
         lr: learning rate of the Muon groups.
         method: Newton-Schulz as "gram" (on the s x s Gram matrix, float16, one restart) or "classic".
-        coefficients: (a, b, c) of each Newton-Schulz step.
+        coefficients: "motif", "polar_express", "jordan", or (a, b, c) of each Newton-Schulz step.
         mode: "parallel" (one owner a matrix), or "distributed" (every rank gathers and orthogonalises every matrix),
             which is there to be compared with.
         chunk_size: matrices of the largest size that a rank owns in a chunk, or as many small ones; None: all at once.
         pipelined: overlap a chunk's products with its neighbours' transfers.
         balanced: share matrices out by cost, longest first, instead of in turn.
-        wire_dtype: dtype of directions on the wire; None: bfloat16 on accelerators, the parameters' own elsewhere.
+        wire_dtype: dtype of directions on the wire; None: bfloat16 on accelerators, float32 or more elsewhere.
         process_group: all ranks that step together; None: all there are.
         timeout_seconds: how long a collective waits for a rank that does not come.
-        backend: of the Newton-Schulz kernels.
+        backend: of the Newton-Schulz kernels: "auto", "triton", "torch" or "quack".
         options: of `MuonClip`: momentum, weight_decay, adamw_lr, adamw_betas, adamw_eps, qk_clip_threshold,
             qk_clip_rule, attentions.
 
@@ -74,7 +74,7 @@ class ParallelMuonClip(MuonClip):
         lr: float,
         *,
         method: str = "gram",
-        coefficients: Iterable = COEFFICIENTS,
+        coefficients: str | tuple = "motif",
         mode: str = "parallel",
         chunk_size: int | None = 2,
         pipelined: bool = True,
@@ -218,7 +218,7 @@ class ParallelMuonClip(MuonClip):
     def _plan_team(self, ranks: tuple[int, ...], members: list) -> TeamPlan:
         team = self._team(ranks)
         layouts = tuple(layout for _, _, layout in members)
-        chunks = plan_chunks(layouts, team.me, self.orthogonalise.method, self.chunk_size, self.balanced)
+        chunks = plan_chunks(layouts, team.me, self.orthogonalise.cost, self.chunk_size, self.balanced)
         return TeamPlan(team, tuple((group, parameter) for group, parameter, _ in members), layouts, chunks)
 
     def _run_parallel(self, plan: TeamPlan) -> None:
@@ -253,18 +253,18 @@ class ParallelMuonClip(MuonClip):
                 placement = (parameter.device_mesh, parameter.placements)
                 shape = {"shape": parameter.shape, "stride": parameter.stride()}
                 direction = DTensor.from_local(direction, *placement, run_check=False, **shape).full_tensor()
-            turned = layout.shape[0] > layout.shape[1]
-            update = self.orthogonalise((direction.mT if turned else direction).contiguous()[None])[0]
+            update = self.orthogonalise(direction[None])[0]
             part = torch.empty_like(local, dtype=update.dtype)
             block = layout.blocks[plan.team.me]
-            for full, own in block.tiles(update.mT if turned else update, part):
+            for full, own in block.tiles(update, part):
                 own.copy_(full)
             self._apply(group, parameter, part)
 
     def _direction_dtype(self, parameter: Tensor) -> torch.dtype:
         if self.wire_dtype is not None:
             return self.wire_dtype
-        return parameter.dtype if self._device.type == "cpu" else torch.bfloat16
+        on_cpu = self._device.type == "cpu"
+        return torch.promote_types(parameter.dtype, torch.float32) if on_cpu else torch.bfloat16
 
     def _direction(self, group: dict, parameter: Tensor, out: Tensor | None) -> None:
         """Advance the momentum of this rank's shard and write the Nesterov direction to `out`."""

@@ -4,7 +4,7 @@
     network  | gather 0 | gather 1            | scatter 0, gather 2 | …
 
 At most two chunks' buffers are alive at a time. What is done to a matrix comes in as functions, so that this file
-knows about buffers and order only. Legend: m, n a matrix turned so that m <= n.
+knows about buffers and order only. Legend: A rows, B columns of a matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,8 @@ def run_pipeline(
         team: the ranks that exchange.
         prologue: called once for each matrix; writes this rank's part of the direction, shaped as its block, into the
             tensor it is given (None: nobody asks this rank for it).
-        orthogonalise: maps a batch (count, m, n) in `gather_dtype` to updates of the same shape.
+        orthogonalise: maps a batch (count, A, B) in `gather_dtype` to updates of the same shape in `scatter_dtype`; it
+            may reuse the batch.
         epilogue: called with this rank's part of each update, shaped as its block.
         gather_dtype: dtype of directions on the wire.
         scatter_dtype: dtype of updates on the wire.
@@ -85,16 +86,16 @@ def run_pipeline(
 def _orthogonalise_owned(
     chunk: Chunk, shapes: Sequence[tuple[int, int]], gathered: Flight, orthogonalise: Callable[[Tensor], Tensor]
 ) -> dict[int, Tensor]:
-    """Put owned matrices together, turned and batched by shape, and orthogonalise them; views by number, (A, B)."""
+    """Put owned matrices together, batched by shape, and orthogonalise them; updates (A, B) by number."""
     received = gathered.arrive()
     numbers_by_shape: dict[tuple[int, int], list[int]] = {}
     for number in chunk.owned:
-        numbers_by_shape.setdefault((min(shapes[number]), max(shapes[number])), []).append(number)
+        numbers_by_shape.setdefault(shapes[number], []).append(number)
     batches = [
-        (numbers, received.new_empty(len(numbers), *shape))  # (count, m, n)
+        (numbers, received.new_empty(len(numbers), *shape))  # (count, A, B)
         for shape, numbers in numbers_by_shape.items()
     ]
-    wholes = {number: view for numbers, batch in batches for number, view in _turned_back(numbers, batch, shapes)}
+    wholes = {number: matrix for numbers, batch in batches for number, matrix in zip(numbers, batch, strict=True)}
     for piece in chunk.gather.receives:
         for full, local in piece.block.tiles(wholes[piece.matrix], _slot(received, piece)):
             full.copy_(local)
@@ -102,15 +103,9 @@ def _orthogonalise_owned(
     updates = {}
     while batches:
         numbers, batch = batches.pop(0)
-        updates |= dict(_turned_back(numbers, orthogonalise(batch), shapes))
+        updates |= dict(zip(numbers, orthogonalise(batch), strict=True))
         del batch
     return updates
-
-
-def _turned_back(numbers: list[int], batch: Tensor, shapes: Sequence[tuple[int, int]]):
-    """Pairs of a matrix's number and its view (A, B) of the batch (count, m, n)."""
-    for number, matrix in zip(numbers, batch, strict=True):
-        yield number, matrix.mT if shapes[number][0] > shapes[number][1] else matrix
 
 
 def _slot(buffer: Tensor, piece: Piece) -> Tensor:

@@ -1,31 +1,14 @@
 """The plan of a step: who orthogonalises which matrix, in which chunks, and what travels where.
 
 A plan is a pure function of shapes, layouts and settings, so every rank works out the same one.
-Legend: s = min(A, B), l = max(A, B) of a matrix; positions are places in the team of ranks.
+Legend: A rows, B columns of a matrix; positions are places in the team of ranks.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.optim.layout import Block, Layout
-
-NEWTON_SCHULZ_STEPS = 5
-
-
-def newton_schulz_flops(shape: Sequence[int], method: str = "classic", symmetric: bool = True) -> int:
-    """Floating-point operations of five Newton-Schulz steps on one matrix.
-
-    Args:
-        shape: (A, B) of the matrix.
-        method: "classic", or "gram" with one restart.
-        symmetric: count a symmetric product half, as kernels do that compute one triangle.
-    """
-    s, l = min(shape), max(shape)
-    product = 1 if symmetric else 2  # of a symmetric s x s result, in units of s^2 times the inner length
-    if method == "classic":
-        return NEWTON_SCHULZ_STEPS * (product * (s * s * l + s**3) + 2 * s * s * l)
-    return 2 * product * s * s * l + 4 * s * s * l + 14 * product * s**3
 
 
 @dataclass(frozen=True)
@@ -89,7 +72,7 @@ def cut_rounds(
         list: for each round, for each position, the numbers of the matrices it owns.
     """
     sizes = [layout.shape[0] * layout.shape[1] for layout in layouts]
-    order = sorted(range(len(sizes)), key=lambda n: (-costs[n], sorted(layouts[n].shape), n)) if balanced else None
+    order = sorted(range(len(sizes)), key=lambda n: (-costs[n], layouts[n].shape, n)) if balanced else None
     budget = float("inf") if chunk_size is None else chunk_size * max(sizes)
     team_size = len(layouts[0].team)
     by_position: list[list[list[int]]] = [[] for _ in range(team_size)]
@@ -106,18 +89,18 @@ def cut_rounds(
 
 
 def plan_chunks(
-    layouts: Sequence[Layout], me: int, method: str, chunk_size: int | None, balanced: bool
+    layouts: Sequence[Layout], me: int, cost_of: Callable[[int, int], float], chunk_size: int | None, balanced: bool
 ) -> tuple[Chunk, ...]:
     """Plan the rounds of one team.
 
     Args:
         layouts: of every matrix of the team, in the same order on every rank.
         me: this rank's position in the team.
-        method: "classic" or "gram", which decides the costs.
+        cost_of: work to orthogonalise an (A, B) matrix, in any unit.
         chunk_size: most elements a rank owns in a round, in units of the largest matrix; None puts all in one round.
         balanced: share out by cost, longest first, instead of in turn.
     """
-    costs = [newton_schulz_flops(layout.shape, method) for layout in layouts]
+    costs = [cost_of(*layout.shape) for layout in layouts]
     owners = assign_owners(costs, len(layouts[0].team), balanced)
     rounds = cut_rounds(layouts, owners, costs, chunk_size, balanced)
     return tuple(_chunk_of(layouts, owned_by, me) for owned_by in rounds)

@@ -1,0 +1,130 @@
+"""Layouts agree with DTensor's own shards, and plans are complete, balanced and bounded."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from tests.distributed import run_distributed
+from trainer.optim.layout import Block, Layout, _read_placements, layout_of
+from trainer.optim.plan import assign_owners, cut_rounds, plan_chunks
+
+PLACEMENTS = [
+    ((4,), (Shard(0),)),
+    ((4,), (Shard(1),)),
+    ((4,), (Replicate(),)),
+    ((2, 2), (Replicate(), Shard(0))),
+    ((2, 2), (Shard(0), Shard(1))),
+    ((2, 2), (Shard(0), Shard(0))),
+    ((2, 2), (Shard(-1), Replicate())),
+]
+
+
+@pytest.mark.distributed
+def test_layouts_are_those_of_dtensor():
+    full = torch.arange(7 * 5.0).view(7, 5)
+
+    def run(rank):
+        for mesh_shape, placements in PLACEMENTS:
+            tensor = distribute_tensor(full, init_device_mesh("cpu", mesh_shape), placements)
+            layout = layout_of(tensor, ())
+            rebuilt = torch.full_like(full, -1)
+            for position in layout.sources(rank):
+                block = layout.blocks[position]
+                part = torch.empty(block.shape)
+                for source, target in block.tiles(full, part):
+                    target.copy_(source)
+                if position == rank:
+                    assert torch.equal(part, tensor.to_local())
+                for target, source in block.tiles(rebuilt, part):
+                    target.copy_(source)
+            assert torch.equal(rebuilt, full)
+
+    run_distributed(run, 4)
+
+
+def test_strided_shards_interleave():
+    # rows 0-3 and 4-7 lie on the two tensor-parallel ranks; data-parallel rank 0 holds the first half of each
+    layout = _read_placements(torch.tensor([[0, 1], [2, 3]]), (_StridedShard(0, split_factor=2), Shard(0)), (8, 3))
+    assert [block.row_runs for block in layout.blocks] == [((0, 2),), ((4, 6),), ((2, 4),), ((6, 8),)]
+    layout = _read_placements(torch.tensor([0, 1]), (_StridedShard(0, split_factor=2),), (8, 3))
+    assert [block.row_runs for block in layout.blocks] == [((0, 2), (4, 6)), ((2, 4), (6, 8))]
+
+
+def test_partial_sums_are_refused():
+    with pytest.raises(ValueError, match="MuonClip takes shards and replicas"):
+        _read_placements(torch.tensor([0, 1]), (Partial(),), (4, 4))
+
+
+def row_layout(shape: tuple[int, int], ranks: int, copies: int = 1) -> Layout:
+    mesh = torch.arange(ranks * copies).view(copies, ranks)
+    return _read_placements(mesh, (Replicate(), Shard(0)), shape)
+
+
+def cost_of(rows: int, columns: int) -> int:
+    """Something like the work of Newton-Schulz."""
+    return 6 * min(rows, columns) ** 2 * max(rows, columns) + 14 * min(rows, columns) ** 3
+
+
+# Motif-2-12.7B's matrices: a layer has gate, up, down, q, k, v, o
+FULL_MODEL = [(16384, 4096), (16384, 4096), (4096, 16384), (5120, 4096), (2048, 4096), (2048, 4096), (4096, 8192)] * 40
+
+
+def test_full_model_is_balanced_on_eight_ranks():
+    costs = [cost_of(*shape) for shape in FULL_MODEL]
+    loads = [0] * 8
+    for cost, owner in zip(costs, assign_owners(costs, 8), strict=True):
+        loads[owner] += cost
+    assert max(loads) == min(loads)
+
+
+def test_longest_first_is_close_to_even_where_nothing_divides():
+    costs = [cost_of(*shape) for shape in FULL_MODEL]
+    loads = [0] * 24
+    for cost, owner in zip(costs, assign_owners(costs, 24), strict=True):
+        loads[owner] += cost
+    assert max(loads) < 1.02 * sum(loads) / 24
+    in_turn = assign_owners(costs, 24, balanced=False)
+    assert in_turn[:25] == [*range(24), 0]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_rounds_hold_every_matrix_once_within_bounds(chunk_size, balanced):
+    layouts = [row_layout(shape, 3) for shape in [(8, 4), (4, 8), (2, 4), (2, 4), (3, 4), (8, 4), (2, 2)] * 3]
+    costs = [cost_of(*layout.shape) for layout in layouts]
+    owners = assign_owners(costs, 3, balanced)
+    rounds = cut_rounds(layouts, owners, costs, chunk_size, balanced)
+    assert sorted(n for owned_by in rounds for owned in owned_by for n in owned) == list(range(len(layouts)))
+    for owned_by in rounds:
+        for position, owned in enumerate(owned_by):
+            assert all(owners[n] == position for n in owned)
+            if chunk_size:
+                assert sum(layouts[n].shape[0] * layouts[n].shape[1] for n in owned) <= chunk_size * 32
+    if chunk_size is None:
+        assert len(rounds) == 1
+
+
+def test_routes_of_all_ranks_fit_together():
+    layouts = [row_layout(shape, 3, copies=2) for shape in [(8, 4), (2, 4), (5, 7), (4, 8), (1, 3)]]
+    plans = [plan_chunks(layouts, me, cost_of, 1, True) for me in range(6)]
+    assert len({len(plan) for plan in plans}) == 1
+    for chunks in zip(*plans, strict=True):
+        for routes in ([chunk.gather for chunk in chunks], [chunk.scatter for chunk in chunks]):
+            for me in range(6):
+                for peer in range(6):
+                    assert routes[me].send_splits[peer] == routes[peer].receive_splits[me]
+                    sent = [(p.matrix, p.block) for p in routes[me].sends if p.peer == peer]
+                    assert sent == [(p.matrix, p.block) for p in routes[peer].receives if p.peer == me]
+        # replicas do not gather twice what one of them has
+        gathered = sum(sum(chunk.gather.receive_splits) for chunk in chunks)
+        assert gathered == sum(layouts[n].shape[0] * layouts[n].shape[1] for chunk in chunks for n in chunk.owned)
+
+
+def test_a_copy_everywhere_is_gathered_from_the_owner_itself():
+    whole = Block(((0, 4),), ((0, 6),))
+    layout = Layout((4, 6), (0, 1), (whole, whole), (0, 1))
+    chunk = plan_chunks([layout], 0, cost_of, 1, True)[0]
+    assert chunk.gather.send_splits == (24, 0)
+    assert chunk.scatter.send_splits == (24, 24)

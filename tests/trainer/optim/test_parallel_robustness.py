@@ -1,0 +1,192 @@
+"""What goes wrong in training leaves parallel MuonClip's ranks in step with each other, or ends with a clear error."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tests.distributed import run_distributed
+from tests.trainer.optim.helpers import (
+    SHAPES,
+    Bag,
+    attention_of,
+    full_parameters,
+    full_tensors,
+    groups_of,
+    set_gradients,
+    shard_fully,
+)
+from trainer.optim import MuonClip, ParallelMuonClip
+
+pytestmark = pytest.mark.distributed
+
+
+def sharded(rank, world_size, **options):
+    """A bag under FSDP2, its attention and its optimizer."""
+    bag = Bag()
+    shard_fully(bag, init_device_mesh("cpu", (world_size,)))
+    attention = attention_of(bag, rank, world_size)
+    options = {"lr": 0.1, "method": "classic", "attentions": [attention]} | options
+    return bag, attention, ParallelMuonClip(groups_of(bag), **options)
+
+
+def local_values(bag, optimizer) -> list[torch.Tensor]:
+    """Copies of all local parameters and states."""
+    tensors = [value for p in bag.parameters() for value in (p, *optimizer.state[p].values())]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all():
+    def run(rank):
+        bag, attention, optimizer = sharded(rank, 2)
+        set_gradients(bag, 1)
+        optimizer.step()
+        before, outcomes = local_values(bag, optimizer), []
+        for poison in (math.nan, -math.inf):
+            set_gradients(bag, 2)
+            if rank == 1:
+                bag.vector.grad.to_local()[-1] = poison
+            attention.max_logits.fill_(400.0)
+            optimizer.step()
+            outcomes.append(all(map(torch.equal, before, local_values(bag, optimizer))))
+            outcomes.append(bool((attention.max_logits == -math.inf).all()))
+        return outcomes, optimizer.clip_report()["skipped_steps"]
+
+    assert run_distributed(run, 2) == [([True] * 4, 2)] * 2
+
+
+def test_a_gradient_missing_on_one_rank_counts_as_zero_there():
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2, attentions=())
+        set_gradients(bag, 1)
+        if rank == 1:
+            bag.gate.grad = bag.vector.grad = None
+        optimizer.step()
+        return full_parameters(bag)
+
+    bag = Bag()
+    set_gradients(bag, 1)
+    bag.gate.grad[8:] = 0
+    bag.vector.grad[5:] = 0
+    MuonClip(groups_of(bag), lr=0.1).step()
+    for result in run_distributed(run, 2):
+        for name, value in full_parameters(bag).items():
+            torch.testing.assert_close(result[name], value, rtol=0, atol=1e-12)
+
+
+def test_a_gradient_missing_everywhere_leaves_the_parameter_and_its_momentum_alone():
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2, attentions=())
+        bag.gate.requires_grad_(False)  # frozen in the middle of training
+        before = full_parameters(bag)
+        set_gradients(bag, 1, names=[name for name in SHAPES if name not in ("gate", "vector")])
+        optimizer.step()
+        after = full_parameters(bag)
+        moved = {name for name in SHAPES if not torch.equal(before[name], after[name])}
+        momentum = float(optimizer.state[bag.gate]["momentum_buffer"].to_local().abs().sum())
+        return moved, momentum, float(optimizer.state[bag.vector]["step"])
+
+    assert run_distributed(run, 2) == [(set(SHAPES) - {"gate", "vector"}, 0.0, 0.0)] * 2
+
+
+def test_zero_gradients_only_decay():
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2, attentions=(), weight_decay=0.5)
+        before = full_parameters(bag)
+        for parameter in bag.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return before, full_parameters(bag)
+
+    for before, after in run_distributed(run, 2):
+        for name in set(SHAPES) - {"vector"}:
+            torch.testing.assert_close(after[name], 0.95 * before[name])
+
+
+def test_a_step_with_lr_zero_makes_state_and_changes_no_weight():
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2)
+        before = full_parameters(bag)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(0.0)
+        for parameter in bag.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        after = full_parameters(bag)
+        same = all(torch.equal(before[name], after[name]) for name in SHAPES)
+        placements = [optimizer.state[p]["momentum_buffer"].placements == p.placements for p in bag.parameters()
+                      if p.ndim == 2]  # fmt: skip
+        return same, all(placements), len(placements)
+
+    assert run_distributed(run, 2) == [(True, True, len(SHAPES) - 1)] * 2
+
+
+def test_parameters_added_later_join_the_plan():
+    late = full_tensors(7)["down"]
+
+    def add(bag, optimizer, place):
+        set_gradients(bag, 1)
+        optimizer.step()
+        parameter = nn.Parameter(place(late.clone()))
+        optimizer.add_param_group({"params": [parameter]})
+        set_gradients(bag, 2)
+        parameter.grad = place(full_tensors(8)["down"])
+        optimizer.step()
+        return parameter.detach()
+
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2, attentions=())
+        mesh = init_device_mesh("cpu", (2,))
+        added = add(bag, optimizer, lambda full: distribute_tensor(full, mesh, [Shard(1)])).full_tensor()
+        with pytest.raises(ValueError, match="no matrix"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+        return added
+
+    bag = Bag()
+    expected = add(bag, MuonClip(groups_of(bag), lr=0.1), lambda full: full)
+    for added in run_distributed(run, 2):
+        torch.testing.assert_close(added, expected, rtol=0, atol=1e-12)
+
+
+def test_a_rank_that_does_not_come_is_a_clear_error():
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2, timeout_seconds=2)
+        set_gradients(bag, 1)
+        optimizer.step()
+        if rank == 1:
+            time.sleep(5)
+            return ""
+        with pytest.raises(RuntimeError, match=r"rank 0 lost a rank among \[0, 1\].* within 2 s") as error:
+            optimizer.step()
+        return str(error.value)
+
+    assert "restart from the last checkpoint" in run_distributed(run, 2)[0]
+
+
+def test_ranks_that_disagree_are_refused():
+    def run(rank):
+        _, _, optimizer = sharded(rank, 2, chunk_size=1 + rank)
+        with pytest.raises(ValueError, match="differ between ranks"):
+            optimizer.step()
+
+    run_distributed(run, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"mode": "serial"}, "mode is 'serial'"),
+        ({"method": "svd"}, "method"),
+        ({"timeout_seconds": 0}, "timeout_seconds is 0"),
+        ({"qk_clip_threshold": -1.0}, "qk_clip_threshold is -1.0"),
+        ({"attentions": [attention_of(Bag())]}, "not optimised"),
+    ],
+)
+def test_bad_settings_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelMuonClip(groups_of(Bag()), lr=0.1, **options)
