@@ -54,11 +54,13 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the stop, padding and start tokens into the generation config: `generate` ends with the turn."""
+    """Write the stop, padding and start tokens into the model's configurations: `generate` ends with the turn."""
     stop_ids = stop_token_ids(tokenizer)
+    start_id = tokenizer.convert_tokens_to_ids(BEGIN_OF_TEXT)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = start_id
+        settings.eos_token_id = settings.pad_token_id = stop_ids[0]
     model.generation_config.eos_token_id = stop_ids
-    model.generation_config.pad_token_id = stop_ids[0]
-    model.generation_config.bos_token_id = tokenizer.convert_tokens_to_ids(BEGIN_OF_TEXT)
 
 
 def encode_conversations(

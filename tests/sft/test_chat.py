@@ -1,5 +1,7 @@
 """The template writes Motif's markup, marks what the assistant writes, and generation stops where a turn ends."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import is_chat_template_stop_token_trained
@@ -142,17 +144,13 @@ def test_tokenizer_without_markup_is_refused(tokenizer):
 
 
 def test_stop_tokens_end_text_and_turn(tokenizer):
-    class Model:
-        class generation_config:
-            pass
-
-    set_stop_tokens(Model, tokenizer)
-    written = Model.generation_config
-    assert tokenizer.convert_ids_to_tokens(written.eos_token_id) == ["<|endoftext|>", "<|endofturn|>"]
-    assert tokenizer.convert_ids_to_tokens([written.pad_token_id, written.bos_token_id]) == [
-        "<|endoftext|>",
-        "<|beginoftext|>",
-    ]
+    model = SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace())
+    set_stop_tokens(model, tokenizer)
+    names = tokenizer.convert_ids_to_tokens
+    assert names(model.generation_config.eos_token_id) == ["<|endoftext|>", "<|endofturn|>"]
+    for settings in (model.config, model.generation_config):
+        assert names([settings.pad_token_id, settings.bos_token_id]) == ["<|endoftext|>", "<|beginoftext|>"]
+    assert names(model.config.eos_token_id) == "<|endoftext|>"
 
 
 def test_preview_cuts_long_conversations(tokenizer):

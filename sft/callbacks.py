@@ -1,0 +1,70 @@
+"""What a stage records: one JSON line an update, and a progress bar that stays one line."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from modeling_motif2.diagnostics import attention_modules, reset_max_logits
+
+_NAMES = {"entropy": "entropy", "mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log of the trainer to `metrics.jsonl`, with the largest attention logits by layer.
+
+    TRL runs the backbone without our head's forward; the logits are recorded inside the attention modules.
+
+    Args:
+        path: the file. A run that goes on from a checkpoint drops the lines of the updates it makes again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.losses: list[float] = []
+        self._attention: dict = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        maxima = torch.stack([attention.max_logits.max() for attention in attention_modules(model)]).tolist()
+        self._attention = {"max_logits": [value if math.isfinite(value) else None for value in maxima]}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if hasattr(inner, "clip_report"):
+            self._attention["clipped_heads"] = inner.clip_report()["clipped_heads"]
+        else:
+            reset_max_logits(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step}
+        if "eval_loss" in logs:
+            line["eval"] = {"loss": logs["eval_loss"], "token_accuracy": logs["eval_mean_token_accuracy"]}
+        else:
+            self.losses.append(logs["loss"])
+            line.update({_NAMES.get(key, key): value for key, value in logs.items()}, **self._attention)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=float) + "\n")
+
+
+class QuietProgress(ProgressCallback):
+    """transformers' progress bar with the loss beside it, instead of a printed line a log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if (
+            state.is_world_process_zero
+            and self.training_bar is not None
+            and logs
+            and math.isfinite(logs.get("loss", math.nan))
+        ):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")

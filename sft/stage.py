@@ -1,0 +1,349 @@
+"""One stage of supervised fine-tuning: TRL's SFTTrainer with MuonClip, PolyNorm kernels and packed conversations.
+
+What TRL and transformers do (packing, loss on the assistant's tokens, schedule, checkpoints, sharding) is theirs; here
+stand the settings that make it Motif's recipe, the checks before money is spent, and the record of what happened.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
+from kernels_hub import KernelChoice, use_polynorm
+from modeling_motif2.diagnostics import track_max_logits
+from sft.callbacks import MetricsCallback, QuietProgress
+from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
+from sft.config import SftStageConfig
+from sft.data import DataReport, load_conversations
+from trainer.optim import MuonClipFactory
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What a stage leaves behind.
+
+    Args:
+        output_dir: folder of the run.
+        model_dir: the trained model and its tokenizer, for `from_pretrained`.
+        steps: updates made.
+        train_loss: mean loss over the stage.
+        first_loss: loss of the first logged update.
+        last_loss: loss of the last logged update.
+        eval_loss: loss on eval_files after training; None without them.
+        data: what became of the training rows.
+        kernel: the PolyNorm implementation that ran.
+    """
+
+    output_dir: Path
+    model_dir: Path
+    steps: int
+    train_loss: float
+    first_loss: float
+    last_loss: float
+    eval_loss: float | None
+    data: DataReport
+    kernel: KernelChoice
+
+
+class StageTrainer(SFTTrainer):
+    """TRL's trainer that stops at the first loss that is no number, before it reaches the weights."""
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at update {self.state.global_step + 1}; the weights are as the update "
+                "before left them: lower learning_rate or max_grad_norm, look at the end of metrics.jsonl, and go on "
+                "from the last checkpoint with resume: true"
+            )
+        return loss
+
+
+def run_stage(config: SftStageConfig) -> SftResult:
+    """Fine-tune a model as the settings say.
+
+    Args:
+        config: one stage.
+
+    Returns:
+        SftResult: where the model lies and what was measured.
+
+    Raises:
+        ValueError: the output folder holds a run, a file or row cannot be used, model and tokenizer do not fit.
+        FloatingPointError: the loss is not finite.
+
+    Source: arXiv 2511.07464, section 4.
+    """
+    output_dir = Path(config.output_dir)
+    checkpoint = _claim_output_dir(config, output_dir)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    train_data, eval_data, report = load_stage_data(config, tokenizer)
+    model, kernel = load_stage_model(config, tokenizer)
+    metrics = MetricsCallback(output_dir / "metrics.jsonl")
+    trainer = build_trainer(config, model, tokenizer, train_data, eval_data, metrics)
+    if trainer.is_world_process_zero():
+        config.save(output_dir / "config.yaml")
+        report.save(output_dir / "data_report.json")
+        print(report.summary(), *preview(tokenizer, train_data, config.preview_samples), sep="\n")
+    if eval_data is not None and checkpoint is None:
+        trainer.evaluate()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
+    model_dir = save_final_model(trainer, tokenizer, output_dir)
+    losses = metrics.losses
+    return SftResult(
+        output_dir=output_dir,
+        model_dir=model_dir,
+        steps=output.global_step,
+        train_loss=output.training_loss,
+        first_loss=losses[0] if losses else output.training_loss,
+        last_loss=losses[-1] if losses else output.training_loss,
+        eval_loss=eval_loss,
+        data=report,
+        kernel=kernel,
+    )
+
+
+def _claim_output_dir(config: SftStageConfig, output_dir: Path) -> str | None:
+    """Refuse a folder with a run in it; the checkpoint to go on from, if the settings ask for it."""
+    if (output_dir / "model").exists():
+        raise ValueError(
+            f"output_dir {config.output_dir!r} holds a finished run; choose another folder, or remove this one"
+        )
+    checkpoints = output_dir / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if config.resume and last is None:
+        raise ValueError(
+            f"resume is set, but {str(checkpoints)!r} holds no checkpoint; set resume: false to start anew"
+        )
+    if not config.resume and (output_dir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"output_dir {config.output_dir!r} holds an unfinished run; set resume: true to go on from its last "
+            "checkpoint, choose another folder, or remove this one"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return last
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer with Motif's chat template.
+
+    Raises:
+        ValueError: there is no tokenizer, or it lacks the chat tokens.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from model_name_or_path {name_or_path!r}: {error}; "
+            "give a folder or Hub name with a tokenizer"
+        ) from error
+    return attach_chat_template(tokenizer)
+
+
+def load_stage_data(
+    config: SftStageConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None, DataReport]:
+    """Training and evaluation conversations of a stage, tokenized, and the report on the training rows."""
+    rules = {
+        "max_length": config.max_length,
+        "bad_rows": config.bad_rows,
+        "long_samples": config.long_samples,
+        "max_characters": config.max_characters,
+    }
+    train_data, report = load_conversations(
+        config.train_files, tokenizer, max_samples=config.max_samples, seed=config.seed, **rules
+    )
+    eval_data = None
+    if config.eval_files:
+        eval_data, _ = load_conversations(config.eval_files, tokenizer, seed=None, **rules)
+    return train_data, eval_data, report
+
+
+def load_stage_model(
+    config: SftStageConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, KernelChoice]:
+    """The model in float32 with its kernels and stop tokens, recording the largest attention logits.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has embeddings.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path, dtype=torch.float32, attn_implementation=config.attn_implementation
+    )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size} embeddings; "
+            "use the tokenizer that the model was trained with, or resize the model's embeddings"
+        )
+    set_stop_tokens(model, tokenizer)
+    model.config.use_cache = False
+    kernel = use_polynorm(model, source=config.kernels, training=True)
+    track_max_logits(model)
+    return model, kernel
+
+
+def build_trainer(
+    config: SftStageConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    metrics: MetricsCallback,
+) -> StageTrainer:
+    """TRL's trainer with the stage's settings, MuonClip and the record of every update."""
+    muon_clip = None
+    if config.optimizer == "muon_clip":
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        options["qk_clip_threshold"] = config.qk_clip_threshold
+        options["adamw_lr"] = config.adamw_learning_rate or None
+        muon_clip = (MuonClipFactory, options)
+    lora = None
+    if config.lora_rank:
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_target_modules),
+        )
+    trainer = StageTrainer(
+        model=model,
+        args=trl_arguments(config),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        callbacks=[metrics],
+        optimizer_cls_and_kwargs=muon_clip,
+        peft_config=lora,
+    )
+    trainer.remove_callback(ProgressCallback)
+    if config.progress:
+        trainer.add_callback(QuietProgress())
+    return trainer
+
+
+def trl_arguments(config: SftStageConfig) -> SFTConfig:
+    """The stage's settings in TRL's words."""
+    arguments = SFTConfig(
+        output_dir=str(Path(config.output_dir) / "checkpoints"),
+        max_length=config.max_length,
+        packing=config.packing,
+        packing_strategy=config.packing_strategy,
+        eval_packing=False,
+        assistant_only_loss=True,
+        per_device_train_batch_size=config.per_device_batch_size,
+        per_device_eval_batch_size=config.per_device_batch_size,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        optim="adamw_torch",
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.lr_scheduler,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "bfloat16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        use_cpu=config.use_cpu,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.eval_steps and config.eval_files else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.save_total_limit,
+        report_to=config.report_to,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not config.progress,
+    )
+    arguments.gradient_accumulation_steps = config.accumulation_steps(arguments.world_size)
+    return arguments
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, data: Dataset, count: int) -> list[str]:
+    """The first `count` conversations, decoded, with brackets around what the loss counts."""
+    rows = data.select(range(min(count, len(data))))
+    return [render_loss_mask(tokenizer, row["input_ids"], row["assistant_masks"]) + "\n" for row in rows]
+
+
+def save_final_model(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> Path:
+    """Write the model, the tokenizer and the stop tokens to `model/`.
+
+    LoRA adapters are merged into it, and also kept apart in `adapter/`.
+    """
+    model_dir = output_dir / "model"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        model.config.use_cache = True
+        trainer.save_model(str(model_dir))
+        return model_dir
+    trainer.save_model(str(output_dir / "adapter"))
+    if trainer.is_world_process_zero():
+        merged = model.merge_and_unload()
+        merged.config.use_cache = True
+        merged.save_pretrained(model_dir)
+        tokenizer.save_pretrained(model_dir)
+    return model_dir
+
+
+def describe_stage(config: SftStageConfig) -> str:
+    """What `run_stage` would do: settings, sizes, data and samples with their loss mask; nothing is written.
+
+    A model or file that is not on this machine is named as missing and left out.
+    """
+    world_size = PartialState().num_processes
+    lines = [yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)]
+    lines.append(
+        f"update: {config.batch_tokens(world_size):,} tokens at most = {config.per_device_batch_size} sequences of "
+        f"{config.max_length:,} x {config.accumulation_steps(world_size)} micro-steps x {world_size} devices"
+    )
+    lines.append(_describe_model(config))
+    missing = [file for file in (*config.train_files, *config.eval_files) if not Path(file).is_file()]
+    if missing:
+        lines.append(f"not on this machine, data not read: {', '.join(missing)}")
+        return "\n".join(lines)
+    try:
+        tokenizer = load_tokenizer(config.model_name_or_path)
+    except ValueError as error:
+        lines.append(f"data not read: {error}")
+        return "\n".join(lines)
+    train_data, _, report = load_stage_data(config, tokenizer)
+    lines.append(report.summary())
+    lines += preview(tokenizer, train_data, config.preview_samples)
+    return "\n".join(lines)
+
+
+def _describe_model(config: SftStageConfig) -> str:
+    """Parameters and the memory of weights, gradients and optimizer, from the model's configuration alone."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.model_name_or_path)
+    except (OSError, ValueError):
+        return f"model {config.model_name_or_path!r} is not on this machine: parameters not counted"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if config.lora_rank:
+        return f"parameters: {parameters:,}, frozen; weights {4 * parameters / 2**30:.1f} GiB, adapters extra"
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    moments = matrices + 2 * (parameters - matrices) if config.optimizer == "muon_clip" else 2 * parameters
+    return (
+        f"parameters: {parameters:,}; weights, gradients and optimizer in float32: "
+        f"{4 * (2 * parameters + moments) / 2**30:.1f} GiB over all devices, activations extra"
+    )

@@ -1,0 +1,267 @@
+"""A stage through TRL equals a plain loop, records attention, resumes exactly, and refuses what cannot work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from sft import stage
+from sft.callbacks import MetricsCallback
+from sft.config import SftStageConfig
+from sft.examples import write_conversations
+from sft.stage import run_stage
+from sft.train import main
+from trainer.optim import build_muon_clip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer, arithmetic_rows) -> Path:
+    """A folder with a tiny base model and its tokenizer, and two files of conversations."""
+    folder = tmp_path_factory.mktemp("sft")
+    torch.manual_seed(0)
+    config = Motif2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=2,
+        num_noise_heads=1,
+        head_dim=8,
+    )
+    Motif2ForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_conversations(arithmetic_rows[:120], folder / "train.jsonl")
+    write_conversations(arithmetic_rows[120:140], folder / "eval.jsonl")
+    return folder
+
+
+@pytest.fixture
+def settings(workplace, tmp_path):
+    """Make a stage's settings; keyword arguments win."""
+
+    def make(name="run", **changes) -> SftStageConfig:
+        defaults = {
+            "model_name_or_path": str(workplace / "base"),
+            "output_dir": str(tmp_path / name),
+            "train_files": [str(workplace / "train.jsonl")],
+            "max_length": 256,
+            "learning_rate": 5e-3,
+            "max_steps": 4,
+            "gradient_accumulation_steps": 2,
+            "kernels": "torch",
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "preview_samples": 0,
+            "progress": False,
+        }
+        return SftStageConfig(**(defaults | changes))
+
+    return make
+
+
+def metric_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
+    config = settings(
+        max_steps=10, eval_files=[str(workplace / "eval.jsonl")], preview_samples=1, gradient_checkpointing=True
+    )
+    result = run_stage(config)
+    lines = metric_lines(config.output_dir)
+    updates = [line for line in lines if "loss" in line]
+    before, after = (line["eval"]["loss"] for line in lines if "eval" in line)
+    assert after < before - 0.5
+    assert result.last_loss < result.first_loss - 0.5
+    assert (result.steps, result.eval_loss) == (10, after)
+    assert [line["step"] for line in updates] == list(range(1, 11))
+    assert all(len(line["max_logits"]) == 2 and line["clipped_heads"] == 0 for line in updates)
+    assert updates[-1]["learning_rate"] < updates[1]["learning_rate"]
+
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert model.config.use_cache
+    loaded = AutoTokenizer.from_pretrained(result.model_dir)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.convert_ids_to_tokens(model.generation_config.eos_token_id) == ["<|endoftext|>", "<|endofturn|>"]
+    assert {path.name for path in Path(config.output_dir).iterdir()} >= {"config.yaml", "data_report.json", "model"}
+
+
+def test_batches_are_packed_and_masked_to_the_token(settings, tokenizer):
+    config = settings(max_length=200)
+    data, _, report = stage.load_stage_data(config, tokenizer)
+    model, _ = stage.load_stage_model(config, tokenizer)
+    trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
+    expected = {
+        tuple(row["input_ids"]): [
+            token if mark else -100 for token, mark in zip(row["input_ids"], row["assistant_masks"], strict=True)
+        ]
+        for row in data
+    }
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        assert batch["input_ids"].shape[1] <= 200
+        assert "attention_mask" not in batch
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
+            ids = tuple(batch["input_ids"][0, start:end].tolist())
+            assert batch["labels"][0, start:end].tolist() == expected[ids]
+            assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+            seen += 1
+    assert seen == report.kept == 120
+
+
+def test_trl_with_muon_clip_equals_a_plain_loop(settings, workplace, monkeypatch):
+    batches = []
+    original = stage.StageTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        batches.append({name: inputs[name].clone() for name in ("input_ids", "labels", "position_ids")})
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(stage.StageTrainer, "compute_loss", record)
+    config = settings(qk_clip_threshold=0.02, weight_decay=0.1, warmup_ratio=0.3)
+    result = run_stage(config)
+    reported = metric_lines(config.output_dir)
+
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
+    optimizer = build_muon_clip(model, lr=config.learning_rate, weight_decay=0.1, qk_clip_threshold=0.02)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=4)
+    for line, micro_batches in zip(reported, zip(batches[::2], batches[1::2], strict=True), strict=True):
+        num_tokens = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        total = 0.0
+        for batch in micro_batches:
+            logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0, :-1]
+            loss = cross_entropy(logits, batch["labels"][0, 1:], reduction="sum") / num_tokens
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        assert line["loss"] == pytest.approx(total, abs=2e-6)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert line["clipped_heads"] == optimizer.clip_report()["clipped_heads"]
+    assert sum(line["clipped_heads"] for line in reported) > 0, "QK-clip saw the logits although TRL skips our head"
+    trained = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(settings, monkeypatch):
+    whole = run_stage(settings("whole", save_steps=2))
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsCallback, "on_step_begin", stop)
+        with pytest.raises(Stop):
+            run_stage(settings("broken", save_steps=2))
+    with pytest.raises(ValueError, match="holds an unfinished run; set resume: true"):
+        run_stage(settings("broken", save_steps=2))
+    resumed = run_stage(settings("broken", save_steps=2, resume=True))
+
+    lines = metric_lines(resumed.output_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in metric_lines(whole.output_dir)]
+    expected = AutoModelForCausalLM.from_pretrained(whole.model_dir).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(resumed.model_dir).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_non_finite_loss_stops_before_the_weights(settings, workplace, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "spoilt")
+    AutoTokenizer.from_pretrained(workplace / "base").save_pretrained(tmp_path / "spoilt")
+    config = settings(model_name_or_path=str(tmp_path / "spoilt"))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at update 1; .*lower learning_rate"):
+        run_stage(config)
+    assert not (Path(config.output_dir) / "model").exists()
+
+
+def test_adapters_train_alone_and_are_merged(settings, workplace):
+    config = settings(lora_rank=4, optimizer="adamw", max_steps=3)
+    result = run_stage(config)
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base").state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(result.model_dir).state_dict()
+    changed = {name for name, value in base.items() if not torch.equal(value, merged[name])}
+    assert changed == {name for name in base if any(target in name for target in config.lora_target_modules)}
+    assert (result.output_dir / "adapter" / "adapter_model.safetensors").exists()
+    assert all(value is not None for line in metric_lines(result.output_dir) for value in line["max_logits"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_packing_changes_no_conversation(settings, workplace, packing):
+    """Losses before any update, conversation by conversation, do not depend on what is packed beside them."""
+    config = settings("packed" if packing else "plain", packing=packing)
+    tokenizer = stage.load_tokenizer(config.model_name_or_path)
+    data, _, _ = stage.load_stage_data(config, tokenizer)
+    data = data.select(range(6))
+    model, _ = stage.load_stage_model(config, tokenizer)
+    trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
+    total = tokens = 0
+    for batch in trainer.get_train_dataloader():
+        counted = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += trainer.compute_loss(trainer.model, dict(batch)).item() * counted
+        tokens += counted
+    reference = 0.0
+    for row in data:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logits = trainer.model(ids, use_cache=False).logits[0, :-1]
+        mask = torch.tensor(row["assistant_masks"][1:]).bool()
+        reference += cross_entropy(logits[mask], ids[0, 1:][mask], reduction="sum").item()
+    assert tokens == sum(sum(row["assistant_masks"]) for row in data)
+    assert total == pytest.approx(reference, rel=1e-5)
+
+
+def test_folder_of_a_finished_run_is_refused(settings, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a finished run; choose another folder"):
+        run_stage(settings())
+
+
+def test_resume_without_checkpoint_is_refused(settings):
+    with pytest.raises(ValueError, match="holds no checkpoint; set resume: false"):
+        run_stage(settings(resume=True))
+
+
+def test_tokenizer_that_does_not_fit_is_refused(settings, workplace, tmp_path, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base")
+    model.resize_token_embeddings(len(tokenizer) - 10)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"the tokenizer has 400 tokens and the model 390 embeddings"):
+        run_stage(settings(model_name_or_path=str(tmp_path / "small")))
+
+
+def test_dry_run_shows_sizes_and_masks_and_writes_nothing(settings, capsys, tmp_path):
+    settings().save(tmp_path / "recipe.yaml")
+    main(["--config", str(tmp_path / "recipe.yaml"), "--dry_run", "--preview_samples", "1"])
+    shown = capsys.readouterr().out
+    for text in ("learning_rate: 0.005", "512 tokens at most", "parameters:", "120 of 120 conversations kept", "⟦"):
+        assert text in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_entry_point_trains_and_names_mistakes(settings, capsys, tmp_path):
+    settings(max_steps=1).save(tmp_path / "recipe.yaml")
+    main(["--config", str(tmp_path / "recipe.yaml")])
+    assert "1 updates, loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"motif2-sft: output_dir .* holds a finished run"):
+        main(["--config", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "recipe.yaml"), "--learning_rat", "1"])
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
