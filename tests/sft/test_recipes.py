@@ -1,0 +1,49 @@
+"""Every fine-tuning recipe loads, says what it needs, and the full-size ones carry the report's numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from sft.config import SftStageConfig
+from trainer.cli import parse_recipe
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "sft"
+STAGES = sorted(FOLDER.glob("*stage[123]*.yaml"))
+STAGES = [path for path in STAGES if not path.name.startswith("prepare")]
+
+
+def load(path: Path) -> SftStageConfig:
+    return parse_recipe(SftStageConfig, description="", argv=["--config", str(path)])[0]
+
+
+def test_each_stage_has_four_sizes():
+    names = {path.stem for path in STAGES}
+    assert names >= {f"stage{n}" for n in (1, 2, 3)} | {f"stage{n}_lora" for n in (1, 2, 3)}
+    assert names >= {f"{size}_stage{n}" for n in (1, 2, 3) for size in ("small", "cpu")}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_recipe_loads_and_says_what_it_needs(path):
+    config = load(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Hardware:", "Time:", "Launch:", "Report:"):
+        assert any(word in line for line in header), word
+    assert config.output_dir == f"runs/sft/{path.stem}"
+    assert config.packing
+    assert config.batch_tokens(world_size=1) >= config.max_length
+
+
+def test_full_size_stage_1_is_the_report():
+    config = load(FOLDER / "stage1.yaml")
+    assert (config.optimizer, config.learning_rate, config.weight_decay) == ("muon_clip", 2e-5, 0.1)
+    assert (config.max_length, config.packing, config.warmup_ratio) == (16_384, True, 0.05)
+    assert (config.lr_scheduler, config.lora_rank) == ("cosine", 0)
+    assert config.batch_tokens(world_size=64) == pytest.approx(32e6, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["stage{}", "stage{}_lora", "small_stage{}", "cpu_stage{}"])
+def test_later_stages_are_gentler_and_start_where_the_one_before_ended(name):
+    one, two, three = (load(FOLDER / f"{name.format(number)}.yaml") for number in (1, 2, 3))
+    assert one.learning_rate >= two.learning_rate > three.learning_rate
+    assert two.model_name_or_path == f"{one.output_dir}/model"
+    assert three.model_name_or_path == f"{two.output_dir}/model"
