@@ -37,7 +37,7 @@ class Orthogonaliser:
         return self.kernels.newton_schulz_flops(rows, columns, self.method)
 
     def result_dtype(self, wire_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """Dtype of updates, which is also what travels back: the kernels' own, finer than bfloat16 at the same size."""
+        """Dtype of updates, which is also what travels back: the one the kernels compute in."""
         if device.type == "cpu" or wire_dtype == torch.float64:
             return wire_dtype
         return torch.float16 if self.method == "gram" else torch.bfloat16

@@ -1,0 +1,68 @@
+"""Checkpoints of parallel MuonClip: plain and distributed, resumed bit for bit on other ranks and layouts."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.distributed import run_distributed
+from tests.trainer.optim.helpers import Bag, groups_of, shard_fully, train
+from trainer.optim import ParallelMuonClip
+
+
+def make(mesh_shape: tuple[int, ...] = ()) -> tuple[Bag, ParallelMuonClip]:
+    """A bag, sharded or (on a two-dimensional mesh) sharded and replicated, and its optimizer."""
+    bag = Bag(torch.float32)
+    if mesh_shape:
+        shard_fully(
+            bag, init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
+        )
+    return bag, ParallelMuonClip(groups_of(bag), lr=0.1)
+
+
+def save(rank, mesh_shape, folder):
+    bag, optimizer = make(mesh_shape)
+    train(bag, optimizer, steps=2)
+    model_state, optimizer_state = get_state_dict(bag, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def resume(rank, mesh_shape, folder):
+    bag, optimizer = make(mesh_shape)
+    for parameter in bag.parameters():
+        torch.nn.init.zeros_(parameter)
+    model_state, optimizer_state = get_state_dict(bag, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(bag, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    return train(bag, optimizer, steps=2, first=3)
+
+
+@pytest.mark.distributed
+def test_a_distributed_checkpoint_resumes_anywhere_bit_for_bit(tmp_path):
+    expected = train(*make(), steps=4)
+    run_distributed(save, 4, (4,), tmp_path / "sharded")
+    run_distributed(save, 2, (2,), tmp_path / "two")
+    resumed = [
+        *run_distributed(resume, 2, (2,), tmp_path / "sharded"),
+        *run_distributed(resume, 4, (2, 2), tmp_path / "two"),
+        *run_distributed(resume, 1, (), tmp_path / "two"),
+    ]
+    for result in resumed:
+        for name, value in result.items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_plain_state_dict_resumes_bit_for_bit():
+    expected = train(*make(), steps=4)
+    bag, optimizer = make()
+    train(bag, optimizer, steps=2)
+    saved = copy.deepcopy((bag.state_dict(), optimizer.state_dict()))
+    bag, optimizer = make()
+    bag.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    result = train(bag, optimizer, steps=2, first=3)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
