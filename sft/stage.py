@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
-from kernels_hub import KernelChoice, use_polynorm
+from kernels_hub import KernelChoice, polynorm_in_use, use_polynorm
 from modeling_motif2.diagnostics import track_max_logits
 from sft.callbacks import MetricsCallback, QuietProgress
 from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
@@ -93,7 +93,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
     checkpoint = _claim_output_dir(config, output_dir)
     tokenizer = load_tokenizer(config.model_name_or_path)
     train_data, eval_data, report = load_stage_data(config, tokenizer)
-    model, kernel = load_stage_model(config, tokenizer)
+    model = load_stage_model(config, tokenizer)
     metrics = MetricsCallback(output_dir / "metrics.jsonl")
     trainer = build_trainer(config, model, tokenizer, train_data, eval_data, metrics)
     if trainer.is_world_process_zero():
@@ -115,7 +115,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         last_loss=losses[-1] if losses else output.training_loss,
         eval_loss=eval_loss,
         data=report,
-        kernel=kernel,
+        kernel=polynorm_in_use(trainer.model),
     )
 
 
@@ -175,9 +175,7 @@ def load_stage_data(
     return train_data, eval_data, report
 
 
-def load_stage_model(
-    config: SftStageConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, KernelChoice]:
+def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model in float32 with its kernels and stop tokens, recording the largest attention logits.
 
     Raises:
@@ -193,9 +191,9 @@ def load_stage_model(
         )
     set_stop_tokens(model, tokenizer)
     model.config.use_cache = False
-    kernel = use_polynorm(model, source=config.kernels, training=True)
+    use_polynorm(model, source=config.kernels, training=True)
     track_max_logits(model)
-    return model, kernel
+    return model
 
 
 def build_trainer(

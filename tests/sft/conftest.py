@@ -1,11 +1,15 @@
-"""A small tokenizer with Motif's markup, and rows, for every test of fine-tuning."""
+"""A small tokenizer with Motif's markup, rows, a tiny base model and settings, for every test of fine-tuning."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from sft.chat import attach_chat_template
-from sft.examples import arithmetic_conversations
+from sft.config import SftStageConfig
+from sft.examples import arithmetic_conversations, write_conversations
 from trainer.data.arithmetic import generate_problems
 from trainer.data.tokenizer import train_tokenizer
 
@@ -31,3 +35,50 @@ def write_rows(tmp_path):
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory, tokenizer, arithmetic_rows) -> Path:
+    """A folder with a tiny base model and its tokenizer, and two files of conversations."""
+    folder = tmp_path_factory.mktemp("sft")
+    torch.manual_seed(0)
+    config = Motif2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=2,
+        num_noise_heads=1,
+        head_dim=8,
+    )
+    Motif2ForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_conversations(arithmetic_rows[:120], folder / "train.jsonl")
+    write_conversations(arithmetic_rows[120:140], folder / "eval.jsonl")
+    return folder
+
+
+@pytest.fixture
+def settings(workplace, tmp_path):
+    """Make a stage's settings; keyword arguments win."""
+
+    def make(name="run", **changes) -> SftStageConfig:
+        defaults = {
+            "model_name_or_path": str(workplace / "base"),
+            "output_dir": str(tmp_path / name),
+            "train_files": [str(workplace / "train.jsonl")],
+            "max_length": 256,
+            "learning_rate": 5e-3,
+            "max_steps": 4,
+            "gradient_accumulation_steps": 2,
+            "kernels": "torch",
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "preview_samples": 0,
+            "progress": False,
+        }
+        return SftStageConfig(**(defaults | changes))
+
+    return make

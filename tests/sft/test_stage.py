@@ -8,61 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from sft import stage
 from sft.callbacks import MetricsCallback
-from sft.config import SftStageConfig
-from sft.examples import write_conversations
 from sft.stage import run_stage
 from sft.train import main
 from trainer.optim import build_muon_clip
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tokenizer, arithmetic_rows) -> Path:
-    """A folder with a tiny base model and its tokenizer, and two files of conversations."""
-    folder = tmp_path_factory.mktemp("sft")
-    torch.manual_seed(0)
-    config = Motif2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        num_key_value_heads=2,
-        num_noise_heads=1,
-        head_dim=8,
-    )
-    Motif2ForCausalLM(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    write_conversations(arithmetic_rows[:120], folder / "train.jsonl")
-    write_conversations(arithmetic_rows[120:140], folder / "eval.jsonl")
-    return folder
-
-
-@pytest.fixture
-def settings(workplace, tmp_path):
-    """Make a stage's settings; keyword arguments win."""
-
-    def make(name="run", **changes) -> SftStageConfig:
-        defaults = {
-            "model_name_or_path": str(workplace / "base"),
-            "output_dir": str(tmp_path / name),
-            "train_files": [str(workplace / "train.jsonl")],
-            "max_length": 256,
-            "learning_rate": 5e-3,
-            "max_steps": 4,
-            "gradient_accumulation_steps": 2,
-            "kernels": "torch",
-            "dtype": "float32",
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "preview_samples": 0,
-            "progress": False,
-        }
-        return SftStageConfig(**(defaults | changes))
-
-    return make
 
 
 def metric_lines(folder) -> list[dict]:
@@ -79,7 +29,7 @@ def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
     before, after = (line["eval"]["loss"] for line in lines if "eval" in line)
     assert after < before - 0.5
     assert result.last_loss < result.first_loss - 0.5
-    assert (result.steps, result.eval_loss) == (10, after)
+    assert (result.steps, result.eval_loss, result.kernel.source) == (10, after, "torch")
     assert [line["step"] for line in updates] == list(range(1, 11))
     assert all(len(line["max_logits"]) == 2 and line["clipped_heads"] == 0 for line in updates)
     assert updates[-1]["learning_rate"] < updates[1]["learning_rate"]
@@ -95,7 +45,7 @@ def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
 def test_batches_are_packed_and_masked_to_the_token(settings, tokenizer):
     config = settings(max_length=200)
     data, _, report = stage.load_stage_data(config, tokenizer)
-    model, _ = stage.load_stage_model(config, tokenizer)
+    model = stage.load_stage_model(config, tokenizer)
     trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
     expected = {
         tuple(row["input_ids"]): [
@@ -208,7 +158,7 @@ def test_packing_changes_no_conversation(settings, workplace, packing):
     tokenizer = stage.load_tokenizer(config.model_name_or_path)
     data, _, _ = stage.load_stage_data(config, tokenizer)
     data = data.select(range(6))
-    model, _ = stage.load_stage_model(config, tokenizer)
+    model = stage.load_stage_model(config, tokenizer)
     trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
     total = tokens = 0
     for batch in trainer.get_train_dataloader():
