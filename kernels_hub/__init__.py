@@ -1,0 +1,15 @@
+"""Kernels for Motif-2 as Hub repositories, and the loader that puts them into a model."""
+
+from .loader import KernelChoice, assert_polynorm_runs, polynorm_in_use, polynorm_modules, use_polynorm
+from .sources import KernelUnavailable, load_layers, load_local
+
+__all__ = [
+    "KernelChoice",
+    "KernelUnavailable",
+    "assert_polynorm_runs",
+    "load_layers",
+    "load_local",
+    "polynorm_in_use",
+    "polynorm_modules",
+    "use_polynorm",
+]

@@ -1,0 +1,450 @@
+"""PolyNorm kernels against eager torch, torch.compile, Liger and the official kernel, on one GPU in one process.
+
+`python benchmarks/polynorm.py` checks first (float64 reference, odd shapes, poisoned outputs, repeatability,
+compilation) and times nothing on a red check. `--sweep` also times launch variants, for choosing the ones in
+`launch.py`. A time is the median over rounds that rotate through input sets larger than the L2 cache; the share is
+that of a large copy's bandwidth in the same run, counting each input once and each output once.
+
+Shapes: T rows (tokens), N = 16384 columns.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import kernels_hub  # noqa: E402
+
+COLUMNS = 16384
+ROWS = (2048, 8192, 16384)
+RESULTS = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+FIELDS = "section name shape direction ms p20 p80 share_of_copy ratio_to_compile peak_over_minimum device torch commit"
+torch._functorch.config.donated_buffer = False  # the backward of one graph is timed again and again
+torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape
+
+
+def eager(x, up, weight, bias, eps=1e-6):
+    """The model's own PolyNorm, as `modeling_motif2` computes it."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    square = wide * wide
+    total = bias.to(wide.dtype)
+    for factor, power in zip(weight.to(wide.dtype).unbind(), (square * wide, square, wide), strict=True):
+        total = total + factor * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + eps)
+    return (total if up is None else total * up).to(x.dtype)
+
+
+def ours(x, up, weight, bias):
+    """The kernels of this checkout."""
+    kernel = kernels_hub.load_local("polynorm")
+    return kernel.poly_norm(x, weight, bias) if up is None else kernel.poly_norm_mul(x, up, weight, bias)
+
+
+def peers() -> dict[str, Callable]:
+    """Implementations to compare by name; those that cannot be had are named with the reason."""
+    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
+    found = {"eager": eager, "torch.compile": compiled, "ours": ours}
+    try:
+        from liger_kernel.ops.poly_norm import LigerPolyNormFunction
+
+        def liger(x, up, weight, bias):
+            y = LigerPolyNormFunction.apply(x, weight, bias.reshape(()), 1e-6)
+            return y if up is None else y * up
+
+        found["liger"] = liger
+    except ImportError as error:
+        print(f"liger: not timed, {error}")
+    try:
+        layers = kernels_hub.load_layers("official", {"PolyNorm", "FusedMulPolyNorm"})
+
+        def official(x, up, weight, bias):
+            owner = argparse.Namespace(weight=weight, bias=bias, eps=1e-6)
+            if up is None:
+                return layers.classes["PolyNorm"].forward(owner, x)
+            return layers.classes["FusedMulPolyNorm"].forward(owner, x, up)
+
+        found["official"] = official
+    except kernels_hub.KernelUnavailable as error:
+        print(f"official kernel: not timed, {error}")
+    return found
+
+
+def make_inputs(shape, dtype, mul, parameter_dtype=torch.float32):
+    """Random x, up (or None), weight, bias and dy on the GPU; all but dy want gradients."""
+    x = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+    up = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() if mul else None
+    weight = torch.tensor([0.4, 0.3, 0.3], device="cuda", dtype=parameter_dtype).requires_grad_()
+    bias = torch.tensor([0.05], device="cuda", dtype=parameter_dtype).requires_grad_()
+    return x, up, weight, bias, torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def values_and_gradients(function, x, up, weight, bias, dy):
+    """y and the gradients of x, (up,) weight, bias."""
+    leaves = [leaf for leaf in (x, up, weight, bias) if leaf is not None]
+    y = function(x, up, weight, bias)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def check() -> None:
+    """Compares values and all gradients with float64, on poisoned memory, twice, and compiled.
+
+    Raises:
+        AssertionError: some result is wrong; nothing may be timed then.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    shapes = [(3, 5), (2, 7, 48), (33, 1000), (5, 16384), (3, 16385), (4, 20001), (2, 32768), (2, 65536), (2049, 2048)]
+    limits = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+    worst = 0.0
+    for shape, dtype, mul in product(shapes, limits, (False, True)):
+        inputs = make_inputs(shape, dtype, mul)
+        results = values_and_gradients(ours, *inputs)
+        again = values_and_gradients(ours, *inputs)
+        wide = [i if i is None else i.detach().double().requires_grad_(i.requires_grad) for i in inputs]
+        for index, (got, same, want) in enumerate(
+            zip(results, again, values_and_gradients(eager, *wide), strict=True)
+        ):
+            assert torch.equal(got, same), f"{shape} {dtype} mul={mul} output {index}: two runs differ"
+            error = ((got.double() - want).norm() / want.norm()).item()
+            limit = max(limits[dtype], 1e-4) if index >= len(results) - 2 else limits[dtype]
+            worst = max(worst, error / limit)
+            assert error <= limit, (
+                f"{shape} {dtype} mul={mul} output {index}: relative error {error:.1e} > {limit:.0e}"
+            )
+    _check_strides_and_compile()
+    torch.use_deterministic_algorithms(False)
+    print(f"correct: {len(shapes) * 6} cases, worst error {worst:.2f} of its limit")
+
+
+def _check_strides_and_compile() -> None:
+    pair = torch.randn(4, 6, 2 * 4096, device="cuda", dtype=torch.bfloat16)
+    _, _, weight, bias, _ = make_inputs((1, 1), torch.bfloat16, False)
+    x, up = pair.chunk(2, dim=-1)
+    packed = ours(x, up, weight, bias)
+    assert torch.equal(packed, ours(x.contiguous(), up.contiguous(), weight, bias)), "strided rows differ"
+    turned = ours(x.transpose(0, 1), up.transpose(0, 1), weight, bias)
+    assert torch.equal(turned, packed.transpose(0, 1)), "transposed rows differ"
+    assert ours(x[:0], up[:0], weight, bias).shape == (0, 6, 4096), "empty input"
+    inputs = make_inputs((4, 4096), torch.bfloat16, True)
+    compiled = torch.compile(lambda x, up, weight, bias: ours(x * 2, up, weight, bias) + 1, fullgraph=True)
+    plain = values_and_gradients(lambda x, up, weight, bias: ours(x * 2, up, weight, bias) + 1, *inputs)
+    for got, want in zip(values_and_gradients(compiled, *inputs), plain, strict=True):
+        assert torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2), "compiled differs"
+
+
+def milliseconds(function: Callable, sets: list, rounds: int = 15) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of one call's device time; calls rotate over `sets`.
+
+    A sleep on the device comes first, so that the host has queued a round before its first kernel starts.
+    """
+    times = []
+    for round_index in range(rounds + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(6_000_000)
+        start.record()
+        for one in sets:
+            function(one)
+        end.record()
+        torch.cuda.synchronize()
+        if round_index >= 2:
+            times.append(start.elapsed_time(end) / len(sets))
+    fifths = statistics.quantiles(times, n=5)
+    return statistics.median(times), fifths[0], fifths[3]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of large copies on the device."""
+    sets = [(torch.randn(2**28, device="cuda"), torch.empty(2**28, device="cuda")) for _ in range(2)]
+    median, low, high = milliseconds(lambda pair: pair[1].copy_(pair[0]), sets)
+    bandwidth = 2 * 4 * 2**28 / median * 1e3
+    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (p20 {low:.3f} ms, p80 {high:.3f} ms)")
+    return bandwidth
+
+
+class Table:
+    """Rows of results: printed as they come, kept for the CSV file."""
+
+    def __init__(self):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        self.common = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "commit": commit.strip() or "unknown",
+        }
+        self.rows: list[dict] = []
+
+    def add(self, section: str, name: str, shape: str, direction: str, times, **more) -> None:
+        """Adds one result; `times` is (median, p20, p80) in ms."""
+        row = dict.fromkeys(FIELDS.split(), "") | self.common
+        row |= {"section": section, "name": name, "shape": shape, "direction": direction}
+        row |= {key: f"{value:.4f}" for key, value in zip(("ms", "p20", "p80"), times, strict=True)}
+        row |= {key: f"{value:.3f}" for key, value in more.items()}
+        self.rows.append(row)
+        extra = "  ".join(f"{key} {value:.3f}" for key, value in more.items())
+        print(f"{section:10} {name:22} {shape:18} {direction:9} {times[0]:9.4f} ms  {extra}", flush=True)
+
+    def write(self, path: Path) -> None:
+        """Writes the CSV file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS.split())
+            writer.writeheader()
+            writer.writerows(self.rows)
+        print(f"wrote {path}")
+
+
+def minimal_bytes(rows: int, mul: bool, backward: bool) -> int:
+    """Each input read once, each output written once; a backward reads x, dy (up) and writes dx (dup)."""
+    return (3 + 2 * mul if backward else 2 + mul) * rows * COLUMNS * 2
+
+
+def operators(table: Table, bandwidth: float) -> None:
+    """Forward and backward of every implementation at every T, plain and times up."""
+    implementations = peers()
+    for rows, mul in product(ROWS, (False, True)):
+        shape = f"T{rows} {'*up' if mul else 'plain'}"
+        times: dict[tuple[str, str], tuple] = {}
+        for name in ("torch.compile", *(name for name in implementations if name != "torch.compile")):
+            torch.cuda.empty_cache()
+            try:
+                times |= _time_operator(implementations[name], name, rows, mul)
+            except Exception as error:
+                print(f"{name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            for direction in ("forward", "backward"):
+                result = times[name, direction]
+                share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / result[0] * 1e3
+                base = times.get(("torch.compile", direction), result)[0]
+                table.add(
+                    "operator", name, shape, direction, result, share_of_copy=share, ratio_to_compile=base / result[0]
+                )
+        _time_peak(table, rows, mul)
+
+
+def _time_operator(function: Callable, name: str, rows: int, mul: bool) -> dict:
+    num_sets, rounds = (2, 5) if name == "eager" else (8 if rows <= 2048 else 3, 15)
+    sets = [make_inputs((rows, COLUMNS), torch.bfloat16, mul) for _ in range(num_sets)]
+
+    def forward(one):
+        function(*one[:4])
+
+    def backward(one):
+        torch.autograd.grad(one[0], one[1], one[2], retain_graph=True)
+
+    result = {(name, "forward"): milliseconds(forward, sets, rounds)}
+    graphs = [(function(*one[:4]), [leaf for leaf in one[:4] if leaf is not None], one[4]) for one in sets]
+    result[name, "backward"] = milliseconds(backward, graphs, rounds)
+    return result
+
+
+def _time_peak(table: Table, rows: int, mul: bool) -> None:
+    inputs = make_inputs((rows, COLUMNS), torch.bfloat16, mul)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = values_and_gradients(ours, *inputs)
+    peak = torch.cuda.max_memory_allocated() - before
+    minimum = sum(result.numel() * result.element_size() for result in results)
+    shape = f"T{rows} {'*up' if mul else 'plain'}"
+    table.add("memory", "ours", shape, "both", (0.0, 0.0, 0.0), peak_over_minimum=peak / minimum)
+
+
+def _variants(kernel, num_inputs: int) -> list:
+    plan = kernel.ops.launch.Plan
+    held = [
+        plan(warps, programs, stages, COLUMNS, together)
+        for warps, stages, programs, together in product((8, 16, 32), (1, 2, 3, 4), (1, 2, 3, 4, 8, 32), (True, False))
+        if stages == 1 or (stages - 1) * num_inputs * COLUMNS * 2 < 220 * 1024
+    ]
+    twice = [
+        plan(warps, programs, 1, block, True)
+        for warps, block, programs in product((4, 8, 16), (2048, 4096, 8192), (1, 2, 3, 4, 8, 32))
+    ]
+    return held + twice
+
+
+def _launch(kernel, direction: str, inputs, variant) -> None:
+    x, up, weight, bias, dy = inputs[:5]
+    if direction == "forward":
+        kernel.ops.launch.forward(x, up, weight, bias, 1e-6, variant)
+    else:
+        kernel.ops.launch.backward(dy, x, up, weight, bias, inputs[5], variant)
+
+
+def _compile_variants(direction: str, mul: bool, variants: list) -> None:
+    """Fills Triton's cache from a process of its own."""
+    kernel = kernels_hub.load_local("polynorm")
+    inputs = [None if i is None else i.detach() for i in make_inputs((2, COLUMNS), torch.bfloat16, mul)]
+    inputs.append(torch.ones(2, 3, device="cuda"))
+    for variant in variants:
+        try:
+            _launch(kernel, direction, inputs, kernel.ops.launch.Plan(*variant))
+        except Exception as error:
+            print(f"{direction} mul={mul} {tuple(variant)}: {str(error)[:80]}")
+
+
+def sweep(table: Table, bandwidth: float) -> None:
+    """Times launch variants at T = 2048 and 8192 and prints the best of each kernel."""
+    kernel = kernels_hub.load_local("polynorm")
+    cases = {
+        (direction, mul): _variants(kernel, 1 + mul + (direction == "backward"))
+        for direction, mul in product(("forward", "backward"), (False, True))
+    }
+    distinct = {
+        case: list({variant._replace(programs=1): tuple(variant) for variant in variants}.values())
+        for case, variants in cases.items()
+    }
+    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile_variants, *case, some[i::3]) for case, some in distinct.items() for i in range(3)]
+        for job in jobs:
+            job.result()
+    for (direction, mul), variants in cases.items():
+        shares = {variant: [] for variant in variants}
+        for rows in (2048, 8192):
+            sets = [
+                [None if i is None else i.detach() for i in make_inputs((rows, COLUMNS), torch.bfloat16, mul)]
+                + [torch.rand(rows, 3, device="cuda")]
+                for _ in range(4 if rows == 2048 else 2)
+            ]
+            for variant in variants:
+                try:
+                    times = milliseconds(lambda one, d=direction, v=variant: _launch(kernel, d, one, v), sets, 5)
+                except Exception:
+                    continue
+                share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / times[0] * 1e3
+                shares[variant].append(share)
+                table.rows.append(
+                    dict.fromkeys(FIELDS.split(), "")
+                    | table.common
+                    | {
+                        "section": "sweep",
+                        "name": str(tuple(variant)),
+                        "shape": f"T{rows} {'*up' if mul else 'plain'}",
+                    }
+                    | {"direction": direction, "ms": f"{times[0]:.4f}", "share_of_copy": f"{share:.3f}"}
+                )
+        best = sorted((s for s in shares.items() if len(s[1]) == 2), key=lambda item: -sum(item[1]))
+        for variant, (small, large) in best[:8]:
+            print(f"sweep {direction:8} {'*up  ' if mul else 'plain'} T2048 {small:.3f}  T8192 {large:.3f}  {variant}")
+        for block in (True, False):
+            first = next(((v, s) for v, s in best if (v.block >= COLUMNS) == block), None)
+            print(f"   best that reads {'once' if block else 'twice'}: {first}", flush=True)
+
+
+def whole_layers(table: Table) -> None:
+    """A whole MLP and a whole decoder layer of Motif-2-12.7B, forward and backward, with each PolyNorm."""
+    from modeling_motif2 import Motif2Config, Motif2Model
+
+    config = Motif2Config(num_hidden_layers=1, vocab_size=256)
+    with torch.device("cuda"):
+        model = Motif2Model(config).to(torch.bfloat16)
+    mlp = model.layers[0].mlp
+    sets = [torch.randn(2, 4096, config.hidden_size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    parts = {
+        "MLP": (mlp, lambda run, x: run(x)),
+        "decoder layer": (model, lambda run, x: run(inputs_embeds=x, use_cache=False).last_hidden_state),
+    }
+    for part, source, compiled in product(parts, ("torch", "local"), (False, True)):
+        module, call = parts[part]
+        torch._dynamo.reset()
+        kernels_hub.use_polynorm(model, source)
+        run = torch.compile(module) if compiled else module
+
+        def step(x, run=run, call=call):
+            leaf = x.detach().requires_grad_()
+            call(run, leaf).backward(x)
+
+        name = f"{'ours' if source == 'local' else source}{', compiled' if compiled else ''}"
+        try:
+            step(sets[0])
+            torch.cuda.reset_peak_memory_stats()
+            times = milliseconds(step, sets, 11)
+        except Exception:
+            traceback.print_exc()
+            continue
+        table.add("whole", name, f"{part} B2 T4096", "fwd+bwd", times)
+        print(f"    peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        model.zero_grad(set_to_none=True)
+
+
+def norm_and_residual(table: Table, bandwidth: float) -> None:
+    """RMSNorm after the residual addition, hidden size 4096: how far torch.compile is from a kernel's limit."""
+
+    def add_norm(x, residual, weight):
+        total = x + residual
+        wide = total.float()
+        return total, (weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+    compiled = torch.compile(add_norm, dynamic=False, fullgraph=True)
+    for rows in (8192, 16384):
+        sets = []
+        for _ in range(4):
+            x, residual, dtotal, dy = (torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+            weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            sets.append((x.requires_grad_(), residual.requires_grad_(), weight, dtotal, dy))
+        size = rows * 4096 * 2
+        for name, function in (("eager", add_norm), ("torch.compile", compiled)):
+            with torch.no_grad():
+                times = milliseconds(lambda one, f=function: f(*one[:3]), sets)
+            table.add(
+                "norm+res",
+                name,
+                f"T{rows} C4096",
+                "forward",
+                times,
+                share_of_copy=4 * size / bandwidth / times[0] * 1e3,
+            )
+            graphs = [(function(*one[:3]), one[:3], one[3:]) for one in sets]
+            times = milliseconds(lambda g: torch.autograd.grad(g[0], g[1], g[2], retain_graph=True), graphs)
+            table.add(
+                "norm+res",
+                name,
+                f"T{rows} C4096",
+                "backward",
+                times,
+                share_of_copy=4 * size / bandwidth / times[0] * 1e3,
+            )
+
+
+def main() -> None:
+    """Checks, times every section, writes polynorm.csv; a section that fails is printed and the others go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="also time launch variants")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    table = Table()
+    print(table.common)
+    check()
+    bandwidth = copy_bandwidth()
+    sections: list[Callable] = [
+        lambda: operators(table, bandwidth),
+        lambda: whole_layers(table),
+        lambda: norm_and_residual(table, bandwidth),
+    ]
+    if arguments.sweep:
+        sections.insert(0, lambda: sweep(table, bandwidth))
+    for section in sections:
+        try:
+            section()
+        except Exception:
+            traceback.print_exc()
+        torch.cuda.empty_cache()
+    table.write(RESULTS / "polynorm.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Puts PolyNorm kernels into a model, says which, and proves that they run.
+
+One setting chooses: "official" (Motif-Technologies' kernel from the Hub), "hub" (ours from the Hub), "local" (ours
+from this checkout), "torch" (the model's own code), or "auto", which takes the first that works of local, hub,
+official: first the code that was tested and measured with this checkout, then what needs the network, last what
+others publish.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .sources import KernelUnavailable, Layers, backend, load_layers
+
+AUTO_ORDER = ("local", "hub", "official")
+SOURCES = ("auto", "official", "hub", "local", "torch")
+LAYER_OF_CLASS = {"Motif2PolyNormMul": "FusedMulPolyNorm", "Motif2PolyNorm": "PolyNorm"}
+
+_installed: dict[Callable, "KernelChoice"] = {}
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What computes a model's PolyNorm.
+
+    Args:
+        source: "official", "hub", "local" or "torch".
+        namespace: namespace of the kernel's operators; empty for torch.
+        num_modules: how many modules it was put into.
+        refused: why each source tried before this one could not be used.
+    """
+
+    source: str
+    namespace: str = ""
+    num_modules: int = 0
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.source} kernel {self.namespace}" if self.namespace else "plain torch"
+
+
+def polynorm_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """PolyNorm modules of a model by name, each with the layer name under which `kernels` would replace it."""
+    found = {}
+    for name, module in model.named_modules():
+        layer = getattr(type(module), "kernel_layer_name", None) or LAYER_OF_CLASS.get(type(module).__name__)
+        if layer in LAYER_OF_CLASS.values():
+            found[name] = (module, layer)
+    return found
+
+
+def use_polynorm(
+    model: nn.Module,
+    source: str = "auto",
+    *,
+    training: bool = True,
+    revision: str | None = None,
+    lockfile: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> KernelChoice:
+    """Puts PolyNorm kernels into `model`, for training as well as inference, and checks that they run.
+
+    A source that cannot be used here is replaced by torch, with one warning that says why.
+
+    Args:
+        model: a model, or a part of one, that contains PolyNorm modules.
+        source: "auto", "official", "hub", "local" or "torch".
+        training: refuse a kernel that has no backward.
+        revision: commit, tag or branch on the Hub for "official" and "hub"; version 1 by default.
+        lockfile: file written by `kernels lock`; commit and content of a kernel from the Hub must be those in it.
+        trust_remote_code: load kernels from publishers whom the Hub does not list as trusted.
+
+    Returns:
+        KernelChoice: what runs now; `polynorm_in_use(model)` tells it again.
+
+    Raises:
+        ValueError: unknown source, a model without PolyNorm, or a kernel that differs from the lock file.
+        AssertionError: the kernel was put in but does not run.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
+    modules = polynorm_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no PolyNorm module: is it a Motif-2 model?")
+    candidates = [] if source == "torch" else [source]
+    refused = []
+    if source == "auto":
+        candidates = list(AUTO_ORDER)
+        if backend() == "cpu":
+            candidates, refused = [], ["no GPU in this process"]
+    names = {layer for _, layer in modules.values()}
+    loaded, chosen = None, "torch"
+    for candidate in candidates:
+        try:
+            loaded = load_layers(
+                candidate,
+                names,
+                revision=revision,
+                lockfile=None if lockfile is None else Path(lockfile),
+                trust_remote_code=trust_remote_code,
+            )
+            _check_backward(loaded, training)
+        except KernelUnavailable as error:
+            refused.append(f"{candidate}: {error}")
+            loaded = None
+            continue
+        chosen = candidate
+        break
+    choice = KernelChoice(chosen, loaded.namespace if loaded else "", len(modules), tuple(refused))
+    _install(modules, loaded, choice)
+    if chosen == "torch" and source != "torch":
+        _once(f"PolyNorm runs in plain torch, not as a kernel: {'; '.join(refused)}", warnings.warn)
+    _once(f"PolyNorm: {choice}", lambda text: print(text, file=sys.stderr))
+    if not any(parameter.is_meta for module, _ in modules.values() for parameter in module.parameters()):
+        assert_polynorm_runs(model)
+    return choice
+
+
+def _check_backward(loaded: Layers, training: bool) -> None:
+    lacking = [name for name, layer in loaded.classes.items() if not getattr(layer, "has_backward", True)]
+    if training and lacking:
+        raise KernelUnavailable(f"{', '.join(lacking)} has no backward")
+
+
+def _once(text: str, say: Callable) -> None:
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
+def _install(modules: dict[str, tuple[nn.Module, str]], loaded: Layers | None, choice: KernelChoice) -> None:
+    for module, layer in modules.values():
+        module.__dict__.pop("forward", None)
+        if loaded is not None:
+            forward = loaded.classes[layer].forward
+            _installed[forward] = choice
+            module.forward = MethodType(forward, module)
+
+
+def polynorm_in_use(model: nn.Module) -> KernelChoice:
+    """What computes PolyNorm in `model` now, read off the modules themselves.
+
+    Raises:
+        ValueError: the model has no PolyNorm, or its modules differ, or run what `use_polynorm` did not put in.
+    """
+    found = set()
+    modules = polynorm_modules(model)
+    for module, _ in modules.values():
+        forward = module.__dict__.get("forward")
+        function = getattr(forward, "__func__", forward)
+        if forward is None or function is type(module).forward:
+            found.add(KernelChoice("torch", num_modules=len(modules)))
+        elif function in _installed:
+            found.add(_installed[function])
+        else:
+            raise ValueError(f"{type(module).__name__} runs {function!r}, which use_polynorm did not put there")
+    if len(found) != 1:
+        raise ValueError(f"the model's PolyNorm modules differ: {sorted(map(str, found)) or 'there are none'}")
+    return found.pop()
+
+
+def assert_polynorm_runs(model: nn.Module, step: Callable[[], object] | None = None) -> KernelChoice:
+    """Asserts that the kernel in use is what really runs, by the operators that are called.
+
+    Args:
+        model: a model that went through `use_polynorm`.
+        step: runs the model forward and backward, such as one training step; operators are counted in it. Without it
+            every PolyNorm module runs once in training mode with its backward and once in evaluation mode.
+
+    Returns:
+        KernelChoice: what ran.
+
+    Raises:
+        AssertionError: too few of the kernel's operators ran, or a kernel's where torch was chosen.
+    """
+    choice = polynorm_in_use(model)
+    modules = [module for module, _ in polynorm_modules(model).values()]
+    if step is not None:
+        _assert_counts(choice, _operators(step), 2 * len(modules), "the step")
+        return choice
+    for module, layer in polynorm_modules(model).values():
+        inputs = [torch.ones(1, 16, device=module.weight.device, dtype=module.weight.dtype).requires_grad_()]
+        inputs *= 2 if layer == "FusedMulPolyNorm" else 1
+        was_training = module.training
+        for mode, expected in ((True, 2), (False, 1)):
+            module.train(mode)
+            with torch.set_grad_enabled(mode):
+                counted = _operators(lambda module=module, inputs=inputs, mode=mode: _run(module, inputs, mode))
+            _assert_counts(choice, counted, expected, "training" if mode else "inference")
+        module.train(was_training)
+    return choice
+
+
+def _run(module: nn.Module, inputs: list[torch.Tensor], with_backward: bool) -> None:
+    output = module(*inputs)
+    if with_backward:
+        torch.autograd.grad(output.sum(), [inputs[0], *module.parameters()])
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the name of every operator that runs, in the backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def _operators(step: Callable[[], object]) -> list[str]:
+    with _Operators() as seen:
+        step()
+    return seen.names
+
+
+def _assert_counts(choice: KernelChoice, names: list[str], expected: int, where: str) -> None:
+    prefixes = {installed.namespace for installed in _installed.values()}
+    ran = [name for name in names if name.split("::")[0] in prefixes]
+    if choice.source == "torch":
+        assert not ran, f"PolyNorm was to run in torch in {where}, but these operators ran: {sorted(set(ran))}"
+        return
+    own = [name for name in ran if name.startswith(choice.namespace + "::")]
+    assert len(own) >= expected, (
+        f"PolyNorm was to run {choice} in {where}, at least {expected} operators, but {len(own)} ran: "
+        "something replaced the forward of its modules"
+    )

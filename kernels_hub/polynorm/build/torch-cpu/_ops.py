@@ -1,0 +1,10 @@
+"""Namespace of this build's operators (generated)."""
+
+import torch
+
+ops = torch.ops._polynorm_cpu_9d093d1
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    """Full name of an operator of this build."""
+    return f"_polynorm_cpu_9d093d1::{op_name}"

@@ -1,0 +1,135 @@
+"""Where a PolyNorm layer can come from: the official repository, ours on the Hub, or ours in this checkout.
+
+Every source gives a layer class in the sense of the `kernels` library: a module without a constructor whose `forward`
+reads `weight`, `bias` and `eps` of the module it is put into.
+"""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
+
+CHECKOUT = Path(__file__).resolve().parent
+REPOSITORIES = {"official": "Motif-Technologies/activation", "hub": "motif2/polynorm"}
+
+
+class KernelUnavailable(RuntimeError):
+    """A source cannot give a kernel here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layer classes of one loaded kernel, by the name under which `kernels` maps them.
+
+    Args:
+        namespace: name of the kernel's module and of its operators' namespace.
+        classes: layer classes by layer name.
+        module: the loaded package.
+    """
+
+    namespace: str
+    classes: dict[str, type[nn.Module]]
+    module: ModuleType
+
+
+def backend() -> str:
+    """The backend whose variant fits this process: "cuda", "rocm" or "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "rocm" if torch.version.hip else "cuda"
+
+
+def load_local(name: str) -> ModuleType:
+    """The kernel package `name` of this checkout, built for the present backend; `kernels` need not be installed.
+
+    Raises:
+        KernelUnavailable: there is no built variant for the backend.
+    """
+    variant = CHECKOUT / name / "build" / f"torch-{backend()}"
+    if not (variant / "metadata.json").is_file():
+        raise KernelUnavailable(f"{variant} does not exist: run python kernels_hub/build.py {name}")
+    namespace = json.loads((variant / "metadata.json").read_text())["id"]
+    if namespace in sys.modules:
+        return sys.modules[namespace]
+    if is_kernels_available():
+        from kernels import get_local_kernel
+
+        return get_local_kernel(CHECKOUT / name, backend=backend() if backend() == "cpu" else None)
+    spec = importlib.util.spec_from_file_location(namespace, variant / "__init__.py")
+    sys.modules[namespace] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _locked_revision(repository: str, lockfile: Path) -> tuple[str, dict]:
+    """Commit and variant hashes of `repository` in a file that `kernels lock` wrote."""
+    from kernels.lockfile import KernelLock
+
+    for entry in json.loads(lockfile.read_text()):
+        lock = KernelLock.from_json(entry)
+        if lock.repo_id == repository:
+            return lock.sha, lock.variants
+    raise ValueError(f"{lockfile} does not lock {repository}: add it to [tool.kernels.dependencies], run kernels lock")
+
+
+def _load_remote(repository: str, revision: str | None, lockfile: Path | None, trust_remote_code: bool) -> ModuleType:
+    if not is_kernels_available():
+        found = importlib.util.find_spec("kernels") and importlib.import_module("kernels").__version__
+        raise KernelUnavailable(
+            f"the package kernels is {found if found else 'not installed'}; transformers needs "
+            f">={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
+        )
+    from kernels import get_kernel
+    from kernels.utils import install_kernel
+
+    if lockfile is not None:
+        revision, locks = _locked_revision(repository, lockfile)
+        try:
+            install_kernel(repository, revision=revision, variant_locks=locks)
+        except FileNotFoundError as error:
+            raise KernelUnavailable(str(error)) from error
+    version = None if revision else 1
+    try:
+        return get_kernel(repository, revision=revision, version=version, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise KernelUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def load_layers(
+    source: str,
+    names: set[str],
+    *,
+    revision: str | None = None,
+    lockfile: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Layers:
+    """Loads the layers `names` from a source.
+
+    Args:
+        source: "official", "hub" or "local".
+        names: layer names, of "PolyNorm" and "FusedMulPolyNorm".
+        revision: commit, tag or branch on the Hub; version 1 if None and nothing is locked.
+        lockfile: file written by `kernels lock`; its commit is loaded, and the files must have the hashes in it.
+        trust_remote_code: load from a publisher whom the Hub does not list as trusted.
+
+    Returns:
+        Layers: the classes and their package.
+
+    Raises:
+        KernelUnavailable: the source cannot give these layers here.
+        ValueError: the lock file does not name the repository, or the files do not have the locked hashes.
+    """
+    if source == "local":
+        module = load_local("polynorm")
+    else:
+        module = _load_remote(REPOSITORIES[source], revision, lockfile, trust_remote_code)
+    missing = [name for name in sorted(names) if not hasattr(module.layers, name)]
+    if missing:
+        raise KernelUnavailable(f"it has no layer {', '.join(missing)}")
+    return Layers(module.__name__, {name: getattr(module.layers, name) for name in names}, module)
