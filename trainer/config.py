@@ -1,0 +1,222 @@
+"""Settings of a pre-training run: one flat dataclass, filled from a recipe and the command line."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import yaml
+
+from trainer.data.corpus import Source
+from trainer.data.curriculum import DomainShare, Mixture, check_reasoning
+from trainer.schedules import SCHEDULES, BatchPlan, LearningRateSchedule
+
+MODEL_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_noise_heads",
+    "head_dim",
+    "rope_theta",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def setting(default, text: str):
+    """A dataclass field with its line of `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PretrainConfig:
+    """Everything a pre-training run depends on. Field by field, `--help` prints what each one means.
+
+    Raises:
+        ValueError: settings that contradict each other; the message names the value and the mend.
+    """
+
+    # Where
+    output_dir: str = setting("runs/pretrain", "folder of the run: config, metrics, checkpoints, final model")
+    overwrite: bool = setting(False, "delete what an earlier run left in output_dir")
+    # Model
+    model_name_or_path: str | None = setting(None, "checkpoint to continue from; its shape replaces the fields below")
+    hidden_size: int = setting(4096, "width of the residual stream")
+    intermediate_size: int = setting(16384, "width of the MLP")
+    num_hidden_layers: int = setting(40, "decoder layers")
+    num_attention_heads: int = setting(40, "query heads, signal and noise together")
+    num_key_value_heads: int = setting(16, "key heads, two a group")
+    num_noise_heads: int | None = setting(8, "noise heads = groups; null is plain 1:1 differential attention")
+    head_dim: int | None = setting(128, "dimension of a head")
+    rope_theta: float = setting(1_000_000.0, "base of the rotary embedding")
+    max_position_embeddings: int = setting(32_768, "longest sequence the model is declared for")
+    tie_word_embeddings: bool = setting(False, "share the embedding with the output head")
+    attn_implementation: str = setting("sdpa", "attention backend of transformers: sdpa, eager, flex_attention, …")
+    # Data
+    tokenizer: str | None = setting(None, "tokenizer: local folder or Hub name (required)")
+    data_dir: str | None = setting(None, "folder of token shards; missing domains are tokenised into it (required)")
+    domains: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "mapping of domain to {start, end, anneal, sources}: shares of the mixture, files or Hub names"
+        },
+    )
+    reasoning_domains: list[str] = field(
+        default_factory=list, metadata={"help": "domains held to reasoning_cap, in which math must outweigh code"}
+    )
+    reasoning_cap: float = setting(0.1, "largest share of the reasoning domains together")
+    heldout_fraction: float = setting(0.01, "share of documents held out by a hash of their text")
+    shard_tokens: int = setting(100_000_000, "tokens of a shard file")
+    verify_checksums: bool = setting(True, "compare the checksum of every shard at the start, reading all of it once")
+    # Length of the run and of its phases
+    total_tokens: int = setting(0, "tokens of the run, padding included (required)")
+    annealing_tokens: int = setting(0, "of these, tokens of the annealing phase at the end")
+    sequence_length: int = setting(4096, "tokens of a row")
+    sequence_length_stages: dict | str | None = field(
+        default=None,
+        metadata={"help": "longer rows later: mapping of tokens seen to row length, e.g. {4500000000000: 16384}"},
+    )
+    batch_tokens: int = setting(16_777_216, "tokens of a step, over all ranks")
+    batch_tokens_end: int | None = setting(None, "tokens of a step at the end of the ramp")
+    batch_ramp_tokens: int = setting(0, "tokens over which the batch grows")
+    batch_rows_multiple: int = setting(1, "rows of a step are a multiple of this: the number of ranks must divide it")
+    micro_batch_tokens: int | None = setting(None, "tokens of one forward on one rank; null takes all in one")
+    # Optimizer
+    learning_rate: float = setting(4e-4, "peak learning rate of the matrices")
+    adamw_learning_rate: float | None = setting(None, "peak learning rate of everything else; null is the same")
+    lr_schedule: Literal["wsd_linear", "wsd_inverse_sqrt", "cosine", "constant"] = setting(
+        SCHEDULES[0], "shape of the learning rate over tokens"
+    )
+    warmup_tokens: int = setting(0, "tokens of the linear warm-up")
+    decay_tokens: int = setting(0, "tokens of the decay at the end of a wsd schedule")
+    lr_floor: float = setting(0.1, "share of the peak that is left at the end")
+    weight_decay: float = setting(0.1, "decoupled weight decay")
+    momentum: float = setting(0.95, "momentum of MuonClip")
+    qk_clip_threshold: float | None = setting(100.0, "attention logit above which a head is scaled down; null is off")
+    qk_clip_rule: Literal["official", "q_only", "compensated"] = setting("official", "how QK-clip scales shared keys")
+    max_grad_norm: float | None = setting(1.0, "gradient norm is clipped to this; null is off")
+    max_skipped_steps: int = setting(
+        0, "steps with a non-finite loss or gradient that may be skipped before the run stops"
+    )
+    # Execution
+    seed: int = setting(0, "decides initial weights and the order of the data")
+    mixed_precision: Literal["no", "bf16"] = setting("bf16", "precision of the forward pass; weights stay float32")
+    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory")
+    # Checkpoints
+    checkpoint_steps: int = setting(1000, "steps between checkpoints; 0 keeps only the final model")
+    keep_last: int = setting(2, "checkpoints to keep")
+    # Watching
+    log_steps: int = setting(1, "steps between lines in the terminal and the trackers; metrics.jsonl gets every step")
+    eval_steps: int = setting(1000, "steps between held-out evaluations, one at the start and end; 0 is off")
+    eval_tokens: int = setting(1_000_000, "held-out tokens of each domain to evaluate on")
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "accelerate's trackers: tensorboard, trackio, wandb, …"}
+    )
+    progress: bool = setting(True, "show a progress bar")
+    peak_tflops: float | None = setting(None, "the accelerator's peak in TFLOP/s, for MFU (H100, dense bf16: 989)")
+    # Only look
+    dry_run: bool = setting(False, "print the resolved settings, parameters, FLOPs, memory and days, then stop")
+    dry_run_gpus: int = setting(8, "accelerators to assume in --dry_run")
+    dry_run_mfu: float = setting(0.4, "model FLOPs utilisation to assume in --dry_run")
+
+    def __post_init__(self):
+        self.domains = _mapping("domains", self.domains)
+        stages = _mapping("sequence_length_stages", self.sequence_length_stages)
+        self.sequence_length_stages = {int(start): int(length) for start, length in stages.items()}
+        self._check_required()
+        self._check_ranges()
+        check_reasoning(self.shares(), self.reasoning_domains, self.reasoning_cap)
+        self.mixture()
+        self.batch_plan()
+        self.learning_rate_schedule()
+        for domain in self.domains.values():
+            for source in domain.get("sources", ()):
+                Source.parse(source)
+
+    def shares(self) -> dict[str, DomainShare]:
+        """The scheduled share of each domain."""
+        keys = ("start", "end", "anneal")
+        return {
+            name: DomainShare(**{key: domain[key] for key in keys if key in domain})
+            for name, domain in self.domains.items()
+        }
+
+    def mixture(self) -> Mixture:
+        """The data mixture over tokens."""
+        return Mixture(self.shares(), self.total_tokens - self.annealing_tokens, self.annealing_tokens)
+
+    def batch_plan(self) -> BatchPlan:
+        """Row length and rows over tokens."""
+        return BatchPlan(
+            batch_tokens=self.batch_tokens,
+            lengths={0: self.sequence_length, **self.sequence_length_stages},
+            batch_tokens_end=self.batch_tokens_end,
+            batch_ramp_tokens=self.batch_ramp_tokens,
+            rows_multiple=self.batch_rows_multiple,
+        )
+
+    def learning_rate_schedule(self) -> LearningRateSchedule:
+        """Factor of the learning rate over tokens."""
+        return LearningRateSchedule(
+            self.lr_schedule, self.total_tokens, self.warmup_tokens, self.decay_tokens, self.lr_floor
+        )
+
+    def model_settings(self) -> dict:
+        """Keyword arguments of `Motif2Config`."""
+        return {name: getattr(self, name) for name in MODEL_FIELDS}
+
+    def to_dict(self) -> dict:
+        """The settings as plain values, in the order of the fields; a recipe of them gives this configuration."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    def _check_required(self) -> None:
+        for name in ("tokenizer", "data_dir", "domains", "total_tokens"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set: give it in the recipe or as --{name}")
+        for name, domain in self.domains.items():
+            unknown = sorted(set(domain) - {"start", "end", "anneal", "sources"})
+            if unknown or not {"start", "end"} <= set(domain):
+                raise ValueError(
+                    f"domain {name!r} needs start and end, may have anneal and sources; unknown: {unknown}"
+                )
+
+    def _check_ranges(self) -> None:
+        for name in (
+            "learning_rate",
+            "sequence_length",
+            "batch_rows_multiple",
+            "shard_tokens",
+            "keep_last",
+            "log_steps",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a value above 0")
+        for name in ("checkpoint_steps", "eval_steps", "max_skipped_steps", "batch_ramp_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(f"heldout_fraction is {self.heldout_fraction}: use a share from 0 to below 1")
+        if not 0 <= self.annealing_tokens < self.total_tokens:
+            raise ValueError(
+                f"annealing_tokens is {self.annealing_tokens}: use less than total_tokens {self.total_tokens}"
+            )
+        longest = max([self.sequence_length, *self.sequence_length_stages.values()])
+        if longest > self.max_position_embeddings:
+            raise ValueError(
+                f"rows of {longest} tokens exceed max_position_embeddings {self.max_position_embeddings}: raise it"
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < longest:
+            raise ValueError(f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens")
+        if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
+            raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
+
+
+def _mapping(name: str, value: dict | str | None) -> dict:
+    """A mapping from a recipe, or written as YAML or JSON on the command line."""
+    try:
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} cannot be read as YAML: {error}") from error
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return value or {}

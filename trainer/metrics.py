@@ -1,0 +1,131 @@
+"""What a run tells: `metrics.jsonl`, one line a step in the terminal, a progress bar, and accelerate's trackers."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes a run's measurements; only the main process does.
+
+    Args:
+        path: of `metrics.jsonl`.
+        accelerator: whose trackers are fed.
+        total_tokens: length of the run, for the bar.
+        log_steps: steps between lines and tracker entries.
+        progress: show the bar.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, total_tokens: int, log_steps: int, progress: bool):
+        self.accelerator, self.log_steps = accelerator, log_steps
+        self.main = accelerator.is_main_process
+        self.bar = tqdm(
+            total=total_tokens,
+            unit=" tokens",
+            unit_scale=True,
+            disable=not (progress and self.main),
+            dynamic_ncols=True,
+        )
+        self.file = path.open("a") if self.main else None
+
+    def resume(self, path: Path, step: int, tokens: int) -> None:
+        """Drop what was written after `step`, so that the file has every step once."""
+        self.bar.update(tokens - self.bar.n)
+        if not self.main:
+            return
+        self.file.close()
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self.file = path.open("a")
+
+    def step(self, entry: dict) -> None:
+        """Record one step."""
+        self._write(entry)
+        self.bar.update(entry["tokens"] - self.bar.n)
+        if entry["step"] % self.log_steps == 0:
+            self.say(step_line(entry))
+            self.accelerator.log(_flatten(entry), step=entry["step"])
+
+    def evaluation(self, entry: dict) -> None:
+        """Record a held-out evaluation."""
+        self._write(entry)
+        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in entry["eval"].items())
+        self.say(f"step {entry['step']:>7}  held-out loss  {losses}")
+        self.accelerator.log(_flatten(entry), step=entry["step"])
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.main:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        """End bar and file."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, entry: dict) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(_plain(entry)) + "\n")
+            self.file.flush()
+
+
+def step_line(entry: dict) -> str:
+    """A step in one line."""
+    domains = " ".join(f"{name} {loss:.3f}" for name, loss in entry["loss_by_domain"].items())
+    mixture = "/".join(f"{100 * weight:.0f}" for weight in entry["mixture"].values())
+    largest = max(entry["max_logits"], default=math.nan)
+    speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+    speed += f"  MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
+    return (
+        f"step {entry['step']:>7}  loss {entry['loss']:.4f} ({domains})  lr {entry['learning_rate']:.2e}  "
+        f"mixture {mixture}  grad {entry['grad_norm']:.2f}  logit {largest:.1f}  "
+        f"clipped {entry['clipped_heads']}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
+    )
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest memory that tensors took on this rank's accelerator so far; None on CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """Steps and evaluations of a `metrics.jsonl`."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry for entry in entries if "eval" not in entry], [entry for entry in entries if "eval" in entry]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a killed run may be cut
+        return math.inf
+
+
+def _plain(value):
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _flatten(entry: dict) -> dict[str, float]:
+    """`{"loss_by_domain": {"math": 2}}` as `{"loss_by_domain/math": 2}`, for trackers."""
+    flat = {}
+    for key, value in entry.items():
+        children = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else None
+        if children is None:
+            flat[key] = value
+        else:
+            flat |= {f"{key}/{name}": child for name, child in children.items()}
+    return flat

@@ -1,0 +1,70 @@
+"""Pre-train a Motif-2 model: `motif2-pretrain --config recipes/pretrain/motif2_30m.yaml`.
+
+On several accelerators the same command runs under an accelerate file: `accelerate launch --config_file
+recipes/accelerate/fsdp2_node.yaml -m trainer.pretrain --config recipes/pretrain/motif2_12b7.yaml`.
+"""
+
+import yaml
+from transformers import AutoTokenizer
+
+from trainer.cli import parse_recipe
+from trainer.config import PretrainConfig
+from trainer.flops import count_parameters, flops_per_token, memory_by_rank
+from trainer.loop import run_pretraining
+from trainer.model import model_config
+
+DESCRIPTION = """Pre-train a Motif-2 model on a mixture of domains whose shares change at every step.
+
+A recipe names the model's shape, the domains with their sources and shares, the length of the run and the optimizer.
+The command tokenises what is missing in data_dir, trains, evaluates on held-out documents, writes checkpoints, and
+ends with output_dir/model for from_pretrained. Started again after an interruption it goes on from the last
+checkpoint.
+See what a recipe would do, without doing it: add --dry_run."""
+PEAK_TFLOPS_H100 = 989.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `motif2-pretrain`."""
+    (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
+    if config.dry_run:
+        print(describe_run(config))
+        return
+    try:
+        result = run_pretraining(config)
+    except ValueError as error:
+        raise SystemExit(f"motif2-pretrain: {error}") from error
+    print(f"{result.steps} steps, {result.tokens:,} tokens; model in {result.model_dir}")
+    for name, loss in result.last_eval.items():
+        print(f"  held-out loss {name}: {result.first_eval[name]:.4f} -> {loss:.4f}")
+
+
+def describe_run(config: PretrainConfig) -> str:
+    """What a run would do: settings, parameters, FLOPs a token, tokens a step, memory by rank, days."""
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    architecture = model_config(config, tokenizer)
+    counts = count_parameters(architecture)
+    plan = config.batch_plan()
+    length, rows = plan.shape(0)
+    last_length, last_rows = plan.shape(config.total_tokens)
+    flops = flops_per_token(architecture, length)
+    gpus, mfu, peak = config.dry_run_gpus, config.dry_run_mfu, config.peak_tflops or PEAK_TFLOPS_H100
+    days = flops * config.total_tokens / (gpus * peak * 1e12 * mfu) / 86_400
+    micro = config.micro_batch_tokens or max(length, rows * length // gpus)
+    memory = memory_by_rank(architecture, micro, gpus, config.gradient_checkpointing, config.mixed_precision == "bf16")
+    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    kinds = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total")
+    return "\n".join(
+        [
+            yaml.safe_dump(config.to_dict(), sort_keys=False),
+            f"parameters       {counts['total']:,} ({kinds})",
+            f"FLOPs a token    {flops:.4g} (rows of {length})",
+            f"tokens a step    {rows * length:,} ({rows} rows of {length}) to {last_rows * last_length:,} "
+            f"({last_rows} rows of {last_length})",
+            f"memory by rank   {sum(memory.values()) / 2**30:.2f} GiB on each of {gpus} ({parts})",
+            f"time             {days:.3g} days on {gpus} x {peak:g} TFLOP/s at an MFU of {mfu:.0%}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The folder of a run: who may write into it, and how the final model gets there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from trainer.checkpoint import complete_checkpoints
+from trainer.config import PretrainConfig
+
+MODEL, CHECKPOINTS, METRICS, CONFIG = "model", "checkpoints", "metrics.jsonl", "config.yaml"
+# Settings that may change when a run goes on: they decide neither the weights nor the order of the data.
+FREE_SETTINGS = frozenset(
+    {
+        "output_dir",
+        "overwrite",
+        "data_dir",
+        "tokenizer",
+        "verify_checksums",
+        "micro_batch_tokens",
+        "gradient_checkpointing",
+        "max_skipped_steps",
+        "checkpoint_steps",
+        "keep_last",
+        "log_steps",
+        "eval_steps",
+        "eval_tokens",
+        "trackers",
+        "progress",
+        "peak_tflops",
+        "dry_run",
+        "dry_run_gpus",
+        "dry_run_mfu",
+    }
+)
+
+
+def open_run_folder(config: PretrainConfig, accelerator: Accelerator) -> Path:
+    """Create the run's folder, or enter that of an interrupted run with the same settings.
+
+    Raises:
+        ValueError: it holds a finished run, a run with other settings, or something that is no run.
+    """
+    folder = Path(config.output_dir)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            _claim(config, folder)
+        elif not (folder / CONFIG).is_file():
+            raise ValueError(
+                f"output_dir {folder} was refused on the main rank, or is not shared between the machines"
+            )
+    return folder
+
+
+def _claim(config: PretrainConfig, folder: Path) -> None:
+    if config.overwrite:
+        for name in (MODEL, CHECKPOINTS, METRICS, CONFIG):
+            _delete(folder / name)
+    if (folder / MODEL).exists():
+        raise ValueError(f"{folder} holds a finished run: choose another output_dir, or give --overwrite to delete it")
+    if complete_checkpoints(folder / CHECKPOINTS):
+        _check_same_run(config, folder)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _check_same_run(config: PretrainConfig, folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds checkpoints but no {CONFIG}: choose another output_dir, or give --overwrite")
+    before, now = yaml.safe_load((folder / CONFIG).read_text()), config.to_dict()
+    changed = [name for name in now if name not in FREE_SETTINGS and before.get(name) != now[name]]
+    if changed:
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in changed)
+        raise ValueError(
+            f"{folder} holds checkpoints of a run with other settings ({changes}): use its settings to go on with it, "
+            "choose another output_dir, or give --overwrite"
+        )
+
+
+def export_model(model, state_dict: dict, tokenizer, folder: Path) -> Path:
+    """Write `folder/model` with `save_pretrained`, complete or not at all; returns it."""
+    unfinished, target = folder / f"{MODEL}.tmp", folder / MODEL
+    _delete(unfinished)
+    model.save_pretrained(unfinished, state_dict=state_dict)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, target)
+    return target
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
