@@ -48,7 +48,8 @@ class Team:
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
             timeout = timedelta(seconds=timeout_seconds)
-            self.group = dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
+            with self.clear_errors():
+                self.group = dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
 
     @contextlib.contextmanager
     def clear_errors(self):

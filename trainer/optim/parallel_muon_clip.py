@@ -8,6 +8,7 @@ The meaning is `muon_clip_reference.MuonClip`; docs/parallel_muonclip.md draws t
 """
 
 import math
+import operator
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,10 +34,13 @@ MODES = ("parallel", "distributed")
 
 @dataclass(frozen=True)
 class TeamPlan:
-    """What one team does in a step: its matrices (group, parameter), their layouts and this rank's chunks."""
+    """What one team does in a step: its matrices, each with its group's index, their layouts and this rank's chunks.
+
+    Indices and not the groups themselves, because `load_state_dict` puts other dicts in their place.
+    """
 
     team: Team
-    matrices: tuple[tuple[dict, Tensor], ...]
+    matrices: tuple[tuple[int, Tensor], ...]
     layouts: tuple[Layout, ...]
     chunks: tuple[Chunk, ...]
 
@@ -95,7 +99,7 @@ class ParallelMuonClip(MuonClip):
         self.wire_dtype, self.process_group, self.timeout_seconds = wire_dtype, process_group, timeout_seconds
         self.orthogonalise = Orthogonaliser(method, coefficients, backend)
         self._teams: dict[tuple[int, ...], Team] = {}
-        self._known_parameters: tuple[int, ...] = ()
+        self._known_parameters: list[Tensor] = []
         self._plans: dict[tuple[bool, ...], list[TeamPlan]] = {}
         self._last_logits: Tensor | None = None
         super().__init__(params, lr, **options)
@@ -159,8 +163,8 @@ class ParallelMuonClip(MuonClip):
     def _prepare(self) -> None:
         """Read layouts and connect QK-clip, again whenever the parameters are others than before."""
         parameters = self._parameters()
-        known = tuple(map(id, parameters))
-        if known == self._known_parameters:
+        known = self._known_parameters
+        if len(parameters) == len(known) and all(map(operator.is_, parameters, known)):
             return
         self._device = local_of(parameters[0]).device
         shared = dist.is_available() and dist.is_initialized()
@@ -181,7 +185,7 @@ class ParallelMuonClip(MuonClip):
         rank = dist.get_rank() if shared else 0
         blocks = {id(w): self._block_of(w, ranks, rank) for w in (*queries, *keys)}
         self._clip = QKClip(self.attentions, queries, keys, blocks, self.qk_clip_threshold, self.qk_clip_rule)
-        self._plans, self._known_parameters = {}, known
+        self._plans, self._known_parameters = {}, parameters
 
     def _block_of(self, weight: Tensor, ranks: tuple[int, ...], rank: int):
         layout = self._layouts.get(id(weight)) or layout_of(weight, ranks)
@@ -206,12 +210,12 @@ class ParallelMuonClip(MuonClip):
     def _plan_for(self, active: tuple[bool, ...]) -> list[TeamPlan]:
         """Plans of the teams this rank is in, for the matrices that have a gradient somewhere."""
         if active not in self._plans:
-            pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+            pairs = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
             by_team: dict[tuple[int, ...], list] = {}
-            for (group, parameter), used in zip(pairs, active, strict=True):
-                if used and group["algorithm"] == "muon":
+            for (index, parameter), used in zip(pairs, active, strict=True):
+                if used and self.param_groups[index]["algorithm"] == "muon":
                     layout = self._layouts[id(parameter)]
-                    by_team.setdefault(layout.team, []).append((group, parameter, layout))
+                    by_team.setdefault(layout.team, []).append((index, parameter, layout))
             self._plans[active] = [self._plan_team(ranks, members) for ranks, members in by_team.items()]
         return self._plans[active]
 
@@ -219,12 +223,11 @@ class ParallelMuonClip(MuonClip):
         team = self._team(ranks)
         layouts = tuple(layout for _, _, layout in members)
         chunks = plan_chunks(layouts, team.me, self.orthogonalise.cost, self.chunk_size, self.balanced)
-        return TeamPlan(team, tuple((group, parameter) for group, parameter, _ in members), layouts, chunks)
+        return TeamPlan(team, tuple((index, parameter) for index, parameter, _ in members), layouts, chunks)
 
     def _run_parallel(self, plan: TeamPlan) -> None:
         def prologue(number: int, out: Tensor | None) -> None:
-            group, parameter = plan.matrices[number]
-            self._direction(group, parameter, out)
+            self._direction(*plan.matrices[number], out)
 
         def epilogue(number: int, update: Tensor) -> None:
             self._apply(*plan.matrices[number], update)
@@ -245,10 +248,10 @@ class ParallelMuonClip(MuonClip):
 
     def _run_distributed(self, plan: TeamPlan) -> None:
         """Every rank gathers and orthogonalises every matrix, and keeps its own part of the update."""
-        for (group, parameter), layout in zip(plan.matrices, plan.layouts, strict=True):
+        for (index, parameter), layout in zip(plan.matrices, plan.layouts, strict=True):
             local = local_of(parameter)
             direction = torch.empty_like(local, dtype=self._direction_dtype(parameter))
-            self._direction(group, parameter, direction)
+            self._direction(index, parameter, direction)
             if isinstance(parameter, DTensor):
                 placement = (parameter.device_mesh, parameter.placements)
                 shape = {"shape": parameter.shape, "stride": parameter.stride()}
@@ -258,7 +261,7 @@ class ParallelMuonClip(MuonClip):
             block = layout.blocks[plan.team.me]
             for full, own in block.tiles(update, part):
                 own.copy_(full)
-            self._apply(group, parameter, part)
+            self._apply(index, parameter, part)
 
     def _direction_dtype(self, parameter: Tensor) -> torch.dtype:
         if self.wire_dtype is not None:
@@ -266,12 +269,13 @@ class ParallelMuonClip(MuonClip):
         on_cpu = self._device.type == "cpu"
         return torch.promote_types(parameter.dtype, torch.float32) if on_cpu else torch.bfloat16
 
-    def _direction(self, group: dict, parameter: Tensor, out: Tensor | None) -> None:
+    def _direction(self, group_index: int, parameter: Tensor, out: Tensor | None) -> None:
         """Advance the momentum of this rank's shard and write the Nesterov direction to `out`."""
         momentum_buffer = local_of(self.state[parameter]["momentum_buffer"])
-        nesterov(_local_gradient(parameter), momentum_buffer, group["momentum"], out)
+        nesterov(_local_gradient(parameter), momentum_buffer, self.param_groups[group_index]["momentum"], out)
 
-    def _apply(self, group: dict, parameter: Tensor, update: Tensor) -> None:
+    def _apply(self, group_index: int, parameter: Tensor, update: Tensor) -> None:
+        group = self.param_groups[group_index]
         lr = float(group["lr"])
         step_size = lr * update_scale(*parameter.shape)  # a DTensor's shape is the full one
         apply_update(local_of(parameter), update, 1 - lr * group["weight_decay"], step_size)

@@ -33,7 +33,7 @@ class Bag(nn.Module):
         total = 0.0
         for name, parameter in self.named_parameters():
             if name in gradients:
-                gradient = gradients[name]
+                gradient = gradients[name].to(parameter.device)
                 if isinstance(parameter, DTensor):
                     gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
                 product = (parameter * gradient).sum()
@@ -68,7 +68,7 @@ def attention_of(bag: Bag, rank: int = 0, world_size: int = 1) -> SimpleNamespac
         num_groups=NUM_GROUPS,
         num_signal_heads_per_group=NUM_SIGNAL_HEADS,
         head_dim=HEAD_DIM,
-        max_logits=torch.where(seen, MAX_LOGITS, -torch.inf),
+        max_logits=torch.where(seen, MAX_LOGITS, -torch.inf).to(bag.vector.device),
     )
 
 

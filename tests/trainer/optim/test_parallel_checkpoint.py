@@ -56,6 +56,19 @@ def test_a_distributed_checkpoint_resumes_anywhere_bit_for_bit(tmp_path):
             assert torch.equal(value, expected[name]), name
 
 
+def test_learning_rates_set_after_loading_count():
+    # load_state_dict puts new group dicts in place, which a plan made before it must not hide
+    (bag, optimizer), (other, peer) = make(), make()
+    for trained, stepper in ((bag, optimizer), (other, peer)):
+        train(trained, stepper, steps=1)
+        if stepper is optimizer:
+            stepper.load_state_dict(copy.deepcopy(stepper.state_dict()))
+        for group in stepper.param_groups:
+            group["lr"] = 0.01
+    result, expected = (train(*pair, steps=1, first=2) for pair in ((bag, optimizer), (other, peer)))
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
 def test_a_plain_state_dict_resumes_bit_for_bit():
     expected = train(*make(), steps=4)
     bag, optimizer = make()

@@ -21,10 +21,11 @@ def reference_result(dtype, rule="official") -> dict[str, torch.Tensor]:
     return train(bag, MuonClip(groups_of(bag), lr=0.1, qk_clip_rule=rule, attentions=[attention]), attention)
 
 
-def single_result(dtype, **options) -> dict[str, torch.Tensor]:
-    bag = Bag(dtype)
+def single_result(dtype, device="cpu", **options) -> dict[str, torch.Tensor]:
+    bag = Bag(dtype).to(device)
     attention = attention_of(bag)
-    return train(bag, ParallelMuonClip(groups_of(bag), **OPTIONS | options, attentions=[attention]), attention)
+    result = train(bag, ParallelMuonClip(groups_of(bag), **OPTIONS | options, attentions=[attention]), attention)
+    return {name: value.cpu() for name, value in result.items()}
 
 
 def plain(bag, world_size):
@@ -33,6 +34,16 @@ def plain(bag, world_size):
 
 def fsdp(bag, world_size):
     shard_fully(bag, init_device_mesh("cpu", (world_size,)))
+
+
+def fsdp_on(rank, world_size, device, method) -> dict[str, torch.Tensor]:
+    """The whole of a rank's work on an accelerator."""
+    torch.cuda.set_device(rank)
+    bag = Bag(torch.float32).to(device)
+    shard_fully(bag, init_device_mesh(device, (world_size,)))
+    attention = attention_of(bag, rank, world_size)
+    optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS | {"method": method}, attentions=[attention])
+    return {name: value.cpu() for name, value in train(bag, optimizer, attention).items()}
 
 
 def fsdp_columns(bag, world_size):

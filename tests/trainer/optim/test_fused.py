@@ -1,0 +1,66 @@
+"""The fused elementwise passes equal what they stand for: in torch, in Triton's interpreter, and on accelerators."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.trainer.optim.test_parallel_muon_clip import fsdp_on, single_result
+from trainer.optim.fused import apply_update, nesterov
+
+
+def inputs(numel: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(numel)
+    return [torch.randn(numel, generator=generator).to(device, dtype) for _ in range(3)]
+
+
+def check(nesterov_function, update_function, device: str) -> None:
+    """Values in float32, guards beyond the end untouched, low precision on the way out and in."""
+    for numel in (1, 4095, 4096, 10001):
+        gradient, momentum_buffer, weight = inputs(numel, device)
+        expected_buffer = 0.9 * momentum_buffer + gradient
+        out = torch.full((numel + 3,), torch.nan, dtype=torch.bfloat16, device=device)
+        nesterov_function(gradient, momentum_buffer, 0.9, out[:numel])
+        torch.testing.assert_close(momentum_buffer, expected_buffer, rtol=1e-6, atol=1e-6)
+        expected_out = (gradient + 0.9 * expected_buffer).bfloat16()
+        torch.testing.assert_close(out[:numel], expected_out, rtol=8e-3, atol=1e-6)
+        assert out[numel:].isnan().all()
+        nesterov_function(gradient, momentum_buffer, 0.9, None)
+        torch.testing.assert_close(momentum_buffer, 0.9 * expected_buffer + gradient, rtol=1e-6, atol=1e-6)
+        update = gradient.half()
+        expected = 0.99 * weight - 0.5 * update.float()
+        update_function(weight, update, 0.99, 0.5)
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_torch():
+    check(nesterov, apply_update, "cpu")
+
+
+def test_triton_interpreted():
+    program = (
+        "from tests.trainer.optim.test_fused import check; from trainer.optim import fused_kernels as k; "
+        "check(k.nesterov, k.apply_update, 'cpu'); print('equal')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.gpu
+def test_triton():
+    check(nesterov, apply_update, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators")
+@pytest.mark.parametrize("method", ["gram", "classic"])
+def test_two_accelerators_equal_one_bit_for_bit(method):
+    expected = single_result(torch.float32, device="cuda", method=method)
+    for result in run_distributed(fsdp_on, 2, 2, "cuda", method, backend="nccl"):
+        for name, value in result.items():
+            assert torch.equal(value, expected[name]), name
