@@ -33,16 +33,20 @@ class Block:
         """Elements held."""
         return self.shape[0] * self.shape[1]
 
-    def tiles(self, full: Tensor, local: Tensor):
-        """Pairs of views, one into the full matrix (A, B) and one into the block (rows, columns), that correspond."""
+    def tile_corners(self):
+        """For each run of rows crossed with one of columns: its corner in the matrix, in the block, and its shape."""
         row = 0
         for row_start, row_stop in self.row_runs:
             column = 0
             for start, stop in self.column_runs:
-                tile = local[row : row + row_stop - row_start, column : column + stop - start]
-                yield full[row_start:row_stop, start:stop], tile
+                yield (row_start, start), (row, column), (row_stop - row_start, stop - start)
                 column += stop - start
             row += row_stop - row_start
+
+    def tiles(self, full: Tensor, local: Tensor):
+        """Pairs of views, one into the full matrix (A, B) and one into the block (rows, columns), that correspond."""
+        for (top, left), (row, column), (rows, columns) in self.tile_corners():
+            yield full[top : top + rows, left : left + columns], local[row : row + rows, column : column + columns]
 
 
 @dataclass(frozen=True)

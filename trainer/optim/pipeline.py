@@ -55,9 +55,9 @@ def run_pipeline(
     def start_scatter(chunk: Chunk, gathered: Flight) -> Flight:
         updates = _orthogonalise_owned(chunk, shapes, gathered, orthogonalise)
         send = torch.empty(sum(chunk.scatter.send_splits), dtype=scatter_dtype, device=device)
-        for piece in chunk.scatter.sends:
-            for full, local in piece.block.tiles(updates[piece.matrix], _slot(send, piece)):
-                local.copy_(full)
+        for strip in chunk.scatter.send_strips:
+            in_matrix, in_buffer = strip.views(updates[strip.matrix], send)
+            in_buffer.copy_(in_matrix)
         return team.exchange(send, chunk.scatter)
 
     def finish(chunk: Chunk, scattered: Flight) -> None:
@@ -96,9 +96,9 @@ def _orthogonalise_owned(
         for shape, numbers in numbers_by_shape.items()
     ]
     wholes = {number: matrix for numbers, batch in batches for number, matrix in zip(numbers, batch, strict=True)}
-    for piece in chunk.gather.receives:
-        for full, local in piece.block.tiles(wholes[piece.matrix], _slot(received, piece)):
-            full.copy_(local)
+    for strip in chunk.gather.receive_strips:
+        in_matrix, in_buffer = strip.views(wholes[strip.matrix], received)
+        in_matrix.copy_(in_buffer)
     del received, wholes
     updates = {}
     while batches:

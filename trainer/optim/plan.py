@@ -6,7 +6,10 @@ Legend: A rows, B columns of a matrix; positions are places in the team of ranks
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
 
 from trainer.optim.layout import Block, Layout
 
@@ -22,6 +25,42 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """Equal tiles at equal distances in a matrix and in a buffer, so that one strided copy moves them all.
+
+    Args:
+        matrix: number of the matrix.
+        count: tiles.
+        shape: rows and columns of a tile.
+        corner: row and column of the first tile in the matrix.
+        corner_step: rows and columns from one tile to the next.
+        offset: element of the buffer where the first tile starts.
+        offset_step: elements from one tile to the next.
+        pitch: elements from one row of a tile to the next.
+    """
+
+    matrix: int
+    count: int
+    shape: tuple[int, int]
+    corner: tuple[int, int]
+    corner_step: tuple[int, int]
+    offset: int
+    offset_step: int
+    pitch: int
+
+    def views(self, full: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """The tiles in the matrix (A, B) and in the flat buffer, both (count, rows, columns)."""
+        down, right = full.stride()
+        strides = (self.corner_step[0] * down + self.corner_step[1] * right, down, right)
+        start = full.storage_offset() + self.corner[0] * down + self.corner[1] * right
+        shape = (self.count, *self.shape)
+        return (
+            full.as_strided(shape, strides, start),
+            buffer.as_strided(shape, (self.offset_step, self.pitch, 1), self.offset),
+        )
+
+
+@dataclass(frozen=True)
 class Route:
     """One all-to-all as one rank sees it: pieces in the buffers' order, and elements to and from each position."""
 
@@ -29,6 +68,16 @@ class Route:
     receives: tuple[Piece, ...]
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
+
+    @cached_property
+    def send_strips(self) -> tuple[Strip, ...]:
+        """What is sent, by as few copies as possible."""
+        return strips_of(self.sends)
+
+    @cached_property
+    def receive_strips(self) -> tuple[Strip, ...]:
+        """What is received, by as few copies as possible."""
+        return strips_of(self.receives)
 
 
 @dataclass(frozen=True)
@@ -104,6 +153,31 @@ def plan_chunks(
     owners = assign_owners(costs, len(layouts[0].team), balanced)
     rounds = cut_rounds(layouts, owners, costs, chunk_size, balanced)
     return tuple(_chunk_of(layouts, owned_by, me) for owned_by in rounds)
+
+
+def strips_of(pieces: Sequence[Piece]) -> tuple[Strip, ...]:
+    """Join the tiles of pieces into strips: one a matrix where shards are even, however many ranks there are."""
+    strips: list[Strip] = []
+    for piece in sorted(pieces, key=lambda piece: (piece.matrix, piece.offset)):
+        for corner, place, shape in piece.block.tile_corners():
+            offset = piece.offset + place[0] * piece.block.shape[1] + place[1]
+            tile = Strip(piece.matrix, 1, shape, corner, (0, 0), offset, 0, piece.block.shape[1])
+            joined = _joined(strips[-1], tile) if strips else None
+            strips[-1:] = [joined] if joined else [*strips[-1:], tile]
+    return tuple(strips)
+
+
+def _joined(strip: Strip, tile: Strip) -> Strip | None:
+    """The strip with one more tile, or None if the tile does not follow in step."""
+    if (strip.matrix, strip.shape, strip.pitch) != (tile.matrix, tile.shape, tile.pitch):
+        return None
+    last = strip.count - 1
+    corner_step = tuple(new - old - last * step for new, old, step in zip(
+        tile.corner, strip.corner, strip.corner_step, strict=True))  # fmt: skip
+    offset_step = tile.offset - strip.offset - last * strip.offset_step
+    if strip.count > 1 and (corner_step, offset_step) != (strip.corner_step, strip.offset_step):
+        return None
+    return replace(strip, count=strip.count + 1, corner_step=corner_step, offset_step=offset_step)
 
 
 def _chunk_of(layouts: Sequence[Layout], owned_by: list[list[int]], me: int) -> Chunk:

@@ -122,6 +122,40 @@ def test_routes_of_all_ranks_fit_together():
         assert gathered == sum(layouts[n].shape[0] * layouts[n].shape[1] for chunk in chunks for n in chunk.owned)
 
 
+@pytest.mark.parametrize("mesh_shape", [(4,), (2, 2), (1, 6)])
+@pytest.mark.parametrize(
+    "placements", [(Shard(0),), (Shard(1),), (Shard(0), Shard(1)), (_StridedShard(0, split_factor=2),)]
+)
+def test_strips_copy_what_pieces_are(mesh_shape, placements):
+    placements = (*[Replicate()] * (len(mesh_shape) - len(placements)), *placements)[-len(mesh_shape) :]
+    mesh = torch.arange(torch.tensor(mesh_shape).prod()).view(mesh_shape)
+    layouts = [_read_placements(mesh, placements, shape) for shape in [(12, 8), (8, 12), (7, 5)]]
+    chunk = plan_chunks(layouts, 0, cost_of, None, True)[0]
+    for pieces, strips in (
+        (chunk.gather.receives, chunk.gather.receive_strips),
+        (chunk.scatter.sends, chunk.scatter.send_strips),
+    ):
+        buffer = torch.arange(sum(piece.block.numel for piece in pieces))
+        by_strip, by_piece = ({n: torch.full(layout.shape, -1) for n, layout in enumerate(layouts)} for _ in range(2))
+        for strip in strips:
+            target, source = strip.views(by_strip[strip.matrix], buffer)
+            target.copy_(source)
+        for piece in pieces:
+            local = buffer[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)
+            for target, source in piece.block.tiles(by_piece[piece.matrix], local):
+                target.copy_(source)
+        assert all(torch.equal(by_strip[n], by_piece[n]) for n in by_strip)
+
+
+def test_even_shards_take_one_copy_a_matrix_on_any_number_of_ranks():
+    layouts = [row_layout((128, 4), 64) for _ in range(70)]
+    chunk = plan_chunks(layouts, 5, cost_of, None, True)[0]
+    assert len(chunk.owned) == 2
+    assert len(chunk.gather.receives) == 128
+    assert [strip.count for strip in chunk.gather.receive_strips] == [64, 64]
+    assert [strip.count for strip in chunk.scatter.send_strips] == [64, 64]
+
+
 def test_a_copy_everywhere_is_gathered_from_the_owner_itself():
     whole = Block(((0, 4),), ((0, 6),))
     layout = Layout((4, 6), (0, 1), (whole, whole), (0, 1))
