@@ -151,7 +151,7 @@ def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:
     if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and len(messages) == 2):
         return "no user turn before the assistant's"
     try:
-        tools = _tools(row)
+        tools = row_tools(row)
     except json.JSONDecodeError:
         return "tools are not JSON"
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -255,7 +255,7 @@ def load_conversations(
     for start in range(0, len(rows), ENCODE_BATCH):
         batch = rows[start : start + ENCODE_BATCH]
         token_ids, marks = encode_conversations(
-            tokenizer, [row["messages"] for _, row in batch], [_tools(row) for _, row in batch]
+            tokenizer, [row["messages"] for _, row in batch], [row_tools(row) for _, row in batch]
         )
         for (place, row), ids, mark in zip(batch, token_ids, marks, strict=True):
             if _fits(place, ids, mark, max_length, long_samples, report):
@@ -278,7 +278,7 @@ def _plain(message: dict) -> dict:
     return {"role": message["role"], "content": message["content"] or ""}
 
 
-def _tools(row: dict) -> list | None:
+def row_tools(row: dict) -> list | None:
     """Tool schemas of a row, which may hold them as JSON text."""
     tools = row.get("tools")
     return json.loads(tools) if isinstance(tools, str) and tools else tools or None
