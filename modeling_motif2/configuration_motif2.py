@@ -79,7 +79,7 @@ class Motif2Config(PreTrainedConfig):
         use_sliding_window: whether layers from `max_window_layers` on see only `sliding_window` tokens.
         sliding_window: width of the window in tokens; set to None unless `use_sliding_window`.
         max_window_layers: index of the first layer with a window.
-        layer_types: set from the three fields above: None, or "full_attention" / "sliding_attention" by layer.
+        layer_types: set from the three fields above: "full_attention" or "sliding_attention" for every layer.
         bos_token_id, eos_token_id, pad_token_id: default to the published ids with the published vocabulary,
             otherwise to None.
 
@@ -184,7 +184,7 @@ class Motif2Config(PreTrainedConfig):
     def _set_layer_types(self) -> None:
         if not self.use_sliding_window:
             self.sliding_window = None
-            self.layer_types = None
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
             return
         if self.sliding_window is None or self.sliding_window < 1:
             raise ValueError(

@@ -215,7 +215,15 @@ def visible_positions(mask: torch.Tensor, padding_mask: torch.Tensor | None) -> 
     Args:
         mask: (B or 1, 1, T, S) boolean (True: visible), or added to the logits.
         padding_mask: (B, S) with 0 on padding, or None; its last T columns belong to the queries.
+
+    Raises:
+        ValueError: if the mask is not a tensor.
     """
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"attention cannot be recorded through a prepared {type(mask).__name__}: give a (batch, tokens) mask, "
+            "or use attn_implementation='sdpa' while recording."
+        )
     if mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2
     if padding_mask is not None and padding_mask.ndim == 2:

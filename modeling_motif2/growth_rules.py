@@ -126,7 +126,8 @@ class MatrixRule:
         of k copies sums to zero: +N and -N for two, and for k jointly Gaussian with equal variances and correlation
         -1 / (k - 1).
         """
-        work = torch.promote_types(rows.dtype, torch.float32)
+        # Wide enough for what remains to be reckoned without rounding.
+        work = torch.float32 if rows.dtype.itemsize == 2 else torch.float64
         grown = torch.empty(len(rows), len(self.columns), dtype=dtype)
         for copies, sources, targets in self.column_groups:
             remaining = rows[:, sources].to(work)  # (rows, N)

@@ -20,6 +20,7 @@ from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_causal_mask,
+    create_masks_for_generate,
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import (
@@ -258,7 +259,7 @@ class Motif2AttentionStream(nn.Module):
             Output (B, T, heads, 2D), and the backend's second result.
         """
         name = self.config._attn_implementation
-        if name.startswith("flash") and query.dtype == torch.float32:
+        if "flash" in name and query.dtype == torch.float32:
             raise ValueError(
                 f"attn_implementation={name!r} needs float16 or bfloat16: load the model with dtype=torch.bfloat16, "
                 "run it under autocast, or use sdpa."
@@ -436,6 +437,23 @@ def positions_from_cumulative_lengths(cumulative_lengths: torch.Tensor, tokens: 
     return (index - cumulative_lengths[document])[None]
 
 
+class CacheWithFixedOffset:
+    """A cache whose query offset stays put while the layers advance it.
+
+    A static cache counts its tokens in a tensor, which FlexAttention's mask would read only after that was advanced.
+    """
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:
+        offset = self._cache.get_query_offset(layer_idx)
+        return offset.clone() if isinstance(offset, torch.Tensor) else offset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
 class Motif2Model(Motif2PreTrainedModel):
     """The decoder without a head."""
 
@@ -465,7 +483,8 @@ class Motif2Model(Motif2PreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; exactly one of it and `inputs_embeds`.
-            attention_mask: (B, S) with 0 on padding, or a prepared 4-dimensional mask (B or 1, 1, T, S), or None.
+            attention_mask: (B, S) with 0 on padding, or a prepared 4-dimensional mask (B or 1, 1, T, S), or a
+                dictionary of those by layer type, or None.
             position_ids: (B, T); where they restart, a new packed document begins. Default: from the cache's length.
             past_key_values: keys and values of earlier tokens.
             inputs_embeds: (B, T, C).
@@ -495,7 +514,7 @@ class Motif2Model(Motif2PreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, layer_type in zip(self.layers, self._layer_types(), strict=True):
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
@@ -528,9 +547,6 @@ class Motif2Model(Motif2PreTrainedModel):
                 "(batch, 1, queries, keys)."
             )
 
-    def _layer_types(self) -> list[str]:
-        return self.config.layer_types or ["full_attention"] * len(self.layers)
-
     def _masks(
         self,
         config: Motif2Config,
@@ -540,6 +556,10 @@ class Motif2Model(Motif2PreTrainedModel):
         position_ids: torch.Tensor,
     ) -> dict[str, Any]:
         """Returns one mask by layer type, in the form of the backend that `config` names."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        if past_key_values is not None and config._attn_implementation == "flex_attention":
+            past_key_values = CacheWithFixedOffset(past_key_values)
         builders = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             layer_type: builders[layer_type](
@@ -549,7 +569,7 @@ class Motif2Model(Motif2PreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for layer_type in dict.fromkeys(self._layer_types())
+            for layer_type in dict.fromkeys(config.layer_types)
         }
 
     def _visible(
@@ -563,6 +583,10 @@ class Motif2Model(Motif2PreTrainedModel):
         modules = [layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer)]
         if all(module.max_logits is None and module.output_norms is None for module in modules):
             return {}
+        if isinstance(attention_mask, dict):  # what `generate` prepared; None stands for a mask without padding
+            if any(mask is not None for mask in attention_mask.values()):
+                return {layer_type: visible_positions(mask, None) for layer_type, mask in attention_mask.items()}
+            attention_mask = None
         eager = copy.copy(self.config)
         eager._attn_implementation = "eager"
         masks = self._masks(eager, inputs_embeds, attention_mask, past_key_values, position_ids)
@@ -593,6 +617,11 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(past_key_values: Cache, **kwargs) -> Any:
+        """Makes the masks of a step with a static cache; `generate` calls it instead of transformers' function."""
+        return create_masks_for_generate(past_key_values=CacheWithFixedOffset(past_key_values), **kwargs)
 
     @can_return_tuple
     def forward(

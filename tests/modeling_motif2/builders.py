@@ -33,8 +33,9 @@ def small_model(seed: int = 0, attention: str = "eager", dtype: torch.dtype = to
     """A randomly initialised `Motif2ForCausalLM` in evaluation mode; norm weights are off their start."""
     torch.manual_seed(seed)
     config = small_config(**overrides)
-    config._attn_implementation = attention
     model = Motif2ForCausalLM(config).eval()
+    # Set afterwards: transformers would look for flash attention's package, or for its kernel on the Hub.
+    config._attn_implementation = attention
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "subln" in name or "act_fn" in name:
