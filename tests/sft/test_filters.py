@@ -8,8 +8,8 @@ from sft.mixing import domain_budgets, fill_budgets, parse_ratios
 
 STORY = (
     "A train leaves the station at nine in the morning and travels north at sixty miles an hour, while a second "
-    "train leaves one hour later on the same track and travels at eighty miles an hour. When does the second catch the "
-    "first?"
+    "train leaves one hour later on the same track and travels at eighty miles an hour. When does the second "
+    "catch the first?"
 )
 REPEATS = {
     "the same text": STORY,

@@ -1,0 +1,149 @@
+"""Stage 2: how good a sample is for learning to reason, by functions that can be read and tested, and selection by it.
+
+Three scores from 0 to 1. Their definitions and weights are ours (assumption): the report names the criteria (reasoning
+density, response completeness, structural consistency) and not how they were measured. Optionally a model judges too.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sft.filters import words
+
+_STEP = re.compile(
+    r"\b(because|since|therefore|thus|hence|so|then|if|first|second|next|finally|let|suppose|assume|implies|means|"
+    r"must|consider|recall|note|check|substitut\w+|simplif\w+|equals?)\b",
+    re.IGNORECASE,
+)
+_EQUATION = re.compile(r"[\w)\]}]\s*(?:=|<|>|≤|≥|\\le|\\ge)\s*[\w(\[{\\$-]")
+_NUMBERED = re.compile(r"^\s*(\d+)[.)]\s", re.MULTILINE)
+_FINAL = re.compile(r"(####\s*\S|\\boxed\{|\b(?:the )?(?:final )?answer is\b|```\s*$)", re.IGNORECASE | re.MULTILINE)
+_REFUSAL = re.compile(r"\b(as an ai\b|i (?:cannot|can't|am unable to) (?:help|assist|answer))", re.IGNORECASE)
+_UNFINISHED = re.compile(r"(\.\.\.|…|[,:;=+*/-]|\b(?:and|or|the|a|of|to|is))\s*$", re.IGNORECASE)
+# Marks of reasoning in a hundred words that count as full density (assumption).
+FULL_DENSITY = 12.0
+WEIGHTS = {"density": 0.4, "completeness": 0.35, "consistency": 0.25}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one conversation, each from 0 to 1; `judge` is None without a judge."""
+
+    density: float
+    completeness: float
+    consistency: float
+    judge: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Weighted mean; a judge, where there is one, counts as much as the three together."""
+        own = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
+        return own if self.judge is None else (own + self.judge) / 2
+
+
+def reasoning_density(answer: str) -> float:
+    """Marks of reasoning (connectives, relations, numbered steps) a word, up to `FULL_DENSITY` in a hundred.
+
+    A code block counts as what it is: its statements are steps, so lines stand for marks there.
+    """
+    code = "\n".join(re.findall(r"```.*?(?:```|\Z)", answer, re.DOTALL))
+    prose = answer.replace(code, " ") if code else answer
+    marks = len(_STEP.findall(prose)) + len(_EQUATION.findall(prose)) + len(_NUMBERED.findall(prose))
+    marks += sum(1 for line in code.splitlines() if line.strip() and not line.startswith("```"))
+    count = max(len(words(answer)), 20)
+    return min(1.0, 100 * marks / count / FULL_DENSITY)
+
+
+def response_completeness(question: str, answer: str, domain: str) -> float:
+    """Whether the answer arrives: a stated result (0.5), an end not cut off (0.3), some length (0.2).
+
+    Args:
+        question: not scored itself; a refusal to answer it scores 0.
+        answer: the assistant's text.
+        domain: math and code need a result in their form; elsewhere a last full sentence will do.
+    """
+    if not answer.strip() or _REFUSAL.search(answer):
+        return 0.0
+    ends = answer.count("```") % 2 == 0 and not _UNFINISHED.search(answer)
+    stated = bool(_FINAL.search(answer)) if domain in ("math", "code") else ends and answer.rstrip()[-1] in ".!?)\"'`"
+    long_enough = min(1.0, len(words(answer)) / min(20, max(4, len(words(question)) // 2)))
+    return 0.5 * stated + 0.3 * ends + 0.2 * long_enough
+
+
+def structural_consistency(answer: str) -> float:
+    """One less for each thing that does not fit, over four: fences, brackets, step numbers, repeated lines."""
+    faults = int(answer.count("```") % 2)
+    opened, closed = (sum(answer.count(bracket) for bracket in brackets) for brackets in ("([{", ")]}"))
+    faults += int(opened != closed)  # kinds may mix: [0, 1) is an interval
+    steps = [int(number) for number in _NUMBERED.findall(answer)]
+    faults += int(bool(steps) and any(b not in (a + 1, 1) for a, b in pairwise(steps)))
+    lines = [line.strip() for line in answer.splitlines() if len(line.strip()) > 20]
+    faults += int(len(lines) - len(set(lines)) > max(1, len(lines) // 10))
+    return 1.0 - faults / 4
+
+
+def score_conversation(row: dict, judge: Callable[[str, str], float] | None = None) -> Score:
+    """Score a well-formed row by its last question and answer.
+
+    Args:
+        row: with `messages`, and `domain` where known.
+        judge: question and answer to a number from 0 to 1, such as `sft.endpoint.Judge`.
+
+    Raises:
+        ValueError: the judge's number is out of range.
+    """
+    question = next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
+    last = row["messages"][-1]
+    answer = "\n".join(text for text in (last.get("reasoning_content"), last["content"]) if text)
+    judged = judge(question, answer) if judge is not None else None
+    if judged is not None and not 0 <= judged <= 1:
+        raise ValueError(f"the judge gave {judged}; it must give a number from 0 to 1")
+    return Score(
+        density=reasoning_density(answer),
+        completeness=response_completeness(question, answer, row.get("domain") or ""),
+        consistency=structural_consistency(answer),
+        judge=judged,
+    )
+
+
+def select_by_quality(
+    rows: Sequence[dict], scores: Sequence[Score], keep_share: float, min_completeness: float = 0.5
+) -> tuple[list[int], list[tuple[int, str]]]:
+    """Keep the best share of each domain.
+
+    Args:
+        rows: conversations with `domain`.
+        scores: one a row.
+        keep_share: share of each domain's rows that stays, from above 0 to 1.
+        min_completeness: answers that arrive less than this go whatever else they are.
+
+    Returns:
+        tuple: indices kept in rising order, and (index, reason) of the others.
+
+    Raises:
+        ValueError: `keep_share` is out of range, or scores and rows differ in number.
+    """
+    if not 0 < keep_share <= 1:
+        raise ValueError(f"keep_share is {keep_share}; use a share above 0 and up to 1")
+    if len(rows) != len(scores):
+        raise ValueError(f"{len(rows)} rows and {len(scores)} scores; score every row once")
+    dropped, by_domain, sizes = [], defaultdict(list), defaultdict(int)
+    for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        domain = row.get("domain") or "unknown"
+        sizes[domain] += 1
+        if score.completeness < min_completeness:
+            dropped.append((index, f"incomplete ({score.completeness:.2f} < {min_completeness})"))
+        else:
+            by_domain[domain].append((-score.total, index))
+    kept = []
+    for domain, ranked in by_domain.items():
+        ranked.sort()
+        limit = max(1, round(keep_share * sizes[domain]))
+        kept += [index for _, index in ranked[:limit]]
+        dropped += [
+            (index, f"score {-negative:.2f} below the best {keep_share:.0%} of {domain}")
+            for negative, index in ranked[limit:]
+        ]
+    return sorted(kept), dropped
