@@ -69,6 +69,13 @@ class Layout:
         """Positions whose blocks make up the copy of the matrix that the rank at position `owner` is part of."""
         return [position for position, copy in enumerate(self.replicas) if copy == self.replicas[owner]]
 
+    def among(self, rank: int, max_replicas: int) -> "Layout":
+        """The layout on those ranks that hold `rank`'s copy or one of the up to `max_replicas` it works with."""
+        club = self.replicas[self.team.index(rank)] // max_replicas
+        kept = [position for position, copy in enumerate(self.replicas) if copy // max_replicas == club]
+        fields = (tuple(values[position] for position in kept) for values in (self.team, self.blocks, self.replicas))
+        return Layout(self.shape, *fields)
+
 
 def layout_of(parameter: Tensor, replica_ranks: tuple[int, ...]) -> Layout:
     """Read the layout of a parameter.

@@ -60,6 +60,8 @@ class ParallelMuonClip(MuonClip):
             which is there to be compared with.
         chunk_size: matrices of the largest size that a rank owns in a chunk, or as many small ones; None: all at once.
         pipelined: overlap a chunk's products with its neighbours' transfers.
+        max_replicas: copies of the parameters (HSDP, DDP) whose ranks share one matrix's work; None: all. Fewer save
+            traffic between copies and repeat work: see docs/parallel_muonclip.md.
         balanced: share matrices out by cost, longest first, instead of in turn.
         wire_dtype: dtype of directions on the wire; None: bfloat16 on accelerators, float32 or more elsewhere.
         process_group: all ranks that step together; None: all there are.
@@ -83,6 +85,7 @@ class ParallelMuonClip(MuonClip):
         chunk_size: int | None = 2,
         pipelined: bool = True,
         balanced: bool = True,
+        max_replicas: int | None = None,
         wire_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout_seconds: float = 600.0,
@@ -93,10 +96,13 @@ class ParallelMuonClip(MuonClip):
             raise ValueError(f"mode is {mode!r}: choose one of {MODES}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: give at least 1, or None for all matrices at once")
+        if max_replicas is not None and max_replicas < 1:
+            raise ValueError(f"max_replicas is {max_replicas}: give at least 1, or None for all copies together")
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
         self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced
         self.wire_dtype, self.process_group, self.timeout_seconds = wire_dtype, process_group, timeout_seconds
+        self.max_replicas = max_replicas
         self.orthogonalise = Orthogonaliser(method, coefficients, backend)
         self._teams: dict[tuple[int, ...], Team] = {}
         self._known_parameters: list[Tensor] = []
@@ -175,14 +181,16 @@ class ParallelMuonClip(MuonClip):
             for group in self.param_groups
             for p in group["params"]
         ]
-        settings = (self.mode, self.chunk_size, self.balanced, self.orthogonalise.method, str(self.wire_dtype))
+        settings = (self.mode, self.chunk_size, self.balanced, self.max_replicas, self.orthogonalise.method,
+                    str(self.wire_dtype))  # fmt: skip
         digest = zlib.crc32(repr((description, settings)).encode())
         self._control.require_equal(digest, "MuonClip's parameters or settings", self._device)
         matrices = [p for group in self.param_groups if group["algorithm"] == "muon" for p in group["params"]]
-        self._layouts = {id(matrix): layout_of(matrix, ranks) for matrix in matrices}
+        rank = dist.get_rank() if shared else 0
+        together = self.max_replicas or len(ranks)
+        self._layouts = {id(matrix): layout_of(matrix, ranks).among(rank, together) for matrix in matrices}
         weights = [[self.param_groups[g]["params"][i] for g, i in pair] for pair in self._clipped_places]
         queries, keys = [query for query, _ in weights], [key for _, key in weights]
-        rank = dist.get_rank() if shared else 0
         blocks = {id(w): self._block_of(w, ranks, rank) for w in (*queries, *keys)}
         self._clip = QKClip(self.attentions, queries, keys, blocks, self.qk_clip_threshold, self.qk_clip_rule)
         self._plans, self._known_parameters = {}, parameters

@@ -156,6 +156,15 @@ def test_even_shards_take_one_copy_a_matrix_on_any_number_of_ranks():
     assert [strip.count for strip in chunk.scatter.send_strips] == [64, 64]
 
 
+def test_replicas_can_work_apart():
+    layout = row_layout((8, 4), 2, copies=4)
+    assert layout.among(5, max_replicas=4) == layout
+    pair = layout.among(5, max_replicas=2)
+    assert (pair.team, pair.replicas) == ((4, 5, 6, 7), (2, 2, 3, 3))
+    assert pair.blocks == layout.blocks[4:]
+    assert layout.among(5, max_replicas=1).team == (4, 5)
+
+
 def test_a_copy_everywhere_is_gathered_from_the_owner_itself():
     whole = Block(((0, 4),), ((0, 6),))
     layout = Layout((4, 6), (0, 1), (whole, whole), (0, 1))

@@ -135,6 +135,7 @@ def test_switches_do_not_change_a_bit():
         {"chunk_size": None, "pipelined": False},
         {"chunk_size": 1, "balanced": False},
         {"mode": "distributed"},
+        {"max_replicas": 1},
     ]
 
     def run(rank):

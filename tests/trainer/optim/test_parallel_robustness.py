@@ -180,6 +180,7 @@ def test_ranks_that_disagree_are_refused():
     ("options", "message"),
     [
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"max_replicas": 0}, "max_replicas is 0"),
         ({"mode": "serial"}, "mode is 'serial'"),
         ({"method": "svd"}, "method"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0"),

@@ -1,0 +1,123 @@
+"""Parallel MuonClip on paper: a step of the 12.7B on 8 to 512 ranks, from kernel times and link speeds.
+
+    python benchmarks/muonclip_scaling.py [--milliseconds 5.00 5.00 2.81 0.517 3.42]
+
+The optimizer's own plan is simulated round by round: a gather waits for the network and for every rank to have packed,
+a rank's products wait for its gather, a scatter for the slowest owner. Eight ranks share a node.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.optim.layout import Layout, _read_placements
+from trainer.optim.plan import assign_owners, cut_rounds
+
+NUM_LAYERS, RANKS_A_NODE = 40, 8
+# matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200 (quack's symmetric products)
+SHAPES = (((16384, 4096), 2), ((4096, 16384), 1), ((5120, 4096), 1), ((2048, 4096), 2), ((4096, 8192), 1))
+MILLISECONDS = (5.00, 5.00, 2.81, 0.517, 3.42)
+NODE_BYTES_PER_MS = 300e6  # assumption: all-to-all over NVLink, each way
+NETWORK_BYTES_PER_MS = 45e6  # assumption: one 400 Gbit/s adapter a rank, each way
+PEER_MS = 0.003  # assumption: cost of each peer in an all-to-all
+MEMORY_BYTES_PER_MS = 3.8e9  # a copy on an H200, read plus written
+WIRE_BYTES = 2
+ELEMENTWISE_BYTES = 4 + 14 + 10  # float32: finiteness check, momentum and direction, decay and update
+
+
+def simulate(shards: int, replicas: int, together: int, chunk_size: int, milliseconds: dict) -> dict[str, float]:
+    """One step.
+
+    Args:
+        shards: ranks that split each matrix.
+        replicas: copies.
+        together: copies that share a matrix's work.
+        chunk_size: as `ParallelMuonClip`'s.
+        milliseconds: Newton-Schulz time of a matrix by shape.
+
+    Returns:
+        dict: step_ms, compute_ms (slowest rank), balance (mean / slowest), network_ms, memory_gb.
+    """
+    mesh = torch.arange(shards * together).view(together, shards)
+    shapes = [shape for _ in range(NUM_LAYERS) for shape, count in SHAPES for _ in range(count)]
+    by_shape = {shape: _read_placements(mesh, (Replicate(), Shard(0)), shape) for shape, _ in SHAPES}
+    layouts, costs = [by_shape[shape] for shape in shapes], [milliseconds[shape] for shape in shapes]
+    owners = assign_owners(costs, mesh.numel())
+    rounds = cut_rounds(layouts, owners, costs, chunk_size, True)
+    compute = [[sum(costs[n] for n in owned) for owned in owned_by] for owned_by in rounds]
+    traffic = [transfer_ms(layouts, owned_by, shards, together) for owned_by in rounds]
+    elements = sum(rows * columns for rows, columns in shapes)
+    local_ms = elements / shards * ELEMENTWISE_BYTES / MEMORY_BYTES_PER_MS
+    totals = [sum(per_round) for per_round in zip(*compute, strict=True)]
+    largest = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for n in owned) for o in rounds for owned in o)
+    shard = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for owned in o for n in owned) for o in rounds) / shards
+    # gather: sent and received; products: batch and working copy; scatter: sent (to every copy) and received
+    memory = WIRE_BYTES * (shard / together + largest + 2.5 * largest + together * largest + shard)
+    return {
+        "step_ms": pipeline_ms(compute, traffic) + local_ms,
+        "compute_ms": max(totals),
+        "balance": sum(totals) / len(totals) / max(totals),
+        "network_ms": sum(gather + scatter for gather, scatter in traffic),
+        "memory_gb": memory / 1e9,
+    }
+
+
+def transfer_ms(layouts: list[Layout], owned_by: list, shards: int, together: int) -> tuple[float, float]:
+    """Milliseconds of a round's gather and scatter: the busiest rank's bytes, within and beyond its node."""
+    owned = [sum(layouts[n].shape[0] * layouts[n].shape[1] for n in numbers) * WIRE_BYTES for numbers in owned_by]
+    ranks = shards * together
+    shard_bytes = sum(owned) / shards  # of this round's matrices, what one rank holds
+    return tuple(
+        link_ms(busiest, peers) for busiest, peers in ((max(max(owned), shard_bytes / together), shards),
+                                                       (max(max(owned) * together, shard_bytes), ranks))
+    )  # fmt: skip
+
+
+def link_ms(busiest_bytes: float, peers: int) -> float:
+    """Time to move `busiest_bytes` evenly from or to `peers` ranks."""
+    inside = min(RANKS_A_NODE, peers) / peers
+    within = busiest_bytes * inside * (1 - 1 / min(RANKS_A_NODE, peers)) / NODE_BYTES_PER_MS
+    return max(within, busiest_bytes * (1 - inside) / NETWORK_BYTES_PER_MS) + PEER_MS * peers
+
+
+def pipeline_ms(compute: list[list[float]], traffic: list[tuple[float, float]]) -> float:
+    """End of the last scatter when gathers run one round ahead and ranks wait for each other in the network only."""
+    stream = [0.0] * len(compute[0])
+    network = gathered = traffic[0][0]
+    scattered = 0.0
+    for index, costs in enumerate(compute):
+        arrived = gathered
+        if index + 1 < len(compute):
+            network = gathered = max(network, max(stream)) + traffic[index + 1][0]
+        stream = [max(free, arrived) + cost for free, cost in zip(stream, costs, strict=True)]
+        stream = [max(free, scattered) for free in stream]  # the round before is applied
+        network = scattered = max(network, max(stream)) + traffic[index][1]
+    return scattered
+
+
+def main() -> None:
+    """Print the tables of docs/parallel_muonclip.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--milliseconds", type=float, nargs=5, default=MILLISECONDS, metavar="MS",
+                        help=f"Newton-Schulz of {[shape for shape, _ in SHAPES]}")  # fmt: skip
+    times = parser.parse_args().milliseconds
+    milliseconds = {shape: value for (shape, _), value in zip(SHAPES, times, strict=True)}
+    rows = [("FSDP", ranks, 1, 1) for ranks in (8, 16, 32, 64, 128, 256, 512)]
+    rows += [("HSDP", 8, copies, together) for copies, together in ((2, 2), (8, 1), (8, 2), (8, 8), (64, 1), (64, 2))]
+    rows += [("HSDP", 64, 8, together) for together in (1, 2, 8)]
+    header = ("layout", "ranks", "shards", "together", "step ms", "products ms", "balance", "network ms", "memory GB")
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for name, shards, copies, together in rows:
+        result = simulate(shards, copies, together, 2 if shards * together <= 32 else 1, milliseconds)
+        values = " | ".join(f"{result[key]:.{digits}f}" for key, digits in (
+            ("step_ms", 1), ("compute_ms", 1), ("balance", 2), ("network_ms", 1), ("memory_gb", 2)))  # fmt: skip
+        print(f"| {name} | {shards * copies} | {shards} | {together} | {values} |")
+
+
+if __name__ == "__main__":
+    main()
