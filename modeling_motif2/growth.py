@@ -257,7 +257,7 @@ def flops_per_token(config: Motif2Config, context_tokens: int) -> float:
     weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed_tokens" not in name)
     if config.tie_word_embeddings:
         weights += config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * 3 * config.head_dim * context_tokens / 2
+    attention = config.num_hidden_layers * config.num_attention_heads * 3 * config.head_dim * (context_tokens + 1) / 2
     return 2.0 * (weights + attention)
 
 

@@ -11,9 +11,8 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.growth_plan import Block, Growth, schedule, tensor_shapes
 from modeling_motif2.growth_rules import MatrixRule, ZeroRule, compensate_lambda, growth_rules, signal_copies
 from modeling_motif2.modeling_motif2 import lambda_init
-
-from .builders import random_ids, small_model
-from .reference import reference_logits
+from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.reference import reference_logits
 
 ATTENTION = "model.layers.{}.self_attn."
 
@@ -75,13 +74,13 @@ ALONE_AND_TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize("noise_snr_db", [None, 10.0])
-@pytest.mark.parametrize("steps", ALONE_AND_TOGETHER, ids=str)
-def test_the_function_is_preserved(steps, noise_snr_db):
-    if noise_snr_db is not None and not {"width", "signal_ratio"} & set(steps):
-        pytest.skip("noise needs copied columns")
+WITH_NOISE = [steps | {"noise_snr_db": 10.0} for steps in ALONE_AND_TOGETHER if {"width", "signal_ratio"} & set(steps)]
+
+
+@pytest.mark.parametrize("steps", ALONE_AND_TOGETHER + WITH_NOISE, ids=str)
+def test_the_function_is_preserved(steps):
     model = pair_model(layers=4, tie_word_embeddings=True)
-    grown, _ = grow_in_memory(model, noise_snr_db=noise_snr_db, **steps)
+    grown, _ = grow_in_memory(model, **steps)
     assert logits_error(grown, model) < 1e-12
 
 
@@ -187,8 +186,8 @@ def test_noise_changes_weights_at_the_wanted_ratio_but_not_the_function():
         if name.endswith("_proj.weight"):
             ratio_db = 20 * math.log10(weight.norm() / noise.norm())
             assert ratio_db == pytest.approx(12, abs=0.3), name
-            hidden = 64 if "o_proj" not in name and "down_proj" not in name else weight.shape[1] // 3
-            copies = noise.view(len(noise), -1, hidden)
+            period = 2 * model.config.head_dim if "o_proj" in name else 96 if "down_proj" in name else 64
+            copies = noise.view(len(noise), -1, period)
             assert not torch.allclose(copies[:, 0], copies[:, 1])
         else:
             assert not noise.any(), name

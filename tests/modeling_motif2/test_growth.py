@@ -1,0 +1,386 @@
+"""Growth from folder to folder: both layouts, reload, verification, interruption, and what is refused."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_motif2 import Motif2Config, growth_files
+from modeling_motif2.growth import GrowthOptions, count_parameters, describe, flops_per_token, grow, main
+from modeling_motif2.growth_files import MANIFEST, CheckpointReader
+from modeling_motif2.growth_plan import tensor_shapes
+from tests.modeling_motif2.builders import random_ids, small_model
+from trainer.data.tokenizer import train_tokenizer
+
+EVERYTHING = {"width": 2, "signal_ratio": 4, "insert_every": 2, "noise_snr_db": 20.0}
+# Small enough for several files; one tensor may be larger.
+SEVERAL_FILES = {"max_shard_gb": 2e-4}
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A small model in the style of Motif-2.6B, float64, saved in our layout."""
+    return save_parent(tmp_path / "parent")
+
+
+def save_parent(folder: Path, dtype: torch.dtype = torch.float64, official: bool = False, **overrides):
+    settings = {"ratio": 1, "num_noise_heads": None, "layers": 4, "tie_word_embeddings": True, "vocab_size": 300}
+    model = small_model(dtype=dtype, **(settings | overrides))
+    model.save_pretrained(folder)
+    if official:
+        for file in folder.glob("*.py"):
+            file.unlink()
+        written = model.config.to_official_dict() | {
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "auto_map": {"AutoModelForCausalLM": "modeling_motif.MotifForCausalLM"},
+            "expanded": True,
+        }
+        (folder / "config.json").write_text(json.dumps(written))
+        (folder / "modeling_motif.py").write_text("raise RuntimeError('remote code of another model')\n")
+    return folder, model
+
+
+def options(parent, output, **settings) -> GrowthOptions:
+    return GrowthOptions(source=str(parent), output=str(output), **settings)
+
+
+@torch.no_grad()
+def logits_error(folder: Path, model, **load) -> float:
+    grown = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **load)
+    ids = random_ids(2, 13)
+    expected = model(ids).logits
+    return ((grown(ids).logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_a_grown_checkpoint_reloads_and_computes_the_same(parent, tmp_path, capsys):
+    folder, model = parent
+    result = grow(options(folder, tmp_path / "grown", verify=True, **EVERYTHING, **SEVERAL_FILES))
+    assert logits_error(tmp_path / "grown", model) < 1e-12
+    assert result.verification.passed
+    assert result.verification.error < 1e-12
+    assert result.config.num_hidden_layers == 6
+    printed = capsys.readouterr().out
+    assert f"{count_parameters(result.config):,}" in printed
+    assert "layer 2 (inserted after 1)" in printed
+    assert "the same function" in printed
+    assert len(list((tmp_path / "grown").glob("model-*.safetensors"))) > 3
+
+
+def test_a_grown_checkpoint_loads_as_remote_code(parent, tmp_path):
+    """The sources beside the parent's weights go along, so that the folder does not need this package."""
+    folder, model = parent
+    grow(options(folder, tmp_path / "grown", width=2))
+    assert logits_error(tmp_path / "grown", model, trust_remote_code=True) < 1e-12
+    assert (tmp_path / "grown" / "modeling_motif2.py").is_file()
+
+
+def test_the_official_layout_stays_official(tmp_path):
+    folder, model = save_parent(tmp_path / "parent", official=True)
+    grow(options(folder, tmp_path / "grown", **EVERYTHING))
+    written = json.loads((tmp_path / "grown" / "config.json").read_text())
+    assert written["model_type"] == "Motif"
+    assert written["architectures"] == ["MotifForCausalLM"]
+    assert written["expanded"] is True
+    assert written["torch_dtype"] == "float64"
+    assert (written["num_noise_heads"], written["num_attention_heads"]) == (2, 10)
+    assert written["tie_word_embeddings"] is False
+    # Remote code of the parent knows no groups.
+    assert "auto_map" not in written
+    assert not list((tmp_path / "grown").glob("*.py"))
+    assert logits_error(tmp_path / "grown", model) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verification_bounds_stored_rounding(dtype, tmp_path):
+    folder, _ = save_parent(tmp_path / "parent", dtype=dtype)
+    result = grow(options(folder, tmp_path / "grown", verify=True, verify_tokens=20, **EVERYTHING))
+    assert result.verification.passed
+    assert 0 < result.verification.error < result.verification.tolerance
+    assert CheckpointReader(tmp_path / "grown").dtype("lm_head.weight") == dtype
+
+
+def test_the_dtype_can_be_changed(parent, tmp_path):
+    folder, _ = parent
+    result = grow(options(folder, tmp_path / "grown", width=2, dtype="bfloat16"))
+    reader = CheckpointReader(tmp_path / "grown")
+    assert {reader.dtype(name) for name in reader.names} == {torch.bfloat16}
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert result.num_bytes_written == sum(file.stat().st_size for file in (tmp_path / "grown").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "place"),
+    [
+        ("model.embed_tokens.weight", "embeddings"),
+        ("model.layers.3.self_attn.lambda_q2", "layer 3 (source's 2)"),
+        ("model.layers.5.mlp.down_proj.weight", "layer 5 (inserted after 3)"),
+        ("model.norm.weight", "final norm"),
+        ("lm_head.weight", "logits"),
+    ],
+)
+def test_verification_names_the_first_place_that_differs(parent, tmp_path, capsys, tensor, place):
+    folder, _ = parent
+    arguments = ["--source", str(folder), "--output", str(tmp_path / "grown"), "--width", "2", "--insert_every", "2"]
+    main(arguments)
+    file = tmp_path / "grown" / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    tensors[tensor] += 1e-6
+    save_file(tensors, file)
+    manifest = json.loads((tmp_path / "grown" / MANIFEST).read_text())
+    assert manifest["complete"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--verify", "--verify_tokens", "9"])
+    assert stop.value.code == 1
+    assert f"NOT the same function: the error first exceeds 1.0e-12 at {place}\n" in capsys.readouterr().out
+
+
+def test_verification_reads_real_text_with_the_sources_tokenizer(parent, tmp_path, shared_data):
+    text = shared_data / "eval" / "wikitext2" / "valid.txt"
+    folder, _ = parent
+    train_tokenizer([text.read_text()[:20000]], 300, folder, show_progress=False)
+    result = grow(options(folder, tmp_path / "grown", verify=True, verify_text=str(text), width=2, signal_ratio=2))
+    assert result.verification.num_tokens == 64
+    assert result.verification.error < 1e-12
+    assert AutoTokenizer.from_pretrained(tmp_path / "grown").eos_token == "<|endoftext|>"
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize("reads", [0, 40, 75])
+def test_an_interrupted_growth_goes_on_to_the_same_bytes(parent, tmp_path, monkeypatch, reads):
+    folder, _ = parent
+    settings = EVERYTHING | SEVERAL_FILES
+    grow(options(folder, tmp_path / "whole", **settings))
+    read_rows = CheckpointReader.rows
+    left = [reads]
+
+    def failing_rows(self, name, start, stop):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        return read_rows(self, name, start, stop)
+
+    monkeypatch.setattr(CheckpointReader, "rows", failing_rows)
+    with pytest.raises(Interrupted):
+        grow(options(folder, tmp_path / "halted", **settings))
+    monkeypatch.undo()
+    assert not (tmp_path / "halted" / "config.json").exists()
+    finished = {file: file.stat().st_ino for file in (tmp_path / "halted").glob("*.safetensors")}
+    assert bool(finished) is (reads > 0)
+    grow(options(folder, tmp_path / "halted", **settings))
+    assert folder_bytes(tmp_path / "halted") == folder_bytes(tmp_path / "whole")
+    assert {file: file.stat().st_ino for file in finished} == finished
+
+
+def test_the_tensors_do_not_depend_on_how_they_are_split_into_files(parent, tmp_path):
+    folder, _ = parent
+    grow(options(folder, tmp_path / "one", **EVERYTHING))
+    grow(options(folder, tmp_path / "many", **EVERYTHING, **SEVERAL_FILES))
+    one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
+    assert sorted(one.names) == sorted(many.names)
+    assert len(many.files) > 3
+    for name in one.names:
+        assert torch.equal(one.tensor(name), many.tensor(name)), name
+    weight_map = json.loads((tmp_path / "many" / growth_files.INDEX).read_text())["weight_map"]
+    assert set(weight_map) == set(many.names)
+
+
+def test_a_shard_that_was_lost_is_written_again(parent, tmp_path):
+    folder, _ = parent
+    settings = EVERYTHING | SEVERAL_FILES
+    grow(options(folder, tmp_path / "grown", **settings))
+    before = folder_bytes(tmp_path / "grown")
+    manifest = json.loads((tmp_path / "grown" / MANIFEST).read_text())
+    (tmp_path / "grown" / MANIFEST).write_text(json.dumps(manifest | {"complete": False}))
+    next((tmp_path / "grown").glob("model-00003*")).unlink()
+    result = grow(options(folder, tmp_path / "grown", **settings))
+    assert folder_bytes(tmp_path / "grown") == before
+    assert result.num_bytes_written == next((tmp_path / "grown").glob("model-00003*")).stat().st_size
+
+
+def test_the_manifest_holds_the_checksums(parent, tmp_path):
+    folder, _ = parent
+    grow(options(folder, tmp_path / "grown", width=2, **SEVERAL_FILES))
+    manifest = json.loads((tmp_path / "grown" / MANIFEST).read_text())
+    lines = "".join(f"{entry['sha256']}  {file}\n" for file, entry in manifest["shards"].items())
+    lines += f"{manifest['source']['config.json']}  {folder / 'config.json'}\n"
+    assert len(manifest["shards"]) > 3
+    subprocess.run(["sha256sum", "--check", "--quiet"], input=lines, text=True, check=True, cwd=tmp_path / "grown")
+
+
+def test_a_dry_run_writes_nothing(parent, tmp_path, capsys):
+    folder, model = parent
+    main(["--source", str(folder), "--output", str(tmp_path / "grown"), "--width", "3", "--dry_run"])
+    assert not (tmp_path / "grown").exists()
+    printed = capsys.readouterr().out
+    assert f"{model.num_parameters():,}" in printed
+    assert "forward FLOPs a token at 256" in printed
+
+
+def test_too_little_room_is_said_before_anything_is_written(parent, tmp_path, monkeypatch):
+    folder, _ = parent
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    with pytest.raises(ValueError, match=r"needs [\d,]+ more bytes in .* has 1,000 free: make room for [\d,]+ bytes"):
+        grow(options(folder, tmp_path / "grown", width=2))
+    assert not (tmp_path / "grown").exists()
+
+
+def test_occupied_outputs_are_refused(parent, tmp_path):
+    folder, _ = parent
+    grow(options(folder, tmp_path / "grown", width=2))
+    with pytest.raises(ValueError, match="already holds this growth, finished"):
+        grow(options(folder, tmp_path / "grown", width=2))
+    with pytest.raises(ValueError, match=r"holds a growth with other settings \(growth; "):
+        grow(options(folder, tmp_path / "grown", width=3))
+    with pytest.raises(ValueError, match="is the source"):
+        options(folder, folder, width=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        grow(options(folder, tmp_path / "mine", width=2))
+
+
+def test_a_source_that_changed_is_not_mixed_in(parent, tmp_path):
+    folder, _ = parent
+    grow(options(folder, tmp_path / "grown", width=2))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"other settings \(source; "):
+        grow(options(folder, tmp_path / "grown", width=2, verify=True))
+
+
+def _drop(tensors):
+    del tensors["model.layers.1.self_attn.subln.weight"]
+
+
+def _misshape(tensors):
+    tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(5, 5)
+
+
+def _add(tensors):
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(5)
+
+
+def _quantise(tensors):
+    tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, r"model\.layers\.1\.self_attn\.subln\.weight is missing"),
+        (_misshape, r"gate_proj\.weight has shape \(5, 5\), config\.json calls for \(48, 32\)"),
+        (_add, r"q_proj\.bias is not a tensor of Motif-2"),
+        (_quantise, r"model\.norm\.weight .* is stored as I8"),
+    ],
+)
+def test_parents_whose_tensors_do_not_fit_are_refused(parent, tmp_path, change, message):
+    folder, _ = parent
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        grow(options(folder, tmp_path / "grown", width=2))
+    assert not (tmp_path / "grown").exists()
+
+
+def test_folders_that_are_no_parent_are_refused(parent, tmp_path):
+    folder, _ = parent
+    with pytest.raises(ValueError, match="is not a folder"):
+        options(tmp_path / "nowhere", tmp_path / "grown", width=2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        grow(options(tmp_path / "empty", tmp_path / "grown", width=2))
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="holds a 'llama'"):
+        grow(options(tmp_path / "empty", tmp_path / "grown", width=2))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is the download complete"):
+        grow(options(folder, tmp_path / "grown", width=2))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        grow(options(folder, tmp_path / "grown", width=2))
+    (folder / growth_files.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-00002\.safetensors"):
+        grow(options(folder, tmp_path / "grown", width=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--widht", "2"], "unknown setting '--widht'; did you mean --width?"),
+        (["--noise-snr", "2"], "did you mean --noise_snr_db?"),
+        (["--max_shard_gb", "0"], "max_shard_gb=0.0 must be above 0"),
+        (["--dtype", "int8"], "dtype='int8' is not one of float64"),
+        (["--verify_tokens", "1"], "verify_tokens=1 must be 2 or more"),
+        (["--verify_text", "/nowhere"], "verify_text='/nowhere' is not a file"),
+    ],
+)
+def test_the_command_line_names_the_mend(parent, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(parent[0]), "--output", str(tmp_path / "grown"), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_refused_growth_ends_with_its_reason(parent, tmp_path):
+    with pytest.raises(SystemExit, match="motif2-grow: nothing would grow"):
+        main(["--source", str(parent[0]), "--output", str(tmp_path / "grown")])
+
+
+def test_published_sizes_are_reckoned_right():
+    published = Motif2Config()
+    assert count_parameters(published) == 12_703_860_896
+    matrices = 5120 * 4096 + 2 * 2048 * 4096 + 4096 * 8192 + 3 * 16384 * 4096
+    attention = 40 * 128 * 3 * 4097 / 2
+    assert flops_per_token(published, 4096) == 2 * (40 * (matrices + attention) + 219520 * 4096)
+    assert f"{12_703_860_896:,}" in describe(published, published)
+
+
+@pytest.mark.slow
+def test_full_width_needs_less_than_six_gib(tmp_path):
+    """Two blocks of Motif-2.6B's width with its vocabulary: its largest tensors, grown to 12.7B's."""
+    config = Motif2Config(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_noise_heads=None,
+        tie_word_embeddings=True,
+    )
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("needs 12 GB of disk")
+    (tmp_path / "parent").mkdir()
+    config.architectures = ["Motif2ForCausalLM"]
+    (tmp_path / "parent" / "config.json").write_text(config.to_json_string())
+    tensors = {name: torch.randn(shape).mul_(0.02) for name, shape in tensor_shapes(config).items()}
+    save_file(tensors, tmp_path / "parent" / "model.safetensors")
+    del tensors
+    arguments = ["--width", "2", "--signal_ratio", "4", "--insert_every", "1", "--noise_snr_db", "20", "--verify"]
+    command = [sys.executable, "-m", "modeling_motif2.growth", "--source", str(tmp_path / "parent")]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "grown"), *arguments, "--verify_tokens", "8"],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert peak_bytes < 6 * 2**30
