@@ -33,6 +33,7 @@ COLUMNS = 16384
 ROWS = (2048, 8192, 16384)
 RESULTS = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
 FIELDS = "section name shape direction ms p20 p80 share_of_copy ratio_to_compile peak_over_minimum device torch commit"
+KERNEL = kernels_hub.load_local("polynorm")
 torch._functorch.config.donated_buffer = False  # the backward of one graph is timed again and again
 torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape
 
@@ -49,8 +50,7 @@ def eager(x, up, weight, bias, eps=1e-6):
 
 def ours(x, up, weight, bias):
     """The kernels of this checkout."""
-    kernel = kernels_hub.load_local("polynorm")
-    return kernel.poly_norm(x, weight, bias) if up is None else kernel.poly_norm_mul(x, up, weight, bias)
+    return KERNEL.poly_norm(x, weight, bias) if up is None else KERNEL.poly_norm_mul(x, up, weight, bias)
 
 
 def peers() -> dict[str, Callable]:
@@ -263,8 +263,8 @@ def _time_peak(table: Table, rows: int, mul: bool) -> None:
     table.add("memory", "ours", shape, "both", (0.0, 0.0, 0.0), peak_over_minimum=peak / minimum)
 
 
-def _variants(kernel, num_inputs: int) -> list:
-    plan = kernel.ops.launch.Plan
+def _variants(num_inputs: int) -> list:
+    plan = KERNEL.ops.launch.Plan
     held = [
         plan(warps, programs, stages, COLUMNS, together)
         for warps, stages, programs, together in product((8, 16, 32), (1, 2, 3, 4), (1, 2, 3, 4, 8, 32), (True, False))
@@ -277,31 +277,29 @@ def _variants(kernel, num_inputs: int) -> list:
     return held + twice
 
 
-def _launch(kernel, direction: str, inputs, variant) -> None:
+def _launch(direction: str, inputs, variant) -> None:
     x, up, weight, bias, dy = inputs[:5]
     if direction == "forward":
-        kernel.ops.launch.forward(x, up, weight, bias, 1e-6, variant)
+        KERNEL.ops.launch.forward(x, up, weight, bias, 1e-6, variant)
     else:
-        kernel.ops.launch.backward(dy, x, up, weight, bias, inputs[5], variant)
+        KERNEL.ops.launch.backward(dy, x, up, weight, bias, inputs[5], variant)
 
 
 def _compile_variants(direction: str, mul: bool, variants: list) -> None:
     """Fills Triton's cache from a process of its own."""
-    kernel = kernels_hub.load_local("polynorm")
     inputs = [None if i is None else i.detach() for i in make_inputs((2, COLUMNS), torch.bfloat16, mul)]
     inputs.append(torch.ones(2, 3, device="cuda"))
     for variant in variants:
         try:
-            _launch(kernel, direction, inputs, kernel.ops.launch.Plan(*variant))
+            _launch(direction, inputs, KERNEL.ops.launch.Plan(*variant))
         except Exception as error:
             print(f"{direction} mul={mul} {tuple(variant)}: {str(error)[:80]}")
 
 
 def sweep(table: Table, bandwidth: float) -> None:
     """Times launch variants at T = 2048 and 8192 and prints the best of each kernel."""
-    kernel = kernels_hub.load_local("polynorm")
     cases = {
-        (direction, mul): _variants(kernel, 1 + mul + (direction == "backward"))
+        (direction, mul): _variants(1 + mul + (direction == "backward"))
         for direction, mul in product(("forward", "backward"), (False, True))
     }
     distinct = {
@@ -322,7 +320,7 @@ def sweep(table: Table, bandwidth: float) -> None:
             ]
             for variant in variants:
                 try:
-                    times = milliseconds(lambda one, d=direction, v=variant: _launch(kernel, d, one, v), sets, 5)
+                    times = milliseconds(lambda one, d=direction, v=variant: _launch(d, one, v), sets, 5)
                 except Exception:
                     continue
                 share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / times[0] * 1e3
