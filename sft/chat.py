@@ -14,6 +14,9 @@ TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 # Tokens that only the template may write: inside a text they would forge a turn.
 STRUCTURE_TOKENS = tuple(token for token in SPECIAL_TOKENS if token.startswith("<|"))
 
+# Where an assistant's reply starts when nothing comes before it.
+REPLY_HEADER = f"{BEGIN_OF_TEXT}<|startofturn|><|assistant|>\n"
+
 
 def attach_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Give a tokenizer Motif's chat template, in place.

@@ -1,0 +1,272 @@
+"""Stage 3 data: the synthetic part of stage 2's without what is redundant, of low utility or incoherent.
+
+`python -m sft.prune --config recipes/sft/prepare_stage3.yaml`. Every decision is written with its reason, and a page
+shows what went and what stayed. Rows that people wrote are kept.
+
+Shapes: T tokens of a conversation, H hidden size, V vocabulary.
+Source: arXiv 2511.07464, section 4, stage 3, names the aims; the measures and thresholds are an assumption. Utility is
+the ratio of the answer's loss with and without its instruction (arXiv 2308.12032).
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.chat import REPLY_HEADER, encode_conversations
+from sft.data import DataReport, load_rows
+from sft.examples import worked_solution_problem, write_conversations
+from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
+from sft.prune_page import render_page
+from sft.scoring import score_conversation
+from trainer.cli import parse_recipe
+
+HUMAN = "human"
+
+
+@dataclass
+class PruneConfig:
+    """Settings of the pruning.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    train_files: list[str] = field(default_factory=list, metadata={"help": "stage 2's conversations"})
+    output_dir: str = field(default="", metadata={"help": "gets train.jsonl, decisions.jsonl and page.html"})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "model after stage 2; empty: no losses, no embeddings"}
+    )
+    duplicate_threshold: float = field(default=0.8, metadata={"help": "MinHash similarity of a duplicate"})
+    embedding_threshold: float = field(default=0.995, metadata={"help": "cosine similarity of a duplicate in meaning"})
+    min_consistency: float = field(default=0.75, metadata={"help": "structural consistency below this is incoherent"})
+    min_completeness: float = field(default=0.5, metadata={"help": "completeness below this is malformed"})
+    keep_share: float = field(default=0.7, metadata={"help": "share of each domain and skill kept, by utility"})
+    min_per_skill: int = field(default=20, metadata={"help": "utility takes no skill below so many rows"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of a conversation that the model reads"})
+
+    def __post_init__(self):
+        for name in ("train_files", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
+        for name in ("duplicate_threshold", "embedding_threshold", "keep_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use a number above 0 and up to 1")
+        for name in ("min_per_skill", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+
+
+@dataclass
+class Decision:
+    """What became of one row, and why.
+
+    Args:
+        place: file and row.
+        kept: whether it stays.
+        reason: of the decision.
+        domain, skill: its group.
+        loss: of the answer given its instruction; None without a model.
+        utility: 1 - (loss with the instruction) / (loss without); what the instruction explains.
+    """
+
+    place: str
+    kept: bool
+    reason: str
+    domain: str
+    skill: str
+    loss: float | None = None
+    utility: float | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads conversations: losses (N,) with and without the instruction, and embeddings (N, H)."""
+
+    loss: numpy.ndarray
+    loss_alone: numpy.ndarray
+    embeddings: numpy.ndarray
+
+    @property
+    def utility(self) -> numpy.ndarray:
+        """Share of the answer's loss that its instruction takes away (N,)."""
+        return 1 - self.loss / numpy.maximum(self.loss_alone, 1e-9)
+
+
+@torch.no_grad()
+def read_conversations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_length: int
+) -> Reading:
+    """Losses and embeddings of conversations.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        tokenizer: with the chat template.
+        rows: conversations; the last turn is the answer.
+        max_length: longer ones are cut.
+
+    Returns:
+        Reading: mean loss an answer token, with and without what comes before; mean final hidden state.
+    """
+    losses, alone, embeddings = [], [], []
+    backbone, head = model.base_model, model.get_output_embeddings()
+    header = tokenizer(REPLY_HEADER, add_special_tokens=False)["input_ids"]
+
+    def answer_loss(ids: list[int], start: int) -> tuple[float, torch.Tensor]:
+        tokens = torch.tensor([ids], device=model.device)  # (1, T)
+        hidden = backbone(tokens, use_cache=False).last_hidden_state[0]  # (T, H)
+        logits = head(hidden[start - 1 : -1]).float()  # (T - start, V)
+        return cross_entropy(logits, tokens[0, start:]).item(), hidden.float().mean(0)
+
+    for row in rows:
+        (ids,), (marks,) = encode_conversations(tokenizer, [row["messages"]])
+        start = len(marks) - marks[::-1].index(0)  # first token of the last answer
+        ids = ids[:max_length]
+        if start >= len(ids):
+            raise ValueError(f"the instruction alone fills max_length {max_length}: {conversation_text(row)!r:.200}")
+        loss, embedding = answer_loss(ids, start)
+        losses.append(loss)
+        embeddings.append(embedding.cpu().numpy())
+        alone.append(answer_loss(header + ids[start:], len(header))[0])
+    return Reading(numpy.array(losses), numpy.array(alone), numpy.stack(embeddings))
+
+
+def prune(
+    places: Sequence[str], rows: Sequence[dict], config: PruneConfig, reading: Reading | None = None
+) -> list[Decision]:
+    """Decide on every row, in this order: malformed, incoherent, near-duplicate, same meaning, low utility.
+
+    Args:
+        places: names of the rows.
+        rows: conversations with `domain`, `skill` and `origin`; those of origin "human" stay.
+        config: thresholds.
+        reading: what a model makes of the rows; the last two rules need it.
+
+    Returns:
+        list[Decision]: one a row.
+    """
+    decisions = []
+    duplicates = NearDuplicates(min(config.duplicate_threshold, 0.999))
+    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+        decision = Decision(place, True, "kept", row.get("domain") or "unknown", row.get("skill") or "none")
+        if reading is not None:
+            decision.loss, decision.utility = float(reading.loss[index]), float(reading.utility[index])
+        repeated = duplicates.add(place, conversation_text(row))
+        if row.get("origin") == HUMAN:
+            decision.reason = "written by a person"
+        elif problem := _answer_problem(row, config):
+            decision.kept, decision.reason = False, problem
+        elif repeated is not None:
+            decision.kept, decision.reason = False, f"near-duplicate of {repeated}"
+        decisions.append(decision)
+    if reading is not None:
+        _drop_same_meaning(decisions, reading, config)
+        _drop_low_utility(decisions, config)
+    return decisions
+
+
+def _answer_problem(row: dict, config: PruneConfig) -> str | None:
+    """Why an answer cannot be trusted, by its form and by the equations in it."""
+    score = score_conversation(row)
+    if score.completeness < config.min_completeness:
+        return f"malformed: completeness {score.completeness:.2f}"
+    if score.consistency < config.min_consistency:
+        return f"incoherent: consistency {score.consistency:.2f}"
+    if row["messages"][-1]["content"] and worked_solution_problem(row["messages"][-1]["content"]) == "incoherent":
+        return "incoherent: a false equation"
+    return None
+
+
+def _drop_same_meaning(decisions: list[Decision], reading: Reading, config: PruneConfig) -> None:
+    """Within a domain and skill: rows of other skills are never each other's duplicates."""
+    for members in _groups(decisions).values():
+        centred = reading.embeddings[members] - reading.embeddings.mean(0)  # (members, H)
+        for repeat, original in nearest_by_embedding(centred, config.embedding_threshold).items():
+            decision = decisions[members[repeat]]
+            if decision.reason == "kept":
+                decision.kept = False
+                decision.reason = f"means the same as {decisions[members[original]].place}"
+
+
+def _drop_low_utility(decisions: list[Decision], config: PruneConfig) -> None:
+    """The rows whose instruction explains least of the answer go, but every skill keeps `min_per_skill`."""
+    for members in _groups(decisions).values():
+        limit = max(config.min_per_skill, round(config.keep_share * len(members)))
+        synthetic = [index for index in members if decisions[index].reason == "kept"]
+        synthetic.sort(key=lambda index: -decisions[index].utility)
+        for index in synthetic[max(0, limit - (len(members) - len(synthetic))) :]:
+            decisions[index].kept = False
+            decisions[index].reason = "low utility"
+
+
+def _groups(decisions: list[Decision]) -> dict[tuple[str, str], list[int]]:
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, decision in enumerate(decisions):
+        if decision.kept:
+            groups[decision.domain, decision.skill].append(index)
+    return groups
+
+
+def write_pruned(rows: Sequence[dict], decisions: Sequence[Decision], output_dir: str | Path) -> Path:
+    """Write train.jsonl, decisions.jsonl and page.html; returns the train file.
+
+    Raises:
+        ValueError: the folder holds pruned data, or nothing was kept.
+    """
+    folder = Path(output_dir)
+    train_file = folder / "train.jsonl"
+    if train_file.exists():
+        raise ValueError(f"output_dir {str(folder)!r} holds pruned data; choose another folder, or remove this one")
+    kept = [row for row, decision in zip(rows, decisions, strict=True) if decision.kept]
+    if not kept:
+        raise ValueError(f"pruning kept none of {len(rows)} rows; lower its thresholds or raise keep_share")
+    write_conversations(kept, train_file)
+    lines = [json.dumps(asdict(decision), ensure_ascii=False) + "\n" for decision in decisions]
+    (folder / "decisions.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "page.html").write_text(render_page(rows, decisions), encoding="utf-8")
+    return train_file
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prune as a recipe says and print what went.
+
+    Raises:
+        SystemExit: a setting or file cannot be used; the message says why and what to do.
+    """
+    (config,) = parse_recipe(PruneConfig, description=__doc__.replace("%", "%%"), argv=argv)
+    try:
+        report = DataReport()
+        loaded = list(load_rows(config.train_files, report))
+        if not loaded:
+            raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")
+        places, rows = zip(*loaded, strict=True)
+        reading = _read_with_model(config, rows) if config.model_name_or_path else None
+        decisions = prune(places, rows, config, reading)
+        train_file = write_pruned(rows, decisions, config.output_dir)
+    except ValueError as error:
+        raise SystemExit(f"sft.prune: {error}") from error
+    counts = Counter(decision.reason.partition(" of ")[0].partition(":")[0] for decision in decisions)
+    print("\n".join(f"{count:8,} {reason}" for reason, count in counts.most_common()))
+    print(f"{train_file}; look at {train_file.with_name('page.html')}")
+
+
+def _read_with_model(config: PruneConfig, rows: Sequence[dict]) -> Reading:
+    from transformers import AutoModelForCausalLM
+
+    import modeling_motif2  # noqa: F401 (registers the architecture)
+    from sft.stage import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path).to(device).eval()
+    return read_conversations(model, tokenizer, rows, config.max_length)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Where candidate answers come from: an OpenAI-compatible endpoint or a causal LM here; and a model as judge."""
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.chat import stop_token_ids
+
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+JUDGE_PROMPT = (
+    "Rate the answer from 0 (wrong, incoherent or cut off) to 10 (correct, complete, every step justified). "
+    "Reply with the number alone.\n\nQuestion:\n{question}\n\nAnswer:\n{answer}"
+)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+class Sampler(Protocol):
+    """Anything that answers a conversation."""
+
+    name: str
+
+    def sample(self, messages: list[dict], count: int) -> list[str]:
+        """`count` candidate answers to a conversation that ends with a user turn."""
+
+
+class EndpointError(RuntimeError):
+    """The endpoint did not answer as an OpenAI-compatible one does."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible chat endpoint, such as vLLM's.
+
+    Args:
+        url: base address, up to and with `/v1`.
+        model: model name that the endpoint knows.
+        temperature: of the sampling.
+        max_tokens: longest answer.
+        key_variable: environment variable that holds the key; none is sent where it is not set.
+        timeout_seconds: of one request.
+        attempts: tries of one request before it fails; pauses double from `pause_seconds`.
+    """
+
+    url: str
+    model: str
+    temperature: float = 0.8
+    max_tokens: int = 2048
+    key_variable: str = "OPENAI_API_KEY"
+    timeout_seconds: float = 120.0
+    attempts: int = 4
+    pause_seconds: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Name that provenance carries."""
+        return self.model
+
+    def sample(self, messages: list[dict], count: int) -> list[str]:
+        """Ask for `count` answers.
+
+        Raises:
+            EndpointError: no answer after all attempts, or one of another form.
+        """
+        body = {"model": self.model, "messages": messages, "n": count}
+        body |= {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        answer = self._post(json.dumps(body).encode())
+        try:
+            return [choice["message"]["content"] or "" for choice in answer["choices"]]
+        except (KeyError, TypeError) as error:
+            raise EndpointError(f"{self.url} answered without choices: {answer!r:.300}") from error
+
+    def _post(self, body: bytes) -> dict:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(self.pause_seconds * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                problem = f"status {error.code}: {error.read()[:300].decode('utf-8', 'replace')}"
+                if error.code not in RETRIED_STATUS:
+                    break
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                problem = str(error)
+            except json.JSONDecodeError as error:
+                raise EndpointError(f"{self.url} answered something that is no JSON: {error}") from error
+        raise EndpointError(f"{self.url} gave no answer ({problem}); check the address, the model name and the key")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A causal LM in this process.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with a chat template.
+        temperature: of the sampling; 0 is greedy, and then every candidate is the same.
+        max_tokens: longest answer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float = 0.8
+    max_tokens: int = 512
+
+    @property
+    def name(self) -> str:
+        """Name that provenance carries."""
+        return self.model.config._name_or_path or type(self.model).__name__
+
+    @torch.no_grad()
+    def sample(self, messages: list[dict], count: int) -> list[str]:
+        """Generate `count` answers, up to the end of the turn."""
+        prompt = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)  # (1, T)
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        stop_ids = stop_token_ids(self.tokenizer)
+        tokens = self.model.generate(
+            **prompt,
+            num_return_sequences=count if self.temperature else 1,
+            max_new_tokens=self.max_tokens,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            **sampling,
+        )[:, prompt["input_ids"].shape[1] :]  # (count, new)
+        texts = []
+        for row in tokens.tolist():
+            ends = [row.index(stop) for stop in stop_ids if stop in row]
+            texts.append(self.tokenizer.decode(row[: min(ends, default=len(row))]).strip())
+        return texts if self.temperature else texts * count
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that rates answers from 0 to 1.
+
+    Args:
+        sampler: the model that is asked.
+    """
+
+    sampler: Sampler
+
+    def __call__(self, question: str, answer: str) -> float:
+        """Rate one answer.
+
+        Raises:
+            ValueError: the model's reply is no number from 0 to 10.
+        """
+        prompt = JUDGE_PROMPT.format(question=question, answer=answer)
+        (reply,) = self.sampler.sample([{"role": "user", "content": prompt}], 1)
+        found = _NUMBER.findall(reply)
+        if not found or not 0 <= float(found[-1]) <= 10:
+            raise ValueError(f"judge {self.sampler.name} replied {reply!r:.200}, which is no number from 0 to 10")
+        return float(found[-1]) / 10
