@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.optim import ParallelMuonClip
 from trainer.optim.muon_clip_reference import newton_schulz_reference, update_scale
 from trainer.optim.orthogonalise import Orthogonaliser
@@ -211,6 +212,32 @@ def matrix_of(spectrum: str, shape: tuple[int, int], device: torch.device, seed:
     return left / torch.arange(1, size + 1, device=device) @ right.mT
 
 
+def real_gradients(bench: Bench) -> dict[str, Tensor]:
+    """Gradients of one full-size Motif-2 layer on real text: the bytes of a long Python source."""
+    scale = bench.arguments.scale
+    torch.manual_seed(0)
+    config = Motif2Config(
+        vocab_size=256,
+        hidden_size=4096 // scale,
+        intermediate_size=16384 // scale,
+        num_hidden_layers=1,
+        num_attention_heads=40,
+        num_key_value_heads=16,
+        num_noise_heads=8,
+        head_dim=128 // scale,
+    )
+    with bench.device:
+        model = Motif2ForCausalLM(config)
+    text = Path(argparse.__file__).read_bytes()
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: 4 * 4096 // scale].long().view(4, -1)
+    ids = ids.to(bench.device)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    layer = model.model.layers[0]
+    modules = {name: getattr(layer.mlp if name[:4] in ("gate", "up_p", "down") else layer.self_attn, name)
+               for name in LAYER}  # fmt: skip
+    return {name: module.weight.grad for name, module in modules.items()}
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference, relative to `expected` (float64)."""
     return float((actual.double() - expected).norm() / expected.norm())
@@ -226,10 +253,13 @@ def check_kernels(bench: Bench) -> None:
     bench.say("| shape | spectrum | report's bfloat16 | classic | gram |\n|---|---|---|---|---|")
     makers = {method: Orthogonaliser(method, "motif", "auto") for method in ("classic", "gram")}
     cases = [(shape, spectrum) for shape in sorted(set(bench.shapes.values())) for spectrum in SPECTRA]
+    gradients = real_gradients(bench)
+    cases += [(bench.shapes[name], f"gradient of {name}") for name in gradients]
     for index, (shape, spectrum) in enumerate(cases):
         errors = torch.zeros(3, dtype=torch.float64, device=bench.device)
         if index % bench.world_size == bench.rank:
-            matrix = matrix_of(spectrum, shape, bench.device, seed=index)
+            real = gradients.get(spectrum.removeprefix("gradient of "))
+            matrix = matrix_of(spectrum, shape, bench.device, seed=index) if real is None else real
             expected = newton_schulz_reference(matrix.double())
             results = [plain_bfloat16(matrix), *(maker(matrix.clone()[None])[0] for maker in makers.values())]
             errors += torch.tensor([relative_error(result, expected) for result in results], device=bench.device)

@@ -47,9 +47,8 @@ class Team:
         self.me, self.group = 0, None
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
-            timeout = timedelta(seconds=timeout_seconds)
             with self.clear_errors():
-                self.group = dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
+                self.group = _new_group(self.ranks, timedelta(seconds=timeout_seconds))
 
     @contextlib.contextmanager
     def clear_errors(self):
@@ -97,3 +96,17 @@ class Team:
                 f"{what} differ between ranks {list(self.ranks)}: give every rank the same parameters in the same "
                 "order and the same settings, or pass `process_group` with the ranks that do share them"
             )
+
+
+def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
+    """A process group that its own ranks alone take part in making, since others may not know of it."""
+    world = dist.group.WORLD
+    if len(ranks) == world.size():
+        return dist.new_group(timeout=timeout)
+    # where the default group is bound to a device, NCCL would split the new communicator off the default one, and for
+    # that all ranks of the world would have to come
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    finally:
+        world.bound_device_id = bound

@@ -1,6 +1,6 @@
 """MuonClip on one device, plainly: the meaning of everything else in this package.
 
-Shapes: A rows and B columns of a weight, H query heads, K key heads, D head_dim.
+Shapes: A rows and B columns of a weight, G groups, H query heads, K = 2G key heads, D head_dim.
 Source: arXiv 2511.07464, section 4.3 (update); Kimi K2, arXiv 2507.20534 (QK-clip, RMS matching).
 """
 
@@ -35,18 +35,13 @@ def update_scale(rows: int, columns: int) -> float:
     return 0.2 * math.sqrt(max(rows, columns))
 
 
-def key_head_of_query(num_groups: int, num_signal_heads: int) -> Tensor:
-    """Key head that each query head reads (H,): of group g, signal heads read key 2g, the noise head key 2g + 1."""
-    heads = torch.arange(num_groups * (num_signal_heads + 1))
-    return 2 * (heads // (num_signal_heads + 1)) + (heads % (num_signal_heads + 1) == num_signal_heads)
-
-
-def clip_scales(max_logits: Tensor, key_of_query: Tensor, threshold: float, rule: str) -> tuple[Tensor, Tensor]:
+def clip_scales(max_logits: Tensor, num_signal_heads: int, threshold: float, rule: str) -> tuple[Tensor, Tensor]:
     """Factors of QK-clip for the rows of each query and each key head.
 
     Args:
-        max_logits: (..., H) largest scaled logit of each query head; -inf or NaN clips nothing.
-        key_of_query: (H,) int64, key head of each query head.
+        max_logits: (..., H) largest scaled logit of each query head, by groups of `num_signal_heads` signal heads,
+            which share the group's first key head, and a noise head, which reads the second; -inf clips nothing.
+        num_signal_heads: signal heads a group.
         threshold: logit above which a head is clipped.
         rule: "official" scales a shared key by the smallest of its heads' sqrt(gamma) and each query by its own;
             "q_only" scales queries by gamma; "compensated" scales the key as "official" does and each query by what
@@ -55,14 +50,15 @@ def clip_scales(max_logits: Tensor, key_of_query: Tensor, threshold: float, rule
     Returns:
         tuple: query factors (..., H) and key factors (..., K), in the dtype of `max_logits`.
     """
-    gamma = torch.where(max_logits > threshold, threshold / max_logits, 1.0)  # (..., H)
-    key_shape = (*gamma.shape[:-1], int(key_of_query.max()) + 1)
-    key_gamma = gamma.new_ones(key_shape).scatter_reduce(-1, key_of_query.expand_as(gamma), gamma, "amin")  # (..., K)
+    gamma = torch.where(max_logits > threshold, threshold / max_logits, 1.0)
+    gamma = gamma.unflatten(-1, (-1, num_signal_heads + 1))  # (..., G, signal heads + 1)
+    signal, noise = gamma[..., :-1], gamma[..., -1:]
+    keys = torch.cat((signal.amin(-1, keepdim=True), noise), dim=-1).sqrt()  # (..., G, 2)
     if rule == "official":
-        return gamma.sqrt(), key_gamma.sqrt()
+        return gamma.sqrt().flatten(-2), keys.flatten(-2)
     if rule == "q_only":
-        return gamma, torch.ones_like(key_gamma)
-    return gamma / key_gamma.sqrt()[..., key_of_query], key_gamma.sqrt()
+        return gamma.flatten(-2), torch.ones_like(keys).flatten(-2)
+    return torch.cat((signal / keys[..., :1], noise / keys[..., 1:]), dim=-1).flatten(-2), keys.flatten(-2)
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -73,8 +69,8 @@ class MuonClip(torch.optim.Optimizer):
         lr: learning rate of the Muon groups. momentum: Nesterov momentum. weight_decay: decoupled decay of all groups.
         adamw_lr, adamw_betas, adamw_eps: AdamW's settings; its learning rate is `lr` where None.
         qk_clip_threshold: largest attention logit left alone. qk_clip_rule: see `clip_scales`.
-        attentions: modules with q_proj, k_proj, num_groups, num_signal_heads_per_group, head_dim and `max_logits`
-            (H,), the largest logits of the forward passes since the last step, or None.
+        attentions: modules with q_proj, k_proj, num_signal_heads_per_group, head_dim and `max_logits` (H,), the
+            largest logits of the forward passes since the last step, or None.
 
     Raises:
         ValueError: a setting out of range, an unknown algorithm or rule, a Muon parameter that is no matrix.
@@ -141,8 +137,8 @@ class MuonClip(torch.optim.Optimizer):
             return
         for attention in (module for module in self.attentions if module.max_logits is not None):
             logits = attention.max_logits.to(torch.promote_types(torch.float32, attention.q_proj.weight.dtype))  # (H,)
-            key_of_query = key_head_of_query(attention.num_groups, attention.num_signal_heads_per_group)
-            scales = clip_scales(logits, key_of_query.to(logits.device), self.qk_clip_threshold, self.qk_clip_rule)
+            heads = attention.num_signal_heads_per_group
+            scales = clip_scales(logits, heads, self.qk_clip_threshold, self.qk_clip_rule)  # (H,), (K,)
             for projection, scale in zip((attention.q_proj, attention.k_proj), scales, strict=True):
                 projection.weight.mul_(scale.repeat_interleave(attention.head_dim)[:, None])  # (H * D, B)
             self._report["clipped_heads"] += int((logits > self.qk_clip_threshold).sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.optim.layout import Block, local_of
-from trainer.optim.muon_clip_reference import clip_scales, key_head_of_query
+from trainer.optim.muon_clip_reference import clip_scales
 
 
 class QKClip:
@@ -43,10 +43,12 @@ class QKClip:
         """This rank's maximum logits, all layers end to end (sum of H,), -inf for heads it has not seen."""
         parts = [torch.empty(0, device=device)]
         for attention, query, num_heads in zip(self.attentions, self.queries, self.num_heads, strict=True):
-            logits = None if attention.max_logits is None else attention.max_logits.to(device)
-            if logits is None:
+            logits = attention.max_logits
+            if logits is None or logits.is_meta:  # a model made on the meta device records from the second step on
                 parts.append(torch.full((num_heads,), -math.inf, device=device))
-            elif logits.numel() == num_heads:
+                continue
+            logits = logits.to(device)
+            if logits.numel() == num_heads:
                 parts.append(logits)
             else:
                 first = _first_local_head(query, logits.numel(), num_heads)
@@ -60,11 +62,10 @@ class QKClip:
         logits = packed.split(self.num_heads)
         for geometry in sorted(set(map(self._geometry, range(len(logits))))):
             layers = [layer for layer in range(len(logits)) if self._geometry(layer) == geometry]
-            num_heads, num_signal_heads, head_dim = geometry
-            key_of_query = key_head_of_query(num_heads // (num_signal_heads + 1), num_signal_heads).to(packed.device)
+            _, num_signal_heads, head_dim = geometry
             stacked = torch.stack([logits[layer] for layer in layers])  # (L, H)
             stacked = stacked.to(torch.promote_types(torch.float32, self.queries[layers[0]].dtype))
-            scales = clip_scales(stacked, key_of_query, self.threshold, self.rule)  # (L, H), (L, K)
+            scales = clip_scales(stacked, num_signal_heads, self.threshold, self.rule)  # (L, H), (L, K)
             for weights, scale in zip((self.queries, self.keys), scales, strict=True):
                 rows = scale.repeat_interleave(head_dim, dim=-1)  # (L, H * D) or (L, K * D)
                 for layer, row_scale in zip(layers, rows, strict=True):

@@ -11,7 +11,6 @@ from trainer.optim.muon_clip_reference import (
     COEFFICIENTS,
     MuonClip,
     clip_scales,
-    key_head_of_query,
     newton_schulz_reference,
 )
 
@@ -60,30 +59,32 @@ def test_adamw_groups_equal_torch():
     assert torch.equal(ours, theirs)
 
 
-def test_key_heads_are_striped():
-    # two groups of 4 signal heads and 1 noise head
-    assert key_head_of_query(2, 4).tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]
-    assert key_head_of_query(3, 1).tolist() == [0, 1, 2, 3, 4, 5]
-
-
 def test_clip_scales_by_hand():
     # one group: signal heads at 400, 100 and 50, noise head at 900; threshold 100
-    logits, key_of_query = torch.tensor([400.0, 100.0, 50.0, 900.0]), key_head_of_query(1, 3)
-    queries, keys = clip_scales(logits, key_of_query, 100.0, "official")
+    logits = torch.tensor([400.0, 100.0, 50.0, 900.0])
+    queries, keys = clip_scales(logits, 3, 100.0, "official")
     torch.testing.assert_close(queries, torch.tensor([0.5, 1.0, 1.0, 1 / 3]))
     torch.testing.assert_close(keys, torch.tensor([0.5, 1 / 3]))
-    queries, keys = clip_scales(logits, key_of_query, 100.0, "q_only")
+    queries, keys = clip_scales(logits, 3, 100.0, "q_only")
     torch.testing.assert_close(queries, torch.tensor([0.25, 1.0, 1.0, 1 / 9]))
     torch.testing.assert_close(keys, torch.ones(2))
-    queries, keys = clip_scales(logits, key_of_query, 100.0, "compensated")
+    queries, keys = clip_scales(logits, 3, 100.0, "compensated")
     torch.testing.assert_close(queries, torch.tensor([0.5, 2.0, 2.0, 1 / 3]))
     torch.testing.assert_close(keys, torch.tensor([0.5, 1 / 3]))
+
+
+def test_groups_are_striped():
+    # plain differential attention, two groups of a signal and a noise head; layers in front
+    logits = torch.tensor([[400.0, 1.0, 1.0, 900.0], [1.0, 1.0, 1.0, 1.0]])
+    queries, keys = clip_scales(logits, 1, 100.0, "official")
+    torch.testing.assert_close(queries, torch.tensor([[0.5, 1.0, 1.0, 1 / 3], [1.0] * 4]))
+    torch.testing.assert_close(keys, queries)
 
 
 @pytest.mark.parametrize("logit", [-math.inf, -250.0, 100.0, math.nan])
 def test_no_clip_without_a_logit_above_the_threshold(logit):
     for rule in ("official", "q_only", "compensated"):
-        for scale in clip_scales(torch.full((5,), logit), key_head_of_query(1, 4), 100.0, rule):
+        for scale in clip_scales(torch.full((5,), logit), 4, 100.0, rule):
             assert torch.equal(scale, torch.ones_like(scale))
 
 
@@ -92,7 +93,6 @@ def fake_attention(logits: list[float], head_dim: int = 2, hidden: int = 6) -> S
     return SimpleNamespace(
         q_proj=nn.Linear(hidden, len(logits) * head_dim, bias=False),
         k_proj=nn.Linear(hidden, 2 * head_dim, bias=False),
-        num_groups=1,
         num_signal_heads_per_group=len(logits) - 1,
         head_dim=head_dim,
         max_logits=torch.tensor(logits),

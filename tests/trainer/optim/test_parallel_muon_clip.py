@@ -9,8 +9,9 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.distributed import run_distributed
-from tests.trainer.optim.helpers import Bag, attention_of, distribute, groups_of, shard_fully, train
+from tests.trainer.optim.helpers import Bag, attention_of, distribute, full_tensors, groups_of, shard_fully, train
 from trainer.optim import MuonClip, ParallelMuonClip
+from trainer.optim.muon_clip_reference import newton_schulz_reference, update_scale
 
 OPTIONS = {"lr": 0.1, "qk_clip_rule": "official", "method": "classic"}
 
@@ -105,8 +106,21 @@ def assert_all_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rule", ["official", "q_only", "compensated"])
-def test_one_rank_equals_the_reference(dtype, tolerance, rule):
-    assert_all_close(single_result(dtype, qk_clip_rule=rule), reference_result(dtype, rule), tolerance)
+@pytest.mark.parametrize("method", ["classic", "gram"])
+def test_one_rank_equals_the_reference(dtype, tolerance, rule, method):
+    result = single_result(dtype, qk_clip_rule=rule, method=method)
+    assert_all_close(result, reference_result(dtype, rule), tolerance)
+
+
+def test_coefficients_can_be_chosen():
+    jordan = ((3.4445, -4.7750, 2.0315),) * 5  # Source: Keller Jordan, Muon (2024)
+    start, gradient = full_tensors(0)["gate"], full_tensors(1)["gate"]
+    for coefficients in ("jordan", jordan):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient
+        ParallelMuonClip([weight], lr=1.0, weight_decay=0.0, coefficients=coefficients).step()
+        update = update_scale(16, 6) * newton_schulz_reference(1.95 * gradient, jordan)  # Nesterov on the first step
+        torch.testing.assert_close(weight.detach(), start - update, rtol=0, atol=1e-10)
 
 
 def test_the_clip_is_part_of_what_is_compared():
