@@ -74,6 +74,12 @@ class SftStageConfig:
     gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
     use_cpu: bool = _field(False, "train on the CPU although an accelerator is there")
 
+    eval_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "tasks of eval_harness to run before and after the stage"}
+    )
+    eval_data_dir: str = _field("", "local folder with the tasks' rows; empty: from the Hub")
+    eval_limit: int = _field(0, "rows a task; 0: all")
+
     seed: int = _field(0, "seed of shuffling, sampling and adapters")
     logging_steps: int = _field(1, "updates between lines of metrics.jsonl")
     eval_steps: int = _field(0, "updates between evaluations on eval_files; 0: only before and after")
@@ -118,7 +124,15 @@ class SftStageConfig:
         for name in ("logging_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
-        for name in ("max_samples", "global_batch_tokens", "lora_rank", "eval_steps", "save_steps", "preview_samples"):
+        for name in (
+            "eval_limit",
+            "max_samples",
+            "global_batch_tokens",
+            "lora_rank",
+            "eval_steps",
+            "save_steps",
+            "preview_samples",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         for name in ("learning_rate", "max_grad_norm", "qk_clip_threshold"):

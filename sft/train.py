@@ -2,6 +2,8 @@
 
 import logging
 
+from accelerate import PartialState
+
 from sft.config import SftStageConfig
 from trainer.cli import parse_recipe
 
@@ -24,6 +26,10 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_stage(config))
             return
         result = run_stage(config)
+        if config.eval_tasks and PartialState().is_main_process:
+            from sft.evaluation import evaluate_stage
+
+            print(evaluate_stage(config))
     except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"motif2-sft: {error}") from error
     print(
