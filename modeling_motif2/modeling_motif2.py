@@ -42,7 +42,7 @@ from .diagnostics import update_max_logits, update_output_norms, visible_positio
 from .hub import Motif2HubMixin
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
-WIDE_VALUE_BACKENDS = ("eager", "flex_attention")
+WIDE_VALUE_BACKENDS = {"eager"}
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,10 @@ from transformers.masking_utils import sdpa_mask
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 
-# Largest error of a logit over the largest logit, 2 layers; rounding of the dtype times what a softmax may amplify.
-TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
+# Largest error of a logit over the largest logit, 2 layers, with lambda as it is initialised.
+TOLERANCES = {torch.float64: 2e-7, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# The same in float64 where lambda may make the two maps nearly cancel, which amplifies RoPE's float32 angles.
+FLOAT64_TOLERANCE = 2e-6
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
 
@@ -58,7 +60,8 @@ def flash_needs_half(backend: str, dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_match_the_reference_by_dtype(backend, dtype):
     dtype = flash_needs_half(backend, dtype)
-    model = small_model(attention=backend, dtype=dtype, ratio=4, head_dim=16, initializer_range=0.1)
+    sizes = {"ratio": 4, "head_dim": 16, "initializer_range": 0.1, "lambda_std_dev": 0.1}
+    model = small_model(attention=backend, dtype=dtype, **sizes)
     ids = random_ids(2, 21)
     with torch.no_grad():
         logits = model(ids).logits
@@ -92,7 +95,7 @@ def test_masks_are_right(backend, layout, window):
             logits = model(ids, attention_mask=(ids != 0).long()).logits
             outputs = [logits[index, span] for index, span in enumerate(spans)]
     for output, document in zip(outputs, documents, strict=True):
-        assert relative_error(output, reference_logits(model, document)) < TOLERANCES[torch.float64]
+        assert relative_error(output, reference_logits(model, document)) < FLOAT64_TOLERANCE
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -114,7 +117,7 @@ def test_caches_of_every_kind_continue_rightly(backend, kind, window):
             start += step
     logits = torch.cat(parts, dim=1)
     for index, row in enumerate(ids):
-        assert relative_error(logits[index], reference_logits(model, row)) < TOLERANCES[torch.float64]
+        assert relative_error(logits[index], reference_logits(model, row)) < FLOAT64_TOLERANCE
 
 
 def test_packed_rows_stay_apart_with_a_cache_asked_for():
@@ -123,7 +126,7 @@ def test_packed_rows_stay_apart_with_a_cache_asked_for():
     position_ids = torch.cat([torch.arange(6), torch.arange(9)])[None]
     with torch.no_grad():
         logits = model(torch.cat([first, second])[None], position_ids=position_ids, use_cache=True).logits[0]
-    assert relative_error(logits[6:], reference_logits(model, second)) < TOLERANCES[torch.float64]
+    assert relative_error(logits[6:], reference_logits(model, second)) < FLOAT64_TOLERANCE
 
 
 def test_a_four_dimensional_mask_is_used_as_it_is():
@@ -186,7 +189,7 @@ def test_a_backend_of_ones_own_works_once_its_mask_is_registered():
         model(ids)
     AttentionMaskInterface.register("mine", sdpa_mask)
     with torch.no_grad():
-        assert relative_error(model(ids).logits[0], reference_logits(model, ids[0])) < TOLERANCES[torch.float64]
+        assert relative_error(model(ids).logits[0], reference_logits(model, ids[0])) < FLOAT64_TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["paged|sdpa", "paged|eager"])
