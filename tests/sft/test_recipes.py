@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from sft.config import SftStageConfig
+from sft.curate import CurateConfig
+from sft.prepare import PrepareConfig
+from sft.prune import PruneConfig
 from trainer.cli import parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sft"
@@ -47,3 +50,13 @@ def test_later_stages_are_gentler_and_start_where_the_one_before_ended(name):
     assert one.learning_rate >= two.learning_rate > three.learning_rate
     assert two.model_name_or_path == f"{one.output_dir}/model"
     assert three.model_name_or_path == f"{two.output_dir}/model"
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class"),
+    [("prepare_stage1", PrepareConfig), ("prepare_stage2", CurateConfig), ("prepare_stage3", PruneConfig)],
+)
+def test_data_recipes_feed_the_stages(name, config_class):
+    config = parse_recipe(config_class, description="", argv=["--config", str(FOLDER / f"{name}.yaml")])[0]
+    stage = load(FOLDER / f"{name.removeprefix('prepare_')}.yaml")
+    assert stage.train_files == [f"{config.output_dir}/train.jsonl"]
