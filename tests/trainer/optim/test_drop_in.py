@@ -1,20 +1,18 @@
 """MuonClip in plain PyTorch, accelerate and transformers' Trainer, and the maxima that QK-clip reads of the model."""
 
-import copy
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
-from tests.trainer.optim.helpers import Bag, groups_of, shard_fully, train
 from trainer.optim import MuonClip, MuonClipFactory, ParallelMuonClip, build_muon_clip
 
 
@@ -169,59 +167,39 @@ def test_accelerate_prepares_model_and_optimizer_together():
         assert torch.equal(ours_parameter, parameter)
 
 
-def swapped(rank):
-    """What accelerate does under FSDP2: empty parameters in the optimizer, shard, then put the new ones in place."""
-    bag = Bag(torch.float32)
-    optimizer = ParallelMuonClip(groups_of(bag), lr=0.1)
-    pointers = {name: parameter.data_ptr() for name, parameter in bag.named_parameters()}
-    for group in optimizer.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            group["params"][index] = torch.empty(1)
-            group["params"][index].data_ptr = parameter.data_ptr()
-    shard_fully(bag, init_device_mesh("cpu", (2,)))
-    new = dict(bag.named_parameters())
-    fsdp2_switch_optimizer_parameters(optimizer, {pointer: new[name] for name, pointer in pointers.items()})
-    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    return train(bag, optimizer)
-
-
-@pytest.mark.distributed
-def test_parameters_that_accelerate_swaps_are_followed():
-    bag = Bag(torch.float32)
-    expected = train(bag, ParallelMuonClip(groups_of(bag), lr=0.1))
-    for result in run_distributed(swapped, 2):
-        for name, value in result.items():
-            assert torch.equal(value, expected[name]), name
-
-
-def fully_sharded_model(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model, reference = tiny_model(), tiny_model()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+def accelerated(rank):
+    """accelerate's FSDP2, which swaps the optimizer's parameters; it leaves CPUs out unless told otherwise."""
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    model = tiny_model()
     optimizer = build_muon_clip(model, lr=0.01, qk_clip_threshold=0.03, method="classic")
-    groups = build_muon_clip(reference, lr=0.01).param_groups
-    attentions = [layer.self_attn for layer in reference.model.layers]
-    peer = MuonClip(copy.copy(groups), lr=0.01, qk_clip_threshold=0.03, attentions=attentions)
-    ids = tokens(4)
-    clipped = 0
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     for _ in range(3):
-        for trained, stepper, batch in ((model, optimizer, ids.chunk(2)[rank]), (reference, peer, ids)):
-            trained(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-            stepper.step()
-            stepper.zero_grad()
-        clipped += peer.clip_report()["clipped_heads"]
-        assert optimizer.clip_report()["clipped_heads"] == peer.clip_report()["clipped_heads"]
-    assert clipped > 0
-    for (name, sharded), parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(sharded.full_tensor(), parameter.detach(), rtol=0, atol=1e-4, msg=name)
+        ids = tokens(4).chunk(2)[rank]
+        accelerator.backward(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.optimizer.clip_report()["clipped_heads"] > 0
+    return [parameter.full_tensor().detach() for parameter in model.parameters()]
 
 
 @pytest.mark.distributed
-def test_a_sharded_model_follows_the_reference_on_the_whole_batch():
-    run_distributed(fully_sharded_model, 2)
+def test_accelerate_with_fsdp_follows_the_reference_on_the_whole_batch():
+    model, ids = tiny_model(), tokens(4)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    groups = build_muon_clip(model, lr=0.01).param_groups
+    optimizer = MuonClip(groups, lr=0.01, qk_clip_threshold=0.03, attentions=attentions)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for result in run_distributed(accelerated, 2):
+        for (name, parameter), sharded in zip(model.named_parameters(), result, strict=True):
+            torch.testing.assert_close(sharded, parameter.detach(), rtol=0, atol=1e-4, msg=name)
 
 
 def test_a_model_without_attention_needs_no_clip():
