@@ -139,3 +139,19 @@ def hash_answers(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> li
 def final_answers(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
     """lm-eval filter: `final_number` of every response."""
     return [[final_number(text) for text in texts] for texts in responses]
+
+
+def letter(text: str) -> str:
+    """The letter A-D that a response gives as its answer: after "answer is", else boxed, else alone; or `INVALID`."""
+    text = after_thinking(text)
+    stated = re.findall(r"answer\s+is:?\s*\**\(?\\?(?:text|boxed)?\{?([A-D])\b", text, re.IGNORECASE)
+    if stated:
+        return stated[-1].upper()
+    boxed = re.fullmatch(r"(?:\\text\{)?\(?([A-D])\)?\}?\.?", last_boxed(text) or "")
+    alone = re.findall(r"^\W*([A-D])\W*$", text, re.MULTILINE)
+    return boxed[1] if boxed else alone[-1] if alone else INVALID
+
+
+def letters(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
+    """lm-eval filter: `letter` of every response."""
+    return [[letter(text) for text in texts] for texts in responses]

@@ -1,7 +1,8 @@
 """Where a task's rows come from: the hub by default, or one local folder shaped like the hub's copies.
 
-Tasks name `load_benchmark` as their `custom_dataset`, so that lm-eval reads nothing before a task is built. The local
-folder is the task manager's metadata `data_dir`: `--data_dir` of our runner, `--metadata '{"data_dir": …}'` of lm-eval.
+Tasks name `load_benchmark` as their `custom_dataset`, so that lm-eval reads nothing before a task is built. The
+local folder is the task manager's metadata `data_dir`: our runner's `--data_dir`, or lm-eval's `--metadata
+'{"data_dir": …}'`.
 """
 
 import difflib
@@ -76,7 +77,7 @@ def _split_file(folder: Path, split: str, path: str, name: str | None) -> Path:
         target = folder.parent if name else folder
         raise MissingDataset(
             f"split {split!r} of {path}{f' ({name})' if name else ''} is not in {folder}; get it with "
-            f"`hf download {path} --repo-type dataset --local-dir {target}`, or leave data_dir out to read it from the hub"
+            f"`{_download(path, target)}`, or leave data_dir out to read it from the hub"
         )
     return files[0]
 
@@ -86,17 +87,20 @@ def _existing(file: Path) -> Path:
         return file
     nearby = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
     nearest = difflib.get_close_matches(file.name, nearby, n=1)
-    raise MissingDataset(
-        f"{file} does not exist; " + (f"did you mean {nearest[0]!r}?" if nearest else "check data_dir")
-    )
+    mend = f"did you mean {nearest[0]!r}?" if nearest else "check data_dir"
+    raise MissingDataset(f"{file} does not exist; {mend}")
 
 
 def _from_hub(path: str, name: str | None, splits: list[str]) -> dict[str, datasets.Dataset]:
     try:
         return {split: datasets.load_dataset(path, name, split=split) for split in splits}
     except (OSError, ValueError, RuntimeError) as error:
+        command = _download(path, Path("DATA", path.split("/")[-1]))
         raise MissingDataset(
-            f"{path}{f' ({name})' if name else ''} could not be read from the hub ({error}); on a machine without the hub "
-            f"copy it with `hf download {path} --repo-type dataset --local-dir DATA/{path.split('/')[-1]}` and give "
-            "data_dir=DATA"
+            f"{path}{f' ({name})' if name else ''} could not be read from the hub ({error}); where it is reachable "
+            f"run `{command}`, copy DATA here and give data_dir=DATA"
         ) from error
+
+
+def _download(path: str, target: Path) -> str:
+    return f"hf download {path} --repo-type dataset --local-dir {target}"

@@ -1,29 +1,30 @@
-"""Score a model on tasks through lm-eval, from Python: `evaluate(model, tokenizer, ["motif2_arithmetic"], data_dir=…)`.
+"""Score a model on tasks through lm-eval: `evaluate(model, tokenizer, ["motif2_arithmetic"], data_dir=…)`.
 
-`motif2-eval` is the same thing from the command line, with suites, resuming and reports.
+`motif2-eval` is the same from the command line, with suites and reports.
 """
 
-import difflib
-import logging
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.group import Group
 from lm_eval.api.model import LM
-from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASKS_DIR = Path(__file__).with_name("tasks")
+import modeling_motif2  # noqa: F401  (registers Motif-2 with the Auto classes)
+from eval_harness.loading import load_tasks, quiet_lm_eval
+from eval_harness.responses import RecordedLM
+
 SEED = 1234
+RESULTS_FILE = "results.json"
 
 
 class QuietHFLM(HFLM):
-    """lm-eval's model for transformers with one progress bar instead of one a batch."""
+    """lm-eval's transformers model without a progress bar a batch; `RecordedLM` shows one over all requests."""
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -37,21 +38,34 @@ class EvaluationResult:
         metrics: task or group -> metric -> score (a share for accuracies, bits for `bits_per_byte`).
         standard_errors: the same keys; missing where lm-eval knows none.
         samples: task -> one record a row: prompt, response, filtered response, metrics.
-        num_samples: task -> rows that were scored.
-        seconds: wall-clock time of the run.
-        raw: everything lm-eval returned but the samples.
+        num_samples: task or group -> rows that were scored.
+        skipped: parts of groups that were left out for want of rows.
+        cost: seconds, requests, generated tokens, device.
+        raw: everything else that lm-eval returned: task settings, versions, shots.
     """
 
     metrics: dict[str, dict[str, float]]
     standard_errors: dict[str, dict[str, float]]
     samples: dict[str, list[dict]]
     num_samples: dict[str, int]
-    seconds: float
-    raw: dict = field(repr=False, default_factory=dict)
+    skipped: list[str]
+    cost: dict
+    raw: dict = field(repr=False)
 
     def score(self, task: str) -> float:
-        """The first metric of a task."""
+        """The first metric of a task or group."""
         return next(iter(self.metrics[task].values()))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `results.json` and `samples/<task>.jsonl`."""
+        folder = Path(folder)
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        for task, rows in self.samples.items():
+            lines = "".join(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
+            (folder / "samples" / f"{file_name(task)}.jsonl").write_text(lines, encoding="utf-8")
+        names = ("metrics", "standard_errors", "num_samples", "skipped", "cost", "raw")
+        content = {name: getattr(self, name) for name in names}
+        (folder / RESULTS_FILE).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
 def evaluate(
@@ -65,7 +79,10 @@ def evaluate(
     batch_size: int = 16,
     apply_chat_template: bool = False,
     generation_options: dict | None = None,
+    shots: dict[str, int] | None = None,
+    skip_missing: bool = False,
     seed: int = SEED,
+    identity: dict | None = None,
 ) -> EvaluationResult | None:
     """Score a model on tasks.
 
@@ -74,62 +91,82 @@ def evaluate(
         tokenizer_or_path: its tokenizer or where to load it; None with a path (the same place) or an lm-eval model.
         tasks: names of our tasks (the YAML files in `eval_harness/tasks`) or of lm-eval's.
         data_dir: local folder with the tasks' rows; None reads from the hub.
-        output_dir: where `results.json`, the samples and the report go; None writes nothing.
+        output_dir: where responses, samples and `results.json` go; a run that was interrupted there goes on. None
+            writes nothing.
         limit: rows a task at most, from the top; None scores all.
         batch_size: sequences at a time; changes speed, not greedy answers.
         apply_chat_template: wrap every prompt into the tokenizer's chat template.
         generation_options: override the tasks' own, for example `{"max_gen_toks": 64}`.
+        shots: worked examples for lm-eval's own tasks by name; our tasks state theirs.
+        skip_missing: leave out parts of a group whose rows are missing (the result names them).
         seed: of few-shot draws and sampling.
+        identity: what else must agree for the responses in `output_dir` to be used again.
 
     Returns:
-        EvaluationResult, or None on every rank but the first of a multi-process run.
+        EvaluationResult, or None on every process but the first of a multi-process run.
 
     Raises:
-        ValueError: an unknown task (the nearest is named), or no chat template where one is to be applied.
+        ValueError: an unknown task (the nearest is named), no chat template where one is to be applied, or an output
+            folder with a finished run or another model's responses in it.
         MissingDataset: a task's rows are not where they should be.
     """
+    folder = Path(output_dir) if output_dir is not None else None
+    refuse_finished(folder)
+    manager, loaded, skipped = load_tasks(tasks, data_dir, apply_chat_template, skip_missing, shots)
     lm = wrap_model(model, tokenizer_or_path, batch_size)
-    if apply_chat_template:
+    if apply_chat_template and not isinstance(model, LM):
         require_chat_template(lm.tokenizer)
-    manager, loaded = load_tasks(tasks, data_dir, apply_chat_template)
+    recorded = RecordedLM(
+        lm, folder, {**_identity(model, lm, apply_chat_template, seed), **(identity or {})}, batch_size
+    )
     started = time.time()
-    with _quiet_lm_eval():
-        results = simple_evaluate(
-            lm,
-            tasks=loaded,
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-            gen_kwargs=generation_options,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            bootstrap_iters=1000,
-        )
+    try:
+        with quiet_lm_eval():
+            results = simple_evaluate(
+                recorded,
+                tasks=loaded,
+                task_manager=manager,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                gen_kwargs=generation_options,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                bootstrap_iters=1000,
+            )
+    finally:
+        recorded.close()
     if results is None:
         return None
-    return _collect(results, time.time() - started)
+    result = _collect(results, skipped, _cost(results, recorded, time.time() - started))
+    if folder is not None:
+        result.save(folder)
+    return result
 
 
 def wrap_model(
-    model: PreTrainedModel | LM | str, tokenizer: PreTrainedTokenizerBase | str | None, batch_size: int
+    model: PreTrainedModel | LM | str, tokenizer: PreTrainedTokenizerBase | str | None, batch_size: int, **options
 ) -> LM:
-    """Give lm-eval its view of a transformers model; an lm-eval model passes through."""
+    """Give lm-eval its view of a transformers model (in evaluation mode); an lm-eval model passes through.
+
+    Args:
+        model, tokenizer: as for `evaluate`.
+        batch_size: sequences at a time.
+        options: of lm-eval's `HFLM`, such as `dtype` or `gguf_file`.
+
+    Raises:
+        ValueError: a model object without its tokenizer.
+    """
     if isinstance(model, LM):
         return model
-    if isinstance(model, str):
-        import modeling_motif2  # noqa: F401  (registers Motif-2 with the Auto classes)
-
-        return QuietHFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    if tokenizer is None:
+    if not isinstance(model, str) and tokenizer is None:
         raise ValueError("tokenizer_or_path is None; give the tokenizer that belongs to the model")
-    was_training = model.training
-    with _quiet_lm_eval():
-        lm = QuietHFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    model.train(was_training)
-    return lm
+    if isinstance(model, str):
+        options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    with quiet_lm_eval():
+        return QuietHFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, **options)
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -140,70 +177,64 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> None:
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so it is no instruct model; "
-            "use the base suite, or attach one with sft.chat.attach_chat_template"
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so its model is no "
+            "instruct model: use the base suite, or attach a template with sft.chat.attach_chat_template"
         )
 
 
-def load_tasks(
-    names: Sequence[str], data_dir: str | Path | None = None, apply_chat_template: bool = False
-) -> tuple[TaskManager, list[Task | Group]]:
-    """Build tasks by name, with their rows.
-
-    Args:
-        names: of our tasks or groups, or of lm-eval's (indexing those takes some seconds, so only when one is asked for).
-        data_dir: local folder with the rows; None reads from the hub.
-        apply_chat_template: use a task's `chat_prompt` (in its metadata) instead of its raw prompt where it has one.
+def refuse_finished(folder: str | Path | None) -> None:
+    """Refuse an output folder in which a run has ended.
 
     Raises:
-        ValueError: an unknown name; the nearest known one is named.
-        MissingDataset: the rows of one of our tasks are not where they should be.
+        ValueError: it holds `results.json`.
     """
-    if not names:
-        raise ValueError("no task is named; give at least one")
-    metadata = {"data_dir": str(data_dir)} if data_dir is not None else {}
-    with _quiet_lm_eval():
-        manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
-        if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=str(TASKS_DIR), metadata=metadata)
-        for name in names:
-            if name not in manager.all_tasks:
-                nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
-                raise ValueError(f"unknown task {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-        loaded = manager.load(list(names))
-    for task in loaded["tasks"].values():
-        prompt = (task.config.metadata or {}).get("chat_prompt")
-        if apply_chat_template and prompt:
-            task.set_config("doc_to_text", prompt)
-    children = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    top_groups = [loaded["groups"][name] for name in names if name in loaded["groups"]]
-    return manager, top_groups + [task for name, task in loaded["tasks"].items() if name not in children]
+    if folder is not None and Path(folder, RESULTS_FILE).exists():
+        raise ValueError(f"{folder} holds a finished run; use another output folder, or delete it")
 
 
-class _quiet_lm_eval:
-    """lm-eval reports every step as information or warning; only errors pass while this is open."""
-
-    def __enter__(self):
-        self.logger = logging.getLogger("lm_eval")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *error):
-        self.logger.setLevel(self.level)
+def file_name(task: str) -> str:
+    """A task's name as a file name."""
+    return task.replace("::", ".").replace("/", "_")
 
 
-def _collect(results: dict, seconds: float) -> EvaluationResult:
+def _identity(model, lm: LM, chat: bool, seed: int) -> dict:
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return {"model": name or type(model).__name__, "dtype": str(getattr(lm, "dtype", "")), "chat": chat, "seed": seed}
+
+
+def _cost(results: dict, recorded: RecordedLM, seconds: float) -> dict:
+    """What the run took; tokens are counted in the responses that this run generated or found on file."""
+    tokenizer = getattr(recorded.inner, "tokenizer", None)
+    texts = [text for text in recorded.responses.values() if isinstance(text, str)]
+    tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) if tokenizer is not None and texts else 0
+    on_gpu = torch.cuda.is_available() and "cuda" in str(getattr(recorded.inner, "_device", ""))
+    return {
+        "seconds": seconds,
+        "responses": len(recorded.responses),
+        "responses_reused": recorded.num_reused,
+        "generated_tokens": tokens,
+        "processes": recorded.world_size,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
+
+
+def _collect(results: dict, skipped: list[str], cost: dict) -> EvaluationResult:
     metrics, errors = {}, {}
     for name, values in {**results["results"], **results.get("groups", {})}.items():
-        scores = {key: value for key, value in values.items() if "," in key and isinstance(value, float | int)}
-        metrics[name] = {_metric(key): value for key, value in scores.items() if "_stderr," not in key}
-        errors[name] = {_metric(key.replace("_stderr,", ",")): v for key, v in scores.items() if "_stderr," in key}
+        scores = {key: float(value) for key, value in values.items() if "," in key and isinstance(value, float | int)}
+        if scores:
+            metrics[name] = {_metric(key): value for key, value in scores.items() if "_stderr," not in key}
+            errors[name] = {_metric(key.replace("_stderr,", ",")): v for key, v in scores.items() if "_stderr," in key}
     samples = results.pop("samples", {})
     counts = {name: count["effective"] for name, count in results["n-samples"].items()}
-    return EvaluationResult(metrics, errors, samples, counts, seconds, raw=results)
+    for group, children in results.get("group_subtasks", {}).items():
+        if children:
+            counts[group] = sum(counts.get(child, 0) for child in children)
+    return EvaluationResult(metrics, errors, samples, counts, skipped, cost, raw=results)
 
 
 def _metric(key: str) -> str:
-    """lm-eval's `metric,filter`; the filter is left out where the task has one only."""
+    """lm-eval's `metric,filter`; the filter is left out where it is the task's own."""
     name, _, chosen = key.partition(",")
     return name if chosen in ("none", "answer") else f"{name},{chosen}"

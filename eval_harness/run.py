@@ -1,70 +1,126 @@
-"""Entry point `motif2-eval`: score a checkpoint from the command line."""
+"""Entry point `motif2-eval`: score a checkpoint on the report's tables, compare two runs, or check for contamination.
 
+motif2-eval --model PATH --suite base --tasks gsm8k,math --data_dir DIR --limit 100 --output runs/eval
+motif2-eval compare runs/eval_a runs/eval_b
+motif2-eval contamination --corpus FILE --data_dir DIR
+"""
+
+import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import yaml
 
+from eval_harness.config import EvalConfig
 from trainer.cli import parse_recipe
 
 
-@dataclass
-class EvalConfig:
-    """Settings of one run."""
-
-    model: str = field(default="", metadata={"help": "checkpoint folder or hub name"})
-    tokenizer: str | None = field(default=None, metadata={"help": "where the tokenizer lies, if not with the model"})
-    tasks: str = field(default="", metadata={"help": "task names, separated by commas"})
-    data_dir: str | None = field(default=None, metadata={"help": "local folder with the rows; the hub by default"})
-    limit: int | None = field(default=None, metadata={"help": "rows a task at most, from the top"})
-    batch_size: int = field(default=16, metadata={"help": "sequences at a time"})
-    chat: bool = field(default=False, metadata={"help": "wrap prompts into the tokenizer's chat template"})
-    seed: int = field(default=1234, metadata={"help": "of few-shot draws and sampling"})
-    dry_run: bool = field(default=False, metadata={"help": "print the resolved settings and exit"})
-
-    def __post_init__(self):
-        if not self.model:
-            raise ValueError("model is empty; give --model with a checkpoint folder or a hub name")
-        if not self.task_names:
-            raise ValueError("tasks is empty; give --tasks with names, separated by commas")
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; use 1 or more")
-
-    @property
-    def task_names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run one evaluation; see `--help`."""
+    """Run the command; see `--help`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["compare"]:
+        from eval_harness.compare import main as command
+    elif argv[:1] == ["contamination"]:
+        from eval_harness.contamination import main as command
+    else:
+        _run(argv)
+        return
+    try:
+        command(argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"motif2-eval {argv[0]}: {error}")
+
+
+def _run(argv: list[str]) -> None:
     (config,) = parse_recipe(EvalConfig, description=__doc__, argv=argv)
-    from eval_harness.evaluate import evaluate, load_tasks
+    if config.weak_sandbox:
+        from eval_harness.code_tasks import WEAK_VARIABLE
+        from eval_harness.sandbox import WEAK_LACKS
+
+        os.environ[WEAK_VARIABLE] = "1"
+        print(f"weak sandbox: {WEAK_LACKS}", file=sys.stderr)
+    from eval_harness.sandbox import SandboxUnavailable
 
     try:
-        if config.dry_run:
-            print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
-            _, loaded = load_tasks(config.task_names, config.data_dir, config.chat)
-            print("rows:", {task.task_name: len(task.eval_docs) for task in loaded if hasattr(task, "eval_docs")})
-            return
-        result = evaluate(
-            config.model,
-            config.tokenizer,
-            config.task_names,
-            data_dir=config.data_dir,
-            limit=config.limit,
-            batch_size=config.batch_size,
-            apply_chat_template=config.chat,
-            seed=config.seed,
-        )
-    except (ValueError, FileNotFoundError) as error:
+        _dry_run(config) if config.dry_run else _evaluate(config)
+    except (ValueError, FileNotFoundError, SandboxUnavailable) as error:
         sys.exit(f"motif2-eval: {error}")
-    if result is None:
-        return
-    for task, metrics in result.metrics.items():
-        for metric, score in metrics.items():
-            print(f"{task:32} {metric:24} {score:.4f}")
+
+
+def _dry_run(config: EvalConfig) -> None:
+    """Print the settings, and each row's task with the number of problems."""
+    from eval_harness.loading import count_rows
+
+    print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), end="")
+    suite = config.loaded_suite()
+    if suite is not None:
+        print(f"# {suite.title}; {suite.decoding}")
+    for name, rows in count_rows(_task_names(config), config.data_dir, config.skip_missing).items():
+        print(f"{name}: {rows} rows")
+    for row in suite.rows if suite is not None else ():
+        if row.why_not:
+            print(f"not run: {row.label} ({row.why_not})")
+
+
+def _evaluate(config: EvalConfig) -> None:
+    from eval_harness.code_tasks import sandbox
+    from eval_harness.evaluate import evaluate, refuse_finished
+    from eval_harness.report import write_report
+
+    refuse_finished(config.output)
+    names = _task_names(config)
+    if any("humaneval" in name or "mbpp" in name for name in names):
+        sandbox()  # refuses now, not after hours of generation
+    suite = config.loaded_suite()
+    chat = suite.chat if suite is not None else config.chat
+    result = evaluate(
+        _load_model(config, chat),
+        None,
+        names,
+        data_dir=config.data_dir,
+        output_dir=config.output,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        apply_chat_template=chat,
+        generation_options=dict(suite.generation) if suite is not None and suite.generation else None,
+        shots={row.task: row.shots for row in config.rows()},
+        skip_missing=config.skip_missing,
+        seed=config.seed,
+        identity={"model": config.model, "model_args": config.model_args, "dtype": config.dtype},
+    )
+    if result is not None:
+        print(write_report(config.output, asdict(config), config.rows()))
+
+
+def _task_names(config: EvalConfig) -> list[str]:
+    return list(dict.fromkeys(row.task for row in config.rows())) or config.task_names
+
+
+def _load_model(config: EvalConfig, chat: bool):
+    """lm-eval's model for the chosen backend; a missing chat template is refused before any weight is read.
+
+    Raises:
+        ValueError: the suite asks in chat and the tokenizer has no chat template.
+    """
+    from lm_eval.api.registry import get_model
+    from transformers import AutoTokenizer
+
+    from eval_harness.evaluate import require_chat_template, wrap_model
+
+    options = config.lm_eval_options()
+    if config.backend != "hf":
+        key = "pretrained" if config.backend == "vllm" else "model"
+        return get_model(config.backend).create_from_arg_obj(
+            {key: config.model, **options}, {"batch_size": config.batch_size}
+        )
+    if chat and "gguf_file" not in options:
+        require_chat_template(AutoTokenizer.from_pretrained(config.tokenizer or config.model))
+    if chat:
+        options.setdefault("think_end_token", "</think>")
+    lm = wrap_model(config.model, config.tokenizer, config.batch_size, dtype=config.dtype, **options)
+    if chat:
+        require_chat_template(lm.tokenizer)
+    return lm
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ verdict carries a random token that only the judge was told.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -35,6 +36,7 @@ WEAK_LACKS = (
     "that outlive them, and reach the process that judges them"
 )
 CLEANUP_SECONDS = 5
+WALL_FACTOR = 3
 
 
 class SandboxUnavailable(RuntimeError):
@@ -72,7 +74,8 @@ class Sandbox:
     """A bounded pool of confined judgements.
 
     Attributes:
-        timeout_seconds: wall-clock time a program has, its judge included (assumption).
+        timeout_seconds: processor time a program has (assumption); its wall-clock time is `WALL_FACTOR` times as long,
+            so that a busy machine changes no verdict.
         memory_bytes: address space of the program, in total (assumption).
         workers: programs at a time; the number of processor cores by default.
         weak: go on without bubblewrap. What is then missing is `WEAK_LACKS`.
@@ -95,8 +98,8 @@ class Sandbox:
         probe = self.run(Program("def one(): return 1", "assert one() == 1", ("one",)))
         if not probe.passed:
             raise SandboxUnavailable(
-                f"bubblewrap is installed but a trivial program did not run in it ({probe.reason}); allow unprivileged "
-                "user namespaces (`sysctl kernel.unprivileged_userns_clone=1`, in Docker `--security-opt "
+                f"bubblewrap is installed but a trivial program did not run in it ({probe.reason}); allow "
+                "unprivileged user namespaces (`sysctl kernel.unprivileged_userns_clone=1`, in Docker `--security-opt "
                 f"seccomp=unconfined`), or accept the weaker mode, in which {WEAK_LACKS}"
             )
 
@@ -106,8 +109,10 @@ class Sandbox:
         token = secrets.token_hex(16)
         job = wire.encode((token, program.setup, program.tests, list(program.names)))
         with contextlib.ExitStack() as stack:
-            to_program, to_judge, verdict = ([stack.enter_context(_Descriptor(fd)) for fd in os.pipe()] for _ in range(3))
-            limits = [self.memory_bytes, int(self.timeout_seconds) + 1]
+            to_program, to_judge, verdict = (
+                [stack.enter_context(_Descriptor(fd)) for fd in os.pipe()] for _ in range(3)
+            )
+            limits = [self.memory_bytes, math.ceil(self.timeout_seconds)]
             source = program.source.encode("utf-8", "surrogatepass")
             processes = [
                 self._start("candidate.py", source, [to_program[0], to_judge[1]], limits),
@@ -116,11 +121,11 @@ class Sandbox:
             for descriptor in (*to_program, *to_judge, verdict[1]):
                 descriptor.close()
             try:
-                message = _receive(verdict[0].number, started + self.timeout_seconds)
+                message = _receive(verdict[0].number, started + WALL_FACTOR * self.timeout_seconds)
             finally:
                 for process in processes:
                     _end(process, group=self.weak)
-        passed, reason = _read_verdict(message, token, self.timeout_seconds)
+        passed, reason = _read_verdict(message, token, WALL_FACTOR * self.timeout_seconds)
         return Outcome(passed, reason, time.monotonic() - started)
 
     def run_many(self, programs: Iterable[Program]) -> list[Outcome]:

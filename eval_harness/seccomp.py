@@ -2,8 +2,8 @@
 
 One process a program: new threads are allowed, new processes are not, so a fork bomb and a daemon end at their first
 call, and the memory limit of the process is the limit in total. Refused besides: sockets, tracing and reading other
-processes, shared memory that no limit counts, namespaces and mounts, and what administers the machine. Calls newer than
-number 424 (the same on every architecture) do not exist; libraries then use the older ones.
+processes, shared memory that no limit counts, namespaces and mounts, and what administers the machine. Calls newer
+than number 424 (the same on every architecture) do not exist; libraries then use the older ones.
 """
 
 import errno

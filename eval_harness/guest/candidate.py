@@ -10,7 +10,7 @@ import resource
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-import wire  # noqa: E402
+import wire
 
 
 def limit(memory_bytes, cpu_seconds):
@@ -58,6 +58,7 @@ def main():
         "get": lambda name: module.__dict__[name],
         "call": lambda target, positional, named: target(*positional, **named),
         "attribute": getattr,
+        "set": setattr,
         "items": list,
         "length": len,
         "item": lambda target, key: target[key],

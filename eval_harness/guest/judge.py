@@ -2,16 +2,16 @@
 
     python -I -S -B judge.py READ_FD WRITE_FD VERDICT_FD MEMORY_BYTES CPU_SECONDS   < job
 
-The job is `(token, setup, tests, names)`. The program's functions are called over a pipe and give plain data back: what
-it does to builtins, to `assert`, or to comparison happens in its own process. Only here is the token known.
+The job is `(token, setup, tests, names)`. The program's functions are called over a pipe and give plain data back:
+what it does to builtins, to `assert`, or to comparison happens in its own process. Only here is the token known.
 """
 
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-import resource  # noqa: E402
+import resource
 
-import wire  # noqa: E402
+import wire
 
 
 class Program(wire.Remote):
@@ -26,6 +26,9 @@ class Program(wire.Remote):
         if name.startswith("__"):
             raise AttributeError(name)
         return ask("attribute", self, name)
+
+    def __setattr__(self, name, value):
+        ask("set", self, name, value)
 
     def __iter__(self):
         return iter(list(ask("items", self)))

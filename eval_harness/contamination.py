@@ -1,0 +1,161 @@
+"""`motif2-eval contamination`: which evaluation rows a training corpus holds, by shared runs of 13 words.
+
+    motif2-eval contamination --corpus pretrain/math.jsonl.zst --data_dir DIR [--tasks gsm8k,math] [--output FILE]
+
+Words are lower-cased runs of letters and digits. A row shorter than 13 words counts as one run of its own length, but
+not below 8 words: so short a text is in every corpus (both numbers as in GPT-3's check, arXiv 2005.14165, appendix C).
+"""
+
+import argparse
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import zstandard
+from lm_eval.api.group import Group
+from tqdm import tqdm
+
+from eval_harness.loading import load_tasks
+
+RUN_WORDS = 13
+SHORTEST_WORDS = 8
+TASKS = {
+    "gsm8k": ("motif2_gsm8k_8shot", "question"),
+    "math": ("motif2_math_4shot", "problem"),
+    "humaneval": ("motif2_humaneval", "prompt"),
+    "mbpp": ("motif2_mbpp_3shot", "text"),
+    "mmlu": ("motif2_mmlu_5shot", "question"),
+}
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Rows of one benchmark that the corpus holds.
+
+    Attributes:
+        rows: rows with at least `SHORTEST_WORDS` words.
+        found: row -> how many of its runs the corpus holds, and of how many.
+    """
+
+    rows: int
+    found: dict[str, tuple[int, int]]
+
+
+def word_runs(text: str) -> list[str]:
+    """All runs of 13 words of a text; of a text with 8 to 12 words, the whole of it; below that none."""
+    words = _WORD.findall(text.lower())
+    if len(words) < SHORTEST_WORDS:
+        return []
+    length = min(RUN_WORDS, len(words))
+    return [" ".join(words[start : start + length]) for start in range(len(words) - length + 1)]
+
+
+def check(corpus: Iterable[str], benchmarks: dict[str, dict[str, str]]) -> dict[str, Contamination]:
+    """Look for evaluation rows in a corpus.
+
+    Args:
+        corpus: texts, read once.
+        benchmarks: benchmark -> row -> text.
+
+    Returns:
+        dict: a result a benchmark.
+    """
+    owners: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    sizes: dict[tuple[str, str], int] = {}
+    for benchmark, rows in benchmarks.items():
+        for row, text in rows.items():
+            runs = set(word_runs(text))
+            if runs:
+                sizes[benchmark, row] = len(runs)
+            for run in runs:
+                owners[run].add((benchmark, row))
+    lengths = sorted({run.count(" ") + 1 for run in owners})
+    seen: set[str] = set()
+    for text in corpus:
+        words = _WORD.findall(text.lower())
+        for length in lengths:
+            seen.update(owners.keys() & {" ".join(words[i : i + length]) for i in range(len(words) - length + 1)})
+    hits: dict[tuple[str, str], int] = defaultdict(int)
+    for run in seen:
+        for owner in owners[run]:
+            hits[owner] += 1
+    return {
+        benchmark: Contamination(
+            sum(owner[0] == benchmark for owner in sizes),
+            {row: (count, sizes[name, row]) for (name, row), count in sorted(hits.items()) if name == benchmark},
+        )
+        for benchmark in benchmarks
+    }
+
+
+def read_corpus(path: str | Path, column: str = "text") -> Iterator[str]:
+    """Texts of a corpus file: `.jsonl`, `.jsonl.zst`, `.parquet` (their `column`), or plain text as one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row without the column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"corpus {path} does not exist; give a .jsonl, .jsonl.zst, .parquet or text file")
+    if path.suffix == ".parquet":
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[column]):
+            yield from batch.column(0).to_pylist()
+    elif ".jsonl" in path.suffixes:
+        with path.open("rb") as file:
+            stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+                row = json.loads(line)
+                if column not in row:
+                    raise ValueError(f"{path}, line {number}: no column {column!r}; it has {', '.join(row)}")
+                yield row[column]
+    else:
+        yield path.read_text(encoding="utf-8")
+
+
+def benchmark_texts(names: list[str], data_dir: str | None) -> dict[str, dict[str, str]]:
+    """Texts of the evaluation rows: benchmark -> row -> question.
+
+    Raises:
+        ValueError: an unknown benchmark.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown benchmark {name!r}; use some of {', '.join(TASKS)}")
+        task_name, column = TASKS[name]
+        _, loaded, _ = load_tasks([task_name], data_dir, skip_missing=data_dir is not None)
+        members = [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+        texts[name] = {
+            f"{task.task_name.partition('::')[2] or name}/{number}": doc[column]
+            for task in members
+            for number, doc in enumerate(task.eval_docs)
+        }
+    return texts
+
+
+def main(argv: list[str]) -> None:
+    """Check one corpus and print the contaminated share of each benchmark."""
+    parser = argparse.ArgumentParser(prog="motif2-eval contamination", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--corpus", required=True, help=".jsonl, .jsonl.zst, .parquet or text file")
+    parser.add_argument("--column", default="text", help="column that holds the text")
+    parser.add_argument("--data_dir", help="local folder with the benchmarks' rows; the hub by default")
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--output", help="write the rows that were found as JSON")
+    options = parser.parse_args(argv)
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    corpus = tqdm(read_corpus(options.corpus, options.column), desc="reading the corpus", unit="text")
+    results = check(corpus, benchmark_texts(names, options.data_dir))
+    for name, result in results.items():
+        share = len(result.found) / max(result.rows, 1)
+        print(
+            f"{name:10} {len(result.found):6} of {result.rows} ({100 * share:.2f}%) share {RUN_WORDS} words in a row"
+        )
+    if options.output:
+        Path(options.output).write_text(json.dumps({name: result.found for name, result in results.items()}, indent=1))

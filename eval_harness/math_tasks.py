@@ -1,0 +1,60 @@
+r"""Score MATH: the final expression a model wrote against the one the reference solution boxes.
+
+Two metrics. `exact_match`: both are the same text after Minerva's normalisation (lm-eval's implementation).
+`math_verify`: both are the same mathematical object (the math-verify library), so `0.5` and `\frac{1}{2}` agree.
+"""
+
+import re
+
+import datasets
+from lm_eval.tasks.minerva_math.utils import normalize_final_answer
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from eval_harness.answers import INVALID, after_thinking, last_boxed
+
+_CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer is).)*?)\.?\s*I hope it is correct", re.I | re.DOTALL)
+_FINAL = re.compile(r"final answer is:?\s*(.*)", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer is:?\s*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
+_MATHEMATICS = (LatexExtractionConfig(), ExprExtractionConfig())
+
+
+def add_answers(dataset: datasets.Dataset) -> datasets.Dataset:
+    """lm-eval `process_docs`: the column `answer`, what the reference solution boxes last."""
+    return dataset.add_column("answer", [last_boxed(solution) or INVALID for solution in dataset["solution"]])
+
+
+def final_expression(text: str) -> str:
+    r"""What a solution gives as its answer: Minerva's closing sentence, else the last `\boxed{}`, else "answer is"."""
+    text = after_thinking(text)
+    sentences = _CLOSING.findall(text) or _FINAL.findall(text)
+    if sentences and sentences[-1].strip():
+        inner = last_boxed(sentences[-1])
+        return inner if inner is not None else _undollared(sentences[-1])
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    sentences = _ANSWER.findall(text)
+    return _undollared(sentences[-1]) if sentences and sentences[-1].strip() else INVALID
+
+
+def score(doc: dict, results: list[str]) -> dict[str, float]:
+    """lm-eval `process_results`: both metrics of one response."""
+    stated = final_expression(results[0])
+    exact = normalize_final_answer(stated) == normalize_final_answer(doc["answer"])
+    return {"exact_match": float(exact), "math_verify": float(exact or same_object(doc["answer"], stated))}
+
+
+def same_object(gold: str, stated: str) -> bool:
+    """Whether two LaTeX expressions denote the same object, as far as math-verify can tell."""
+    if stated == INVALID:
+        return False
+    return bool(verify(_parsed(gold), _parsed(stated)))
+
+
+def _parsed(expression: str) -> list:
+    return parse(f"${expression}$", extraction_config=_MATHEMATICS)
+
+
+def _undollared(text: str) -> str:
+    text = text.strip().rstrip(".").strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == "$" and text.count("$") == 2 else text

@@ -1,0 +1,178 @@
+"""Put every response of a model on disk as soon as it is there, and never ask for the same one twice.
+
+Requests are sorted by length and asked for in chunks; a chunk's responses are appended to `responses.jsonl` before
+the next chunk starts. After an interruption the same run skips what is on file. Sampling is seeded by chunk, and the
+chunks do not depend on what is on file, so a resumed run gives what an uninterrupted one gives.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm import tqdm
+
+CHUNK_BATCHES = 4
+LABELS = {"generate_until": "generating", "loglikelihood": "scoring choices", "loglikelihood_rolling": "scoring text"}
+
+
+class RecordedLM(LM):
+    """An lm-eval model whose responses are kept on file, with one progress bar over all requests.
+
+    Args:
+        inner: the model that is asked.
+        folder: where `responses.jsonl` goes (`responses.rank1.jsonl` on the second process, …); None keeps no file.
+        identity: what must agree for responses to be used again (model, tokenizer, seed).
+        batch_size: sequences at a time inside; a chunk is `CHUNK_BATCHES` of them.
+
+    Raises:
+        ValueError: the folder holds responses of another identity, or a line that is no response.
+    """
+
+    def __init__(self, inner: LM, folder: Path | None, identity: dict, batch_size: int):
+        super().__init__()
+        self.inner = inner
+        self.seed = int(identity.get("seed", 0))
+        self.chunk_size = CHUNK_BATCHES * batch_size
+        self.responses: dict[str, object] = {}
+        self.num_reused = 0
+        self.file = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("responses*.jsonl")):
+                self.responses |= _read_responses(path, identity)
+            name = f"responses.rank{inner.rank}.jsonl" if inner.rank else "responses.jsonl"
+            self.file = _open_for_append(folder / name, identity)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._ask("generate_until", requests)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [tuple(response) for response in self._ask("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._ask("loglikelihood_rolling", requests)
+
+    def _ask(self, kind: str, requests: list[Instance]) -> list:
+        keys = request_keys(kind, requests)
+        order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].args[0]), keys[index]))
+        chunks = [order[start : start + self.chunk_size] for start in range(0, len(order), self.chunk_size)]
+        unfinished = [chunk for chunk in chunks if any(keys[index] not in self.responses for index in chunk)]
+        done = len(requests) - sum(map(len, unfinished))
+        self.num_reused += done
+        bar = tqdm(total=len(requests), initial=done, desc=LABELS[kind], unit="row", disable=self.rank != 0)
+        for chunk in unfinished:
+            answers = self._ask_chunk(kind, [requests[index] for index in chunk], [keys[index] for index in chunk])
+            for index, answer in zip(chunk, answers, strict=True):
+                self._keep(keys[index], answer)
+            if self.file is not None:
+                self.file.flush()
+            bar.update(len(chunk))
+        bar.close()
+        self._wait_for_slower_ranks(kind, requests, keys, len(unfinished))
+        return [self.responses[key] for key in keys]
+
+    def _ask_chunk(self, kind: str, requests: list[Instance], keys: list[str]) -> list:
+        digest = hashlib.sha256("".join([str(self.seed), *keys]).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        return getattr(self.inner, kind)(requests, disable_tqdm=True)
+
+    def _wait_for_slower_ranks(self, kind: str, requests: list[Instance], keys: list[str], num_calls: int) -> None:
+        """Ask again until every process made as many calls: some models talk to each other in each call."""
+        if self.world_size == 1 or not requests:
+            return
+        most = int(self.all_gather(torch.tensor([num_calls], device=self.device)).max())
+        for _ in range(most - num_calls):
+            self._ask_chunk(kind, requests[:1], keys[:1])
+
+    def _keep(self, key: str, response: object) -> None:
+        self.responses[key] = response
+        if self.file is not None:
+            self.file.write(json.dumps({"key": key, "response": response}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.inner.world_size
+
+    @property
+    def device(self):
+        return self.inner.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.inner.tokenizer_name
+
+    def all_gather(self, tensor):
+        return self.inner.all_gather(tensor)
+
+    def gather_object(self, obj, dst=0):
+        return self.inner.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    def chat_template(self, chat_template=False):
+        return self.inner.chat_template(chat_template)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return self.inner.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def __getattr__(self, name):
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def request_keys(kind: str, requests: Sequence[Instance]) -> list[str]:
+    """A name for each request from what is asked; the second asking of the same gets another name."""
+    seen: Counter = Counter()
+    keys = []
+    for request in requests:
+        asked = json.dumps([kind, *request.args], sort_keys=True, default=str)
+        seen[asked] += 1
+        keys.append(hashlib.sha256(f"{seen[asked]}:{asked}".encode()).hexdigest()[:32])
+    return keys
+
+
+def _read_responses(path: Path, identity: dict) -> dict[str, object]:
+    """Responses on file; a torn last line, left by an interruption, is cut off.
+
+    Raises:
+        ValueError: they belong to another run, or the file is no record of responses.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        path.write_bytes(b"".join(whole))
+    if not whole:
+        return {}
+    try:
+        head, *rows = [json.loads(line) for line in whole]
+        found = head["identity"]
+        responses = {row["key"]: row["response"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of responses ({error!r}); use another output folder") from error
+    if found != identity:
+        raise ValueError(f"{path} holds responses of {found}, this run is {identity}; use another output folder")
+    return responses
+
+
+def _open_for_append(path: Path, identity: dict):
+    file = path.open("a", encoding="utf-8")
+    if file.tell() == 0:
+        file.write(json.dumps({"identity": identity}) + "\n")
+        file.flush()
+    return file

@@ -1,0 +1,134 @@
+r"""Answers are found whatever stands around them: commas, units, LaTeX, text after the answer, several boxes."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval_harness.answers import (
+    INVALID,
+    after_thinking,
+    final_number,
+    first_number,
+    last_boxed,
+    letter,
+    number_after_hashes,
+)
+
+WHOLE = st.integers(-(10**12), 10**12)
+WORDS = st.text(alphabet="abcdefghij ,;'\n", max_size=30)
+UNITS = st.sampled_from(["", " dollars", " apples.", "%", r"\%", r"\text{ cm}", " km/h", "!", "."])
+
+
+def written_forms(value: int) -> list[str]:
+    sign, size = "-" if value < 0 else "", abs(value)
+    return [f"{value}", f"{value:,}", f"{sign}${size:,}", f"{value}.00", f"{sign}{size:,}".replace(",", "{,}")]
+
+
+@given(WHOLE, st.integers(0, 4), UNITS, WORDS, WORDS)
+def test_one_number_in_every_place_it_may_stand(value, form, unit, before, after):
+    text = written_forms(value)[form] + unit
+    assert number_after_hashes(f"{before}\n#### {text}\n{after} 99") == str(value)
+    assert final_number(f"{before} 7 8 9 \n#### {text}\nQ: 99 {after}") == str(value)
+    assert final_number(f"{before} so \\boxed{{{text}}} {after} and 12 more") == str(value)
+    assert final_number(f"{before} 5. The answer is {text}\n\n{after}\nQ: 99?") == str(value)
+    assert final_number(f"<think>The answer is 4.</think>\n{before} it makes {text}") == str(value)
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**4))
+def test_fractions_in_every_form_are_one_value(top, bottom):
+    sign = "-" if top < 0 else ""
+    forms = [f"{sign}\\frac{{{abs(top)}}}{{{bottom}}}", f"\\dfrac{{{top}}}{{{bottom}}}", f"{top}/{bottom}"]
+    values = {first_number(form) for form in forms}
+    assert len(values) == 1
+    assert Fraction(values.pop()) == Fraction(top, bottom)
+
+
+@given(st.decimals(-(10**6), 10**6, allow_nan=False, places=3))
+def test_decimals_keep_their_value_and_lose_their_zeros(value):
+    written = first_number(f"{value:f}")
+    assert Fraction(written) == Fraction(value)
+    assert "." not in written or not written.endswith("0")
+
+
+@given(st.lists(WHOLE, min_size=2, max_size=5))
+def test_the_last_of_several_boxes_counts(values):
+    assert last_boxed(" then ".join(f"\\boxed{{{value}}}" for value in values)) == str(values[-1])
+
+
+@given(st.text(max_size=200))
+def test_no_text_breaks_the_extraction(text):
+    assert isinstance(final_number(text), str)
+    assert isinstance(letter(text), str)
+    assert last_boxed(text) is None or isinstance(last_boxed(text), str)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is -0.", "0"),
+        ("#### -0.0", "0"),
+        ("#### 50%", "50"),
+        (r"\boxed{50\%}", "50"),
+        (r"\boxed{\frac{3}{4}}", "0.75"),
+        (r"\boxed{1\frac{1}{2}}", "1.5"),
+        (r"\boxed{x = 12}", "12"),
+        ("The answer is 10 - 3 = 7.", "7"),
+        ("He has 10-3=7", "7"),
+        ("$-5", "-5"),
+        ("-$5", "-5"),
+        ("between 1,2 and 3", "3"),
+        ("The answer is 3.5 hours. Next, 8.", "3.5"),
+        ("It costs 1,234,567.50 dollars", "1234567.5"),
+        ("#### 1/3", "1/3"),
+        ("room B12", INVALID),
+        ("nothing", INVALID),
+        ("", INVALID),
+    ],
+)
+def test_forms_that_occur(text, number):
+    assert final_number(text) == number
+
+
+def test_hashes_without_a_number_are_no_answer():
+    assert number_after_hashes("12 and ####\n7") == INVALID
+    assert number_after_hashes("The answer is 12") == INVALID
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{\frac{a}{b}} and then \boxed{c", r"\frac{a}{b}"),
+        (r"\boxed 7 is it", "7"),
+        (r"\fbox{8}", "8"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("no box", None),
+    ],
+)
+def test_boxes(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is B.", "B"),
+        ("the answer is (c)", "C"),
+        ("The answer is **D**", "D"),
+        (r"so \boxed{A}", "A"),
+        (r"so \boxed{\text{C}}", "C"),
+        ("B", "B"),
+        ("First I thought the answer is A. But the answer is D", "D"),
+        ("<think>The answer is A</think>The answer is C", "C"),
+        ("The answer is Apple", INVALID),
+        ("A nice day", INVALID),
+    ],
+)
+def test_letters(text, expected):
+    assert letter(text) == expected
+
+
+def test_thinking_is_not_read():
+    assert after_thinking("<think>5</think> 6") == " 6"
+    assert after_thinking("5") == "5"
