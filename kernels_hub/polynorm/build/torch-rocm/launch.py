@@ -66,7 +66,7 @@ def forward(x, up, weight, bias, eps, chosen=None):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inverse_rms = torch.empty((*x.shape[:-1], 3), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, inverse_rms
+        return y, inverse_rms.fill_(eps**-0.5)
     x = _rows(x)
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape

@@ -25,7 +25,7 @@ def _coefficients(weight: torch.Tensor, inverse_rms: torch.Tensor) -> torch.Tens
 
 def power_sums(x: torch.Tensor) -> torch.Tensor:
     """Sums of x^2, x^4, x^6 over the last dimension: (*x.shape[:-1], 3)."""
-    return _powers(_wide(x)).square().sum(-1).movedim(0, -1)
+    return _powers(_wide(x)).square().sum(-1).movedim(0, -1).contiguous()
 
 
 def apply(x, up, weight, bias, inverse_rms):
@@ -36,7 +36,7 @@ def apply(x, up, weight, bias, inverse_rms):
 
 def forward(x, up, weight, bias, eps):
     """y like x, and inverse_rms (*x.shape[:-1], 3)."""
-    inverse_rms = torch.rsqrt(power_sums(x) / x.shape[-1] + eps)
+    inverse_rms = torch.rsqrt(power_sums(x) / max(x.shape[-1], 1) + eps)
     return apply(x, up, weight, bias, inverse_rms), inverse_rms
 
 
@@ -65,7 +65,7 @@ def backward(dy, x, up, weight, bias, inverse_rms):
     """[dx, dweight, dbias], and dup where there is an up."""
     sums = gradient_sums(dy, x, up, inverse_rms)
     totals = sums.reshape(-1, 4).sum(0)
-    dx, *dup = input_gradients(dy, x, up, weight, bias, inverse_rms, sums, x.shape[-1])
+    dx, *dup = input_gradients(dy, x, up, weight, bias, inverse_rms, sums, max(x.shape[-1], 1))
     dweight = totals[:3].reshape(weight.shape).to(weight.dtype, copy=True)
     dbias = totals[3:].reshape(bias.shape).to(bias.dtype, copy=True)
     return [dx, dweight, dbias, *dup]

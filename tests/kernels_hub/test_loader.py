@@ -1,0 +1,191 @@
+"""Choosing PolyNorm kernels for a model: order, fallback with its reason, lock, and proof that the choice runs."""
+
+import hashlib
+import json
+import sys
+import warnings
+from types import MethodType
+
+import kernels.utils
+import pytest
+import torch
+
+import kernels_hub
+from kernels_hub import loader, sources
+from kernels_hub.build import ROOT
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+
+
+@pytest.fixture
+def model():
+    config = Motif2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=4,
+        num_noise_heads=2,
+        head_dim=8,
+    )
+    return Motif2ForCausalLM(config)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch):
+    monkeypatch.setattr(loader, "_said", set())
+
+
+def _step(model):
+    tokens = torch.arange(8)[None]
+    model(tokens, labels=tokens).loss.backward()
+
+
+def test_local_kernels_run_in_training_and_inference(model, capsys):
+    tokens = torch.arange(8)[None]
+    want = model(tokens).logits
+    choice = kernels_hub.use_polynorm(model, "local")
+    assert (choice.source, choice.num_modules) == ("local", 2)
+    assert kernels_hub.polynorm_in_use(model) == choice
+    torch.testing.assert_close(model(tokens).logits, want)
+    for mode in (model.train(), model.eval()):
+        assert kernels_hub.assert_polynorm_runs(mode, lambda: _step(model)) == choice
+    kernels_hub.use_polynorm(model, "local")
+    assert capsys.readouterr().err.count("PolyNorm: local kernel") == 1
+
+
+def test_torch_can_be_put_back(model):
+    kernels_hub.use_polynorm(model, "local")
+    assert kernels_hub.use_polynorm(model, "torch").source == "torch"
+    assert kernels_hub.polynorm_in_use(model).source == "torch"
+    kernels_hub.assert_polynorm_runs(model, lambda: _step(model))
+
+
+def test_a_replaced_forward_is_noticed(model):
+    choice = kernels_hub.use_polynorm(model, "local")
+    act_fn = model.model.layers[1].mlp.act_fn
+    act_fn.forward = MethodType(type(act_fn).forward, act_fn)  # what kernelize does without a mapping
+    with pytest.raises(ValueError, match="differ"):
+        kernels_hub.polynorm_in_use(model)
+    with pytest.raises(AssertionError, match="something replaced"):
+        loader._assert_counts(choice, loader._operators(lambda: _step(model)), 4, "the step")
+    act_fn.forward = lambda x, mul: x * mul
+    with pytest.raises(ValueError, match="did not put there"):
+        kernels_hub.polynorm_in_use(model)
+
+
+def test_auto_without_a_gpu_says_so_once(model):
+    with pytest.warns(UserWarning, match="no GPU in this process"):
+        assert kernels_hub.use_polynorm(model).source == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels_hub.use_polynorm(model)
+
+
+def test_auto_takes_the_first_that_works(model, monkeypatch):
+    tried = []
+    local = sources.load_layers("local", {"FusedMulPolyNorm"})
+
+    def load(source, names, **_):
+        tried.append(source)
+        if source != "official":
+            raise sources.KernelUnavailable("not today")
+        return local
+
+    monkeypatch.setattr(loader, "backend", lambda: "cuda")
+    monkeypatch.setattr(loader, "load_layers", load)
+    choice = kernels_hub.use_polynorm(model)
+    assert tried == ["local", "hub", "official"]
+    assert (choice.source, choice.refused) == ("official", ("local: not today", "hub: not today"))
+
+
+@pytest.mark.filterwarnings("ignore:Skipping publisher trust check")
+@pytest.mark.parametrize("source", ["hub", "official"])
+def test_offline_falls_back_to_torch(model, source):
+    with pytest.warns(UserWarning, match=f"plain torch, not as a kernel: {source}: .*offline mode"):
+        choice = kernels_hub.use_polynorm(model, source)
+    assert choice.source == kernels_hub.polynorm_in_use(model).source == "torch"
+
+
+@pytest.mark.parametrize(("installed", "reason"), [(None, "not installed"), ("0.17.0", "0.17.0")])
+def test_without_kernels_or_outside_its_window(model, monkeypatch, installed, reason):
+    monkeypatch.setattr(sources, "is_kernels_available", lambda: False)
+    if installed is None:
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(kernels, "__version__", installed)
+    with pytest.warns(UserWarning, match=f"the package kernels is {reason}; transformers needs >=0.16"):
+        assert kernels_hub.use_polynorm(model, "hub").source == "torch"
+
+
+def test_local_needs_no_kernels_package(model, monkeypatch):
+    namespace = sources.load_local("polynorm").__name__
+    monkeypatch.setattr(sources, "is_kernels_available", lambda: False)
+    loaded = {name: module for name, module in sys.modules.items() if name.split(".")[0] == namespace}
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        assert sources.load_local("polynorm") is not loaded[namespace]
+    finally:
+        sys.modules.update(loaded)
+
+
+def test_a_kernel_without_backward_is_refused_for_training(model, monkeypatch):
+    layers = sources.load_layers("local", {"FusedMulPolyNorm"})
+    forward_only = type("FusedMulPolyNorm", (layers.classes["FusedMulPolyNorm"],), {"has_backward": False})
+    changed = sources.Layers(layers.namespace, {"FusedMulPolyNorm": forward_only}, layers.module)
+    monkeypatch.setattr(loader, "load_layers", lambda *_, **__: changed)
+    with pytest.warns(UserWarning, match="has no backward"):
+        assert kernels_hub.use_polynorm(model, "hub", training=True).source == "torch"
+    assert kernels_hub.use_polynorm(model, "hub", training=False).source == "hub"
+
+
+def test_wrong_settings(model):
+    with pytest.raises(ValueError, match="'fast'"):
+        kernels_hub.use_polynorm(model, "fast")
+    with pytest.raises(ValueError, match="no PolyNorm module"):
+        kernels_hub.use_polynorm(torch.nn.Linear(2, 2))
+
+
+@pytest.fixture
+def cached_repository(tmp_path, monkeypatch):
+    """Our repository in a Hub cache, as a download leaves it, and the lock that `kernels lock` would write for it."""
+    repository, commit = "motif2/polynorm", "a" * 40
+    cache = tmp_path / "kernels--motif2--polynorm"
+    files = []
+    for path in sorted((ROOT / "polynorm" / "build" / "torch-cpu").rglob("*.*")):
+        if "__pycache__" in path.parts:
+            continue
+        relative = path.relative_to(ROOT / "polynorm" / "build" / "torch-cpu").as_posix()
+        data = path.read_bytes()
+        blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+        files.append((relative.encode(), bytes.fromhex(blob)))
+        (cache / "blobs").mkdir(parents=True, exist_ok=True)
+        (cache / "blobs" / blob).write_bytes(data)
+        link = cache / "snapshots" / commit / "build" / "torch-cpu" / relative
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(cache / "blobs" / blob)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "v1").write_text(commit)
+    digest = hashlib.sha256(b"".join(name + blob for name, blob in sorted(files))).hexdigest()
+    lock = [{"repo_id": repository, "sha": commit, "variants": {"torch-cpu": {"hash": f"sha256-{digest}"}}}]
+    (tmp_path / "kernels.lock").write_text(json.dumps(lock))
+    monkeypatch.setattr(kernels.utils, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:Skipping publisher trust check")
+def test_a_locked_kernel_loads_and_a_changed_one_does_not(model, cached_repository):
+    lockfile = cached_repository / "kernels.lock"
+    assert kernels_hub.use_polynorm(model, "hub", lockfile=lockfile).source == "hub"
+    blob = next((cached_repository / "kernels--motif2--polynorm").glob("snapshots/*/build/*/layers.py"))
+    blob.resolve().write_text(blob.read_text() + "# changed\n")
+    with pytest.raises(ValueError, match="hash"):
+        kernels_hub.use_polynorm(model, "hub", lockfile=lockfile)
+
+
+def test_a_kernel_that_is_not_locked_is_an_error(model, tmp_path):
+    (tmp_path / "kernels.lock").write_text("[]")
+    with pytest.raises(ValueError, match=r"does not lock motif2/polynorm"):
+        kernels_hub.use_polynorm(model, "hub", lockfile=tmp_path / "kernels.lock")

@@ -1,0 +1,73 @@
+"""The PolyNorm repository's own tests on the CPU, in torch and in Triton's interpreter, and its tensor parallelism."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import kernels_hub
+from tests.distributed import run_distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"], ids=["torch", "interpreter"])
+def test_own_tests_of_the_repository(interpreted):
+    # A process of its own: Triton reads TRITON_INTERPRET once, when it is imported.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "kernels_hub/polynorm/tests"]
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": interpreted}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def _polynorm_inputs():
+    generator = torch.Generator().manual_seed(1)
+    x, up, dy = (torch.randn(3, 4, 24, generator=generator, dtype=torch.float64) for _ in range(3))
+    weight = torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64)
+    return x, up, dy, weight, torch.tensor([0.05], dtype=torch.float64)
+
+
+def _values_and_gradients(function, leaves, dy):
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mul", [False, True], ids=["plain", "mul"])
+def test_rows_split_over_ranks(mul):
+    kernel = kernels_hub.load_local("polynorm")
+    x, up, dy, weight, bias = _polynorm_inputs()
+    name = "poly_norm_mul" if mul else "poly_norm"
+    sharded, whole = getattr(kernel.tensor_parallel, name), getattr(kernel, name)
+    leaves = [x, up, weight, bias] if mul else [x, weight, bias]
+    num_split = 1 + mul
+
+    def on_rank(rank):
+        messages = []
+        reduce = dist._functional_collectives.all_reduce
+
+        def counted(tensor, *arguments):
+            messages.append(tensor.shape)
+            return reduce(tensor, *arguments)
+
+        dist._functional_collectives.all_reduce = counted
+        own = [leaf.chunk(2, -1)[rank].contiguous() if i < num_split else leaf for i, leaf in enumerate(leaves)]
+        own_dy = dy.chunk(2, -1)[rank].contiguous()
+        return _values_and_gradients(lambda *a: sharded(*a, group=dist.group.WORLD), own, own_dy), messages
+
+    (first, messages), (second, _) = run_distributed(on_rank, 2)
+    want = _values_and_gradients(whole, leaves, dy)
+    for index, expected in enumerate(want):
+        if index <= num_split:
+            torch.testing.assert_close(torch.cat([first[index], second[index]], -1), expected)
+        else:
+            torch.testing.assert_close(first[index], expected)
+            assert torch.equal(first[index], second[index])
+    assert messages == [(3, 4, 3), (3, 4, 4)]
