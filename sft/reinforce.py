@@ -1,0 +1,176 @@
+"""Beyond the report: DPO or GRPO on verifiable arithmetic, with the same optimizer and kernels.
+
+`python -m sft.reinforce --config recipes/sft/grpo_arithmetic.yaml`. TRL trains; the problems, the check of
+an answer and the wrong answers that DPO learns to avoid are made here.
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
+from kernels_hub import use_polynorm
+from sft.callbacks import MetricsCallback
+from sft.chat import set_stop_tokens
+from sft.stage import load_tokenizer
+from trainer.cli import parse_recipe
+from trainer.data.arithmetic import Problem, generate_problems
+from trainer.optim import MuonClipFactory
+
+METHODS = ("dpo", "grpo")
+
+
+@dataclass
+class ReinforceConfig:
+    """Settings of a run; the numbers are an assumption.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    method: str = field(default="grpo", metadata={"help": "dpo (pairs) or grpo (reward of sampled answers)"})
+    model_name_or_path: str = field(default="", metadata={"help": "fine-tuned model to start from"})
+    output_dir: str = field(default="", metadata={"help": "folder of the run: model/ and metrics.jsonl"})
+    num_problems: int = field(default=2000, metadata={"help": "arithmetic problems, of the training split"})
+    max_steps: int = field(default=100, metadata={"help": "updates"})
+    batch_size: int = field(default=16, metadata={"help": "pairs, or sampled answers, an update and device"})
+    num_generations: int = field(default=8, metadata={"help": "answers sampled a problem (grpo); divides batch_size"})
+    max_answer_tokens: int = field(default=96, metadata={"help": "longest sampled answer (grpo)"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of MuonClip"})
+    beta: float = field(default=0.1, metadata={"help": "strength of the pull towards the first model"})
+    kernels: str = field(default="auto", metadata={"help": "PolyNorm kernel: auto, official, hub, local or torch"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
+    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU although an accelerator is there"})
+    seed: int = field(default=0, metadata={"help": "seed of problems and sampling"})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
+        for name in ("model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
+        for name in ("num_problems", "max_steps", "batch_size", "max_answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.num_generations < 2 or self.batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations is {self.num_generations} and batch_size {self.batch_size}; use 2 or more that "
+                "divide batch_size"
+            )
+
+
+def answer_reward(completions: list[list[dict]], answer: list[int], **kwargs) -> list[float]:
+    """1 for an answer that ends with `#### ` and the right number, else 0.
+
+    Args:
+        completions: sampled answers as lists of messages.
+        answer: the known number of each.
+    """
+    return [
+        float(completion[-1]["content"].strip().endswith(f"#### {number}"))
+        for completion, number in zip(completions, answer, strict=True)
+    ]
+
+
+def preference_pairs(problems: list[Problem], seed: int) -> Dataset:
+    """Prompt, the worked solution, and the same with one digit of the result wrong wherever the result stands."""
+    rng = random.Random(seed)
+    rows = []
+    for problem in problems:
+        wrong = problem.answer + rng.choice([-10, -2, -1, 1, 2, 10])
+        head, _, _ = problem.solution.rpartition(f"= {problem.answer}.")
+        rejected = f"{head}= {wrong}.\n#### {wrong}"
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": problem.question}],
+                "chosen": [{"role": "assistant", "content": problem.solution}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def run_reinforce(config: ReinforceConfig) -> Path:
+    """Train as the settings say; returns the folder of the model.
+
+    Raises:
+        ValueError: the output folder holds a finished run, or the model has no tokenizer with Motif's markup.
+    """
+    output_dir = Path(config.output_dir)
+    if (output_dir / "model").exists():
+        raise ValueError(f"output_dir {config.output_dir!r} holds a finished run; choose another folder, or remove it")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
+    set_stop_tokens(model, tokenizer)
+    use_polynorm(model, source=config.kernels, training=True)
+    problems = generate_problems(config.seed, config.num_problems)
+    common = {
+        "model": model,
+        "processing_class": tokenizer,
+        "callbacks": [MetricsCallback(output_dir / "metrics.jsonl")],
+    }
+    if config.method == "dpo":
+        trainer = DPOTrainer(
+            args=_arguments(config, DPOConfig), train_dataset=preference_pairs(problems, config.seed), **common
+        )
+    else:
+        sampling = {"num_generations": config.num_generations, "max_completion_length": config.max_answer_tokens}
+        rows = [
+            {"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer}
+            for problem in problems
+        ]
+        trainer = GRPOTrainer(
+            args=_arguments(config, GRPOConfig, **sampling),
+            train_dataset=Dataset.from_list(rows),
+            reward_funcs=answer_reward,
+            **common,
+        )
+    # GRPOTrainer has no argument for it; transformers' Trainer reads the attribute when it makes the optimizer.
+    trainer.optimizer_cls_and_kwargs = (MuonClipFactory, {"lr": config.learning_rate})
+    trainer.train()
+    trainer.save_model(str(output_dir / "model"))
+    return output_dir / "model"
+
+
+def _arguments(config: ReinforceConfig, kind: type, **more):
+    return kind(
+        output_dir=str(Path(config.output_dir) / "checkpoints"),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        beta=config.beta,
+        bf16=config.bf16,
+        use_cpu=config.use_cpu,
+        seed=config.seed,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as a recipe says.
+
+    Raises:
+        SystemExit: a setting, model or output folder cannot be used; the message says why and what to do.
+    """
+    (config,) = parse_recipe(ReinforceConfig, description=__doc__, argv=argv)
+    try:
+        print(f"model in {run_reinforce(config)}")
+    except ValueError as error:
+        raise SystemExit(f"sft.reinforce: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
