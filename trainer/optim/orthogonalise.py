@@ -1,16 +1,9 @@
 """Newton-Schulz as the parallel optimizer calls it: which kernels, in which dtype."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-import kernels_hub
-
-_KERNELS = Path(kernels_hub.__file__).parent / "newton_schulz" / "torch-ext" / "newton_schulz"
+from kernels_hub import load_local
 
 
 class Orthogonaliser:
@@ -26,7 +19,7 @@ class Orthogonaliser:
     """
 
     def __init__(self, method: str, coefficients: str | tuple, backend: str):
-        self.kernels = _load_kernels()
+        self.kernels = load_local("newton_schulz")
         self.method, self.coefficients, self.backend = method, coefficients, backend
         if backend not in ("auto", "triton", "torch", "quack"):
             raise ValueError(f"backend is {backend!r}: choose 'auto', 'triton', 'torch' or 'quack'")
@@ -48,13 +41,3 @@ class Orthogonaliser:
         fits = dtype.itemsize == batch.dtype.itemsize
         out = batch.view(dtype) if fits else torch.empty_like(batch, dtype=dtype)  # (count, A, B)
         return self.kernels.newton_schulz(batch, self.method, self.coefficients, backend=self.backend, out=out)
-
-
-def _load_kernels() -> ModuleType:
-    """Import the kernel repository's package from its folder, once."""
-    name = "newton_schulz"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, _KERNELS / "__init__.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
