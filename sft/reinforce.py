@@ -78,7 +78,7 @@ def answer_reward(completions: list[list[dict]], answer: list[int], **kwargs) ->
 
 
 def preference_pairs(problems: list[Problem], seed: int) -> Dataset:
-    """Prompt, the worked solution, and the same with one digit of the result wrong wherever the result stands."""
+    """Prompt, the worked solution, and the same with a wrong result in its last equation and its answer."""
     rng = random.Random(seed)
     rows = []
     for problem in problems:
