@@ -4,18 +4,20 @@ A folder `step_00000100/` holds model and optimizer as torch.distributed.checkpo
 data position, counters), one `random_<rank>.pt` a rank, and one `checksums_<rank>.json` a rank over that rank's files.
 """
 
+import contextlib
 import json
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from trainer.data.shards import file_checksum
@@ -62,7 +64,7 @@ class Checkpoints:
                 os.replace(unfinished, target)
                 _sync_folder(self.folder)
                 self._prune()
-        except Exception as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written to {target}: {error}; the last complete one is "
                 f"{self.latest()}: free the disk and start the same command again"
@@ -77,11 +79,8 @@ class Checkpoints:
             folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save(
-            {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=folder,
-            no_dist=not dist.is_initialized(),
-        )
+        with _quiet():
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
         torch.save(_random_state(), folder / f"random_{rank}.pt")
         own = [f"random_{rank}.pt", *(path.name for path in folder.glob(f"__{rank}_*"))]
         if self.accelerator.is_main_process:
@@ -102,9 +101,8 @@ class Checkpoints:
         verify_checkpoint(path)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         _check_shapes(path, model_state)
-        dcp.load(
-            {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path, no_dist=not dist.is_initialized()
-        )
+        with _quiet():
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
         set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
         own_random_state = path / f"random_{self.accelerator.process_index}.pt"
         if own_random_state.is_file():  # absent when there are more ranks than before
@@ -137,6 +135,14 @@ def verify_checkpoint(path: Path) -> None:
                 raise ValueError(f"checkpoint file {file} is lost: delete {path} to go on from the one before")
             if file_checksum(file) != expected:
                 raise ValueError(f"checkpoint file {file} is corrupted: delete {path} to go on from the one before")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _check_shapes(path: Path, model_state: dict) -> None:

@@ -41,6 +41,9 @@ class PretrainConfig:
     overwrite: bool = setting(False, "delete what an earlier run left in output_dir")
     # Model
     model_name_or_path: str | None = setting(None, "checkpoint to continue from; its shape replaces the fields below")
+    vocab_size: int | None = setting(
+        None, "rows of the embedding, at least the tokenizer's entries; null is just these"
+    )
     hidden_size: int = setting(4096, "width of the residual stream")
     intermediate_size: int = setting(16384, "width of the MLP")
     num_hidden_layers: int = setting(40, "decoder layers")
@@ -52,6 +55,9 @@ class PretrainConfig:
     max_position_embeddings: int = setting(32_768, "longest sequence the model is declared for")
     tie_word_embeddings: bool = setting(False, "share the embedding with the output head")
     attn_implementation: str = setting("sdpa", "attention backend of transformers: sdpa, eager, flex_attention, …")
+    polynorm: Literal["auto", "official", "hub", "local", "torch"] = setting(
+        "auto", "where PolyNorm's kernel comes from"
+    )
     # Data
     tokenizer: str | None = setting(None, "tokenizer: local folder or Hub name (required)")
     data_dir: str | None = setting(None, "folder of token shards; missing domains are tokenised into it (required)")
@@ -82,6 +88,7 @@ class PretrainConfig:
     batch_rows_multiple: int = setting(1, "rows of a step are a multiple of this: the number of ranks must divide it")
     micro_batch_tokens: int | None = setting(None, "tokens of one forward on one rank; null takes all in one")
     # Optimizer
+    optimizer: Literal["muon_clip", "adamw"] = setting("muon_clip", "MuonClip, or AdamW for every parameter")
     learning_rate: float = setting(4e-4, "peak learning rate of the matrices")
     adamw_learning_rate: float | None = setting(None, "peak learning rate of everything else; null is the same")
     lr_schedule: Literal["wsd_linear", "wsd_inverse_sqrt", "cosine", "constant"] = setting(

@@ -4,11 +4,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import AutoTokenizer
 
+from kernels_hub import use_polynorm
 from trainer.checkpoint import Checkpoints
 from trainer.config import PretrainConfig
 from trainer.data.loader import Batch, CurriculumLoader, heldout_batches
@@ -63,14 +66,19 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
         ValueError: the output folder, corpus, tokenizer or checkpoint does not fit the settings.
         NonFiniteLossError: more than `max_skipped_steps` steps had a non-finite loss or gradient.
     """
-    AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # an earlier run of this process may have used another precision
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
+        mixed_precision=config.mixed_precision,
+        cpu=not torch.accelerator.is_available(),  # else accelerate takes gloo ranks for single processes
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
     )
     try:
         return _Run(config, accelerator).train()
     finally:
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def prepare_shards(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> None:
@@ -95,6 +103,26 @@ def prepare_shards(config: PretrainConfig, tokenizer, accelerator: Accelerator) 
     check_tokenizer(config.data_dir, tokenizer)
 
 
+def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """MuonClip over the model, or AdamW for all of it (then nothing is clipped).
+
+    Args:
+        config: of the run.
+        model: not yet prepared by accelerate.
+    """
+    options = {"lr": config.learning_rate, "adamw_lr": config.adamw_learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        decays = {"other": config.weight_decay}
+        return build_muon_clip(model, adamw_patterns=(".*",), weight_decays=decays, qk_clip_threshold=None, **options)
+    return build_muon_clip(
+        model,
+        momentum=config.momentum,
+        qk_clip_threshold=config.qk_clip_threshold,
+        qk_clip_rule=config.qk_clip_rule,
+        **options,
+    )
+
+
 class _Run:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
@@ -107,15 +135,8 @@ class _Run:
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)
         self.model_config = model.config
-        optimizer = build_muon_clip(
-            model,
-            lr=config.learning_rate,
-            adamw_lr=config.adamw_learning_rate,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            qk_clip_threshold=config.qk_clip_threshold,
-            qk_clip_rule=config.qk_clip_rule,
-        )
+        use_polynorm(model.to(accelerator.device), config.polynorm)  # refuses a kernel that does not run
+        optimizer = build_optimizer(config, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = TrainStep(
             accelerator,
@@ -145,7 +166,8 @@ class _Run:
         finally:
             self.loader.close()
             self.metrics.close()
-            accelerator.end_training()
+            for tracker in accelerator.trackers:
+                tracker.finish()
         progress = self.progress
         return PretrainResult(
             self.folder,

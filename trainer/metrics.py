@@ -95,12 +95,6 @@ def peak_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """Steps and evaluations of a `metrics.jsonl`."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [entry for entry in entries if "eval" not in entry], [entry for entry in entries if "eval" in entry]
-
-
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

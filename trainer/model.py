@@ -8,44 +8,44 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
 
 
-def model_config(config: PretrainConfig, tokenizer) -> Motif2Config:
+def model_config(config: PretrainConfig, tokenizer=None) -> Motif2Config:
     """Configuration of the run's model.
 
+    Args:
+        config: of the run.
+        tokenizer: may be left out where the recipe or a checkpoint gives the vocabulary's size.
+
     Raises:
-        ValueError: the tokenizer has more entries than the checkpoint to continue from, or the shape is inconsistent.
+        ValueError: the tokenizer has more entries than the embedding has rows, or the shape is inconsistent.
     """
-    if config.model_name_or_path is None:
+    if config.model_name_or_path is not None:
+        architecture = AutoConfig.from_pretrained(config.model_name_or_path)
+    else:
         settings = config.model_settings()
         theta = settings.pop("rope_theta")
-        return Motif2Config(
-            vocab_size=len(tokenizer),
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        architecture = Motif2Config(
+            vocab_size=config.vocab_size or len(tokenizer),
             rope_parameters={"rope_type": "default", "rope_theta": theta},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **{name: getattr(tokenizer, name, None) for name in special},
             **settings,
         )
-    continued = AutoConfig.from_pretrained(config.model_name_or_path)
-    if len(tokenizer) > continued.vocab_size:
+    if tokenizer is not None and len(tokenizer) > architecture.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, {config.model_name_or_path} has {continued.vocab_size}: "
-            "use the checkpoint's own tokenizer"
+            f"the tokenizer has {len(tokenizer)} entries, the embedding {architecture.vocab_size} rows: raise "
+            "vocab_size, or use the checkpoint's own tokenizer"
         )
-    return continued
+    return architecture
 
 
 def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
     """The run's model in float32, with random weights from the current seed or those of a checkpoint."""
+    architecture = model_config(config, tokenizer)
+    options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.model_name_or_path is None:
-        architecture = model_config(config, tokenizer)
-        model = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
+        model = AutoModelForCausalLM.from_config(architecture, **options)
     else:
-        model_config(config, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
+        model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

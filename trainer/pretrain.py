@@ -4,6 +4,9 @@ On several accelerators the same command runs under an accelerate file: `acceler
 recipes/accelerate/fsdp2_node.yaml -m trainer.pretrain --config recipes/pretrain/motif2_12b7.yaml`.
 """
 
+import os
+
+import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -33,6 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         result = run_pretraining(config)
     except ValueError as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if int(os.environ.get("RANK", 0)):
+        return
     print(f"{result.steps} steps, {result.tokens:,} tokens; model in {result.model_dir}")
     for name, loss in result.last_eval.items():
         print(f"  held-out loss {name}: {result.first_eval[name]:.4f} -> {loss:.4f}")
@@ -40,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def describe_run(config: PretrainConfig) -> str:
     """What a run would do: settings, parameters, FLOPs a token, tokens a step, memory by rank, days."""
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    architecture = model_config(config, tokenizer)
+    known = config.vocab_size or config.model_name_or_path
+    architecture = model_config(config, None if known else AutoTokenizer.from_pretrained(config.tokenizer))
     counts = count_parameters(architecture)
     plan = config.batch_plan()
     length, rows = plan.shape(0)

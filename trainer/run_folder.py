@@ -18,6 +18,7 @@ FREE_SETTINGS = frozenset(
         "overwrite",
         "data_dir",
         "tokenizer",
+        "polynorm",
         "verify_checksums",
         "micro_batch_tokens",
         "gradient_checkpointing",

@@ -71,6 +71,9 @@ class TrainStep:
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
         self.attentions = attention_modules(model)
+        for attention in self.attentions:  # they are no buffers: moving the model left them behind
+            if attention.max_logits is not None:
+                attention.max_logits = attention.max_logits.to(accelerator.device)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 

@@ -1,0 +1,79 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.checkpoint import Checkpoints, complete_checkpoints, verify_checkpoint
+from trainer.loop import run_pretraining
+
+
+@pytest.fixture
+def finished(make_config):
+    """Folder of checkpoints of a run of 8 steps, at 4 and 8, and its configuration."""
+    config = make_config(eval_steps=0)
+    run_pretraining(config)
+    shutil.rmtree(Path(config.output_dir) / "model")
+    return Path(config.output_dir) / "checkpoints", config
+
+
+def test_only_the_last_ones_are_kept(make_config):
+    config = make_config(checkpoint_steps=2, keep_last=2, eval_steps=0)
+    run_pretraining(config)
+    names = [path.name for path in complete_checkpoints(Path(config.output_dir) / "checkpoints")]
+    assert names == ["step_00000006", "step_00000008"]
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", "trainer_state.pt", "random_0.pt", ".metadata"])
+def test_a_corrupted_file_is_found_and_named(finished, pattern):
+    folder, config = finished
+    file = next((folder / "step_00000008").glob(pattern))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} is corrupted"):
+        run_pretraining(config)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name} is lost"):
+        verify_checkpoint(folder / "step_00000008")
+
+
+def test_an_unfinished_checkpoint_is_not_used(finished):
+    folder, config = finished
+    (folder / "step_00000008").rename(folder / "step_00000008.tmp")
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000004"]
+    assert run_pretraining(config).steps == 8
+
+
+def test_a_model_of_another_shape_is_refused(finished, make_config):
+    folder, _ = finished
+    recipe = folder.parent / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("intermediate_size: 64", "intermediate_size: 80"))
+    with pytest.raises(ValueError, match=r"mlp.*weight is \(.*64.* there and \(.*80"):
+        run_pretraining(make_config(eval_steps=0, intermediate_size=80))
+    assert len(complete_checkpoints(folder)) == 2
+
+
+def test_a_write_that_fails_keeps_the_last_good_one(finished, monkeypatch):
+    folder, config = finished
+    shutil.rmtree(folder / "step_00000008")
+    original = torch.save
+
+    def full_disk(value, path, *args, **kwargs):
+        if "trainer_state" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(RuntimeError, match=r"No space left on device.*step_00000004.*free the disk"):
+            run_pretraining(config)
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000004"]
+    assert run_pretraining(config).steps == 8
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "step_00000001").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint of this trainer"):
+        verify_checkpoint(tmp_path / "step_00000001")
+    assert Checkpoints(tmp_path, accelerator=None, keep_last=1).latest() == tmp_path / "step_00000001"

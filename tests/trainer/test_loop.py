@@ -1,0 +1,248 @@
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trainer.loop
+from tests.distributed import run_distributed
+from trainer.checkpoint import complete_checkpoints
+from trainer.loop import NonFiniteLossError, run_pretraining
+from trainer.step import TrainStep
+
+CURVE = ("step", "tokens", "loss", "loss_by_domain", "learning_rate", "mixture", "realised", "grad_norm", "max_logits")
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """Steps and evaluations of a `metrics.jsonl`."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry for entry in entries if "eval" not in entry], [entry for entry in entries if "eval" in entry]
+
+
+def curve(folder) -> list[dict]:
+    steps, evaluations = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{name: entry[name] for name in CURVE} for entry in steps] + evaluations
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """Let `run_pretraining` die in the middle of a step."""
+    original = TrainStep.run
+    calls = iter(range(1, 10**6))
+
+    def run(self, batch, factor):
+        if next(calls) == step:
+            raise Killed
+        return original(self, batch, factor)
+
+    monkeypatch.setattr(TrainStep, "run", run)
+
+
+def test_a_run_learns_and_leaves_everything(make_config):
+    config = make_config(total_tokens=128 * 30, eval_steps=10, learning_rate=3e-2)
+    result = run_pretraining(config)
+    folder = Path(config.output_dir)
+    assert (result.steps, result.tokens) == (30, 128 * 30)
+    assert all(result.last_eval[name] < result.first_eval[name] - 0.3 for name in "ab")
+    steps, evaluations = read_metrics(result.metrics_path)
+    assert [entry["step"] for entry in steps] == list(range(1, 31))
+    assert [entry["step"] for entry in evaluations] == [0, 10, 20, 30]
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
+    first, last = steps[0], steps[-1]
+    assert first["mixture"] == {"a": 0.75, "b": 0.25}
+    assert last["mixture"]["a"] == pytest.approx(0.75 - 0.5 * 29 / 30)
+    assert last["learning_rate"] == pytest.approx(0.1 * 3e-2)
+    assert len(first["max_logits"]) == len(first["lambdas"]) == 2
+    assert math.isfinite(first["max_logits"][0])
+    assert sum(first["realised"].values()) == pytest.approx(1)
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    tokens = AutoTokenizer.from_pretrained(result.model_dir)("w1 w2", return_tensors="pt")
+    assert model(**tokens).logits.shape == (1, 2, 51)
+
+
+def test_resume_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
+    whole = make_config(output_dir=str(tmp_path / "whole"))
+    run_pretraining(whole)
+    cut = make_config(output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
+            run_pretraining(cut)
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert [path.name for path in complete_checkpoints(tmp_path / "cut/checkpoints")] == ["step_00000004"]
+    run_pretraining(cut)
+    assert curve(cut.output_dir) == curve(whole.output_dir)
+    weights = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_accumulation_does_not_change_the_step(make_config, tmp_path):
+    whole = run_pretraining(make_config(output_dir=str(tmp_path / "whole")))
+    pieces = run_pretraining(make_config(output_dir=str(tmp_path / "pieces"), micro_batch_tokens=32))
+    for one, other in zip(curve(whole.output_dir), curve(pieces.output_dir), strict=True):
+        for name in ("loss", "grad_norm", "eval"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=2e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_do_not_change_the_losses(make_config, tmp_path, world_size):
+    alone = run_pretraining(make_config(output_dir=str(tmp_path / "alone")))
+    config = make_config(output_dir=str(tmp_path / "together"))
+    run_distributed(lambda rank: run_pretraining(config).steps, world_size)
+    for one, other in zip(curve(alone.output_dir), curve(config.output_dir), strict=True):
+        for name in ("loss", "loss_by_domain", "grad_norm", "eval"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=2e-4)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_another_number_of_ranks(make_config, tmp_path, monkeypatch):
+    whole = run_pretraining(make_config(output_dir=str(tmp_path / "whole")))
+    config = make_config(output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            run_pretraining(config)
+    run_distributed(lambda rank: run_pretraining(config).steps, 2)
+    for one, other in zip(curve(whole.output_dir), curve(config.output_dir), strict=True):
+        if "loss" in one:
+            assert other["loss"] == pytest.approx(one["loss"], rel=2e-4)
+
+
+def test_growing_batches_and_rows(make_config):
+    config = make_config(
+        total_tokens=2000, sequence_length_stages={800: 64}, batch_tokens_end=256, batch_ramp_tokens=1000
+    )
+    steps, _ = read_metrics(run_pretraining(config).metrics_path)
+    sizes = [
+        entry["tokens"] - before for entry, before in zip(steps, [0, *(e["tokens"] for e in steps)], strict=False)
+    ]
+    assert sizes[0] == 128
+    assert sizes[-1] == 256
+    assert all(later >= 0.85 * earlier for earlier, later in itertools.pairwise(sizes))  # whole rows only
+    assert [entry["sequence_length"] for entry in steps] == sorted(entry["sequence_length"] for entry in steps)
+    assert {entry["sequence_length"] for entry in steps} == {32, 64}
+
+
+def test_a_finished_run_is_not_overwritten_by_mistake(make_config):
+    config = make_config(total_tokens=128 * 5, warmup_tokens=0)
+    before = run_pretraining(config).metrics_path.read_text()
+    with pytest.raises(ValueError, match="--overwrite"):
+        run_pretraining(config)
+    assert (Path(config.output_dir) / "metrics.jsonl").read_text() == before
+    run_pretraining(make_config(total_tokens=128 * 4, warmup_tokens=0, overwrite=True))
+    assert len(read_metrics(Path(config.output_dir) / "metrics.jsonl")[0]) == 4
+
+
+def test_a_run_with_other_settings_is_not_continued(make_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            run_pretraining(make_config())
+    with pytest.raises(ValueError, match=r"seed 0 -> 1"):
+        run_pretraining(make_config(seed=1))
+    run_pretraining(make_config(micro_batch_tokens=64))
+
+
+def poison(monkeypatch, step: int) -> None:
+    """Make the loss of one step NaN."""
+    original = TrainStep.token_losses
+    calls = iter(range(1, 10**6))
+
+    def token_losses(self, *args, **kwargs):
+        losses, counted = original(self, *args, **kwargs)
+        return (losses * math.nan if self.model.training and next(calls) == step else losses), counted
+
+    monkeypatch.setattr(TrainStep, "token_losses", token_losses)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_config, monkeypatch):
+    config = make_config()
+    with monkeypatch.context() as patch:
+        poison(patch, 6)
+        with pytest.raises(NonFiniteLossError, match=r"step 6 has loss nan.*step_00000004"):
+            run_pretraining(config)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] is None
+    assert run_pretraining(config).steps == 8
+
+
+def test_a_skipped_step_leaves_the_weights_alone(make_config, monkeypatch):
+    seen = []
+    original = TrainStep.run
+
+    def run(self, batch, factor):
+        before = [parameter.detach().clone() for parameter in self.model.parameters()]
+        outcome = original(self, batch, factor)
+        same = all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
+        seen.append((outcome.skipped, same))
+        return outcome
+
+    monkeypatch.setattr(TrainStep, "run", run)
+    poison(monkeypatch, 3)
+    result = run_pretraining(make_config(max_skipped_steps=1))
+    assert result.steps == 8
+    assert [pair for pair in seen if pair[0]] == [(True, True)]
+    assert not any(same for skipped, same in seen if not skipped)
+
+
+def test_evaluation_leaves_no_trace(make_config, tmp_path):
+    often = run_pretraining(make_config(output_dir=str(tmp_path / "often"), eval_steps=1))
+    never = run_pretraining(make_config(output_dir=str(tmp_path / "never"), eval_steps=0))
+    assert [e for e in curve(often.output_dir) if "eval" not in e] == curve(never.output_dir)
+
+
+def test_continuing_from_a_model(make_config, tmp_path):
+    first = run_pretraining(make_config(output_dir=str(tmp_path / "first")))
+    config = make_config(output_dir=str(tmp_path / "second"), model_name_or_path=str(first.model_dir))
+    second = run_pretraining(config)
+    assert second.first_eval == pytest.approx(first.last_eval, rel=1e-5)
+
+
+def test_uneven_ranks_are_refused(make_config, monkeypatch):
+    config = make_config(batch_tokens=96)
+    with pytest.raises(RuntimeError, match="3 rows cannot be shared evenly by 2 ranks"):
+        run_distributed(lambda rank: run_pretraining(config), 2, timeout_seconds=60)
+
+
+def test_another_tokenizer_is_refused(make_config, tmp_path):
+    from tests.trainer.data.conftest import make_tokenizer
+
+    make_tokenizer(words=60).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="use the same tokenizer"):
+        run_pretraining(make_config(tokenizer=str(tmp_path / "other")))
+
+
+def test_sources_of_a_recipe_are_tokenised_once(make_config, tmp_path):
+    from tests.trainer.data.conftest import make_documents
+
+    for name, shift in (("a", 0), ("b", 3)):
+        lines = "".join(json.dumps(document) + "\n" for document in make_documents(100, shift))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    domains = {
+        name: {"start": 0.5, "end": 0.5, "sources": [{"path": str(tmp_path / f"{name}.jsonl"), "license": "MIT"}]}
+        for name in "ab"
+    }
+    config = make_config(domains=domains, data_dir=str(tmp_path / "shards"), heldout_fraction=0.2)
+    assert run_pretraining(config).steps == 8
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    assert manifest["domains"]["a"]["sources"][0]["license"] == "MIT"
+
+
+def test_precision_may_differ_between_runs_of_one_process(make_config, tmp_path):
+    for precision in ("no", "bf16"):
+        config = make_config(output_dir=str(tmp_path / precision), mixed_precision=precision)
+        assert run_pretraining(config).steps == 8
+    assert trainer.loop.AcceleratorState._shared_state == {}
