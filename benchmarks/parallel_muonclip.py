@@ -366,7 +366,7 @@ def time_torch_muon(bench: Bench) -> None:
 
 
 def time_dion(bench: Bench) -> None:
-    """microsoft/dion's Muon with its Triton kernels, on the same shards."""
+    """microsoft/dion's Muon with its Triton kernels, on the same shards; it compiles first, which takes a while."""
     if not bench.arguments.peers:
         bench.say("not run: name a folder that holds dion with --peers")
         return
@@ -400,9 +400,8 @@ def main() -> None:
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
-    bench.section("dion", lambda: time_dion(bench))
-    bench.layers.clear()
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
+    bench.section("dion", lambda: time_dion(bench))
     bench.save()
     dist.destroy_process_group()
 
