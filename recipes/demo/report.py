@@ -41,8 +41,8 @@ def write_report(
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
         "<h2>Scores after every stage</h2>",
         _table(table),
-        '<p class="note">Held-out columns are bits per byte of text never trained on: lower is better. Arithmetic is the '
-        "share of right answers on problems whose operands were never trained on, ± one standard error.</p>",
+        '<p class="note">Held-out columns are bits per byte of text never trained on: lower is better. Arithmetic is '
+        "the share of right answers on sums whose operands were never trained on, ± one standard error.</p>",
         "<h2>The final model answers</h2>",
         *(f"<pre><b>{html.escape(prompt)}</b>\n{html.escape(answer)}</pre>" for prompt, answer in conversations),
         *(_figure(caption, picture) for caption, picture in pictures),

@@ -45,7 +45,13 @@ class Problem:
 
 
 def generate_problems(
-    seed: int, count: int, split: str = "train", kinds: tuple[str, ...] = KINDS, max_operand: int = 99
+    seed: int,
+    count: int,
+    split: str = "train",
+    kinds: tuple[str, ...] = KINDS,
+    min_operand: int = 1,
+    max_operand: int = 99,
+    words: bool = True,
 ) -> list[Problem]:
     """Draw `count` problems.
 
@@ -54,7 +60,9 @@ def generate_problems(
         count: number of problems.
         split: "train" or "heldout"; disjoint by the operands.
         kinds: which of `KINDS` to draw from, in equal parts.
+        min_operand: smallest operand of a sum; 10 to 99 gives columns that all look alike, the easiest to learn.
         max_operand: largest operand of a sum.
+        words: dress half of the problems as stories; otherwise all are formulas.
 
     Returns:
         list[Problem]: in drawing order; wordings repeat, operands may.
@@ -66,15 +74,18 @@ def generate_problems(
         raise ValueError(f"split is {split!r}; use 'train' or 'heldout'")
     if not kinds or set(kinds) - set(KINDS):
         raise ValueError(f"kinds is {kinds!r}; use some of {KINDS}")
-    if max_operand < 9:
-        raise ValueError(f"max_operand is {max_operand}; use 9 or more, or too few problems exist to hold some out")
+    if min_operand < 1 or max_operand < min_operand + 8:
+        raise ValueError(
+            f"min_operand {min_operand} and max_operand {max_operand} leave too few problems to hold some out; "
+            "use 1 or more, and 8 or more between them"
+        )
     rng = random.Random(f"{seed}/{split}")
     problems = []
     while len(problems) < count:
         kind = kinds[len(problems) % len(kinds)]
-        operands = _draw_operands(rng, kind, max_operand)
+        operands = _draw_operands(rng, kind, min_operand, max_operand)
         if is_heldout(kind, operands) == (split == "heldout"):
-            problems.append(_make_problem(rng, kind, operands))
+            problems.append(_make_problem(rng, kind, operands, words))
     return problems
 
 
@@ -85,8 +96,8 @@ def is_heldout(kind: str, operands: tuple[int, ...]) -> bool:
     return int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT
 
 
-def _draw_operands(rng: random.Random, kind: str, max_operand: int) -> tuple[int, ...]:
-    a, b = rng.randint(1, max_operand), rng.randint(1, max_operand)
+def _draw_operands(rng: random.Random, kind: str, smallest: int, largest: int) -> tuple[int, ...]:
+    a, b = rng.randint(smallest, largest), rng.randint(smallest, largest)
     if kind == "subtract":
         return max(a, b), min(a, b)
     if kind == "multiply":
@@ -96,8 +107,8 @@ def _draw_operands(rng: random.Random, kind: str, max_operand: int) -> tuple[int
     return a, b
 
 
-def _make_problem(rng: random.Random, kind: str, operands: tuple[int, ...]) -> Problem:
-    wording = rng.choice(_WORDINGS[kind])
+def _make_problem(rng: random.Random, kind: str, operands: tuple[int, ...], words: bool) -> Problem:
+    wording = rng.choice(_WORDINGS[kind] if words else _WORDINGS[kind][1:])
     values = dict(zip("abc", operands, strict=False))
     question = wording.format(name=rng.choice(_NAMES), things=rng.choice(_THINGS), **values)
     if kind == "two_step":
@@ -113,22 +124,22 @@ def _make_problem(rng: random.Random, kind: str, operands: tuple[int, ...]) -> P
 
 
 def _add(a: int, b: int) -> str:
-    """Column addition, ones first: `47 + 38: 7 + 8 = 15, 4 + 3 + 1 = 8, so 47 + 38 = 85.`"""
+    """Columns from the right, each total with its carry: `27 + 48: 7 + 8 + 0 = 15, 2 + 4 + 1 = 07, so … = 75.`"""
     columns, carry = [], 0
     for digit_a, digit_b in _columns(a, b):
         total = digit_a + digit_b + carry
-        columns.append(f"{digit_a} + {digit_b}{' + 1' if carry else ''} = {total}")
+        columns.append(f"{digit_a} + {digit_b} + {carry} = {total:02d}")
         carry = total // 10
     return f"{a} + {b}: {', '.join(columns)}, so {a} + {b} = {a + b}."
 
 
 def _subtract(a: int, b: int) -> str:
-    """Column subtraction, ones first, borrowing ten where the upper digit is too small (a >= b)."""
+    """Columns from the right, ten borrowed where the upper digit is too small: `11 - 9 = 2, 08 - 6 = 2` (a >= b)."""
     columns, borrow = [], 0
     for digit_a, digit_b in _columns(a, b):
         upper = digit_a - borrow
         borrow = int(upper < digit_b)
-        columns.append(f"{upper + 10 * borrow} - {digit_b} = {upper + 10 * borrow - digit_b}")
+        columns.append(f"{upper + 10 * borrow:02d} - {digit_b} = {upper + 10 * borrow - digit_b}")
     return f"{a} - {b}: {', '.join(columns)}, so {a} - {b} = {a - b}."
 
 

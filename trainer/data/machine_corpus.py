@@ -19,6 +19,7 @@ DOMAINS = ("general", "code", "math")
 HELDOUT_PERCENT = 5
 MIN_DOCUMENT_CHARACTERS = 200
 PROBLEMS_PER_DOCUMENT = 8
+CORPUS_KINDS = ("add", "add", "subtract")
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -82,9 +83,9 @@ def _library_documents(domain: str) -> tuple[str, ...]:
 
 
 def _math_documents(split: str, seed: int) -> Iterator[str]:
-    """Endless documents of worked problems; training and held-out operands are disjoint."""
+    """Endless documents of worked sums of two-digit numbers; training and held-out operands are disjoint."""
     while True:
-        problems = generate_problems(seed, PROBLEMS_PER_DOCUMENT, split)
+        problems = generate_problems(seed, PROBLEMS_PER_DOCUMENT, split, CORPUS_KINDS, min_operand=10)
         yield "\n\n".join(f"Question: {problem.question}\nAnswer: {problem.solution}" for problem in problems)
         seed += 1
 
