@@ -112,7 +112,8 @@ class Motif2HubMixin:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
-            write_model_card(folder, num_parameters=self.num_parameters(), **card)
+            card = {"name": repo_id.split("/")[-1], "num_parameters": self.num_parameters()} | card
+            write_model_card(folder, **card)
             return upload_folder(
                 folder,
                 repo_id,
