@@ -6,6 +6,7 @@ reads `weight`, `bias` and `eps` of the module it is put into.
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +89,17 @@ def _load_remote(repository: str, revision: str | None, lockfile: Path | None, t
     from kernels import get_kernel
     from kernels.utils import install_kernel
 
-    if lockfile is not None:
-        revision, locks = _locked_revision(repository, lockfile)
-        try:
-            install_kernel(repository, revision=revision, variant_locks=locks)
-        except FileNotFoundError as error:
-            raise KernelUnavailable(str(error)) from error
-    version = None if revision else 1
+    revision, locks = _locked_revision(repository, lockfile) if lockfile else (revision or "v1", None)
     try:
-        return get_kernel(repository, revision=revision, version=version, trust_remote_code=trust_remote_code)
+        if f"{repository}=" not in os.environ.get("LOCAL_KERNELS", ""):
+            variant = install_kernel(repository, revision=revision, variant_locks=locks)
+            namespace = json.loads((variant / "metadata.json").read_text())["id"]
+            if namespace in sys.modules:  # the same sources, from a checkout say: operators register only once
+                return sys.modules[namespace]
+        return get_kernel(repository, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if lockfile and isinstance(error, ValueError):
+            raise
         raise KernelUnavailable(f"{type(error).__name__}: {error}") from error
 
 
@@ -114,7 +116,7 @@ def load_layers(
     Args:
         source: "official", "hub" or "local".
         names: layer names, of "PolyNorm" and "FusedMulPolyNorm".
-        revision: commit, tag or branch on the Hub; version 1 if None and nothing is locked.
+        revision: commit, tag or branch on the Hub; its version 1 (branch v1) if None and nothing is locked.
         lockfile: file written by `kernels lock`; its commit is loaded, and the files must have the hashes in it.
         trust_remote_code: load from a publisher whom the Hub does not list as trusted.
 

@@ -1,4 +1,4 @@
-"""Forward and backward of both operators at Motif-2-12.7B's width: `kernels benchmark .` from this repository's folder."""
+"""Forward and backward at the width of Motif-2-12.7B: `kernels benchmark .` from the folder of this repository."""
 
 import torch
 from kernels.benchmark import Benchmark
