@@ -4,8 +4,8 @@
 launches in `triton_products`.
 """
 
-from .arithmetic import newton_schulz_flops
+from .arithmetic import default_restarts, newton_schulz_flops
 from .coefficients import COEFFICIENTS
 from .orthogonalize import newton_schulz
 
-__all__ = ["COEFFICIENTS", "newton_schulz", "newton_schulz_flops"]
+__all__ = ["COEFFICIENTS", "default_restarts", "newton_schulz", "newton_schulz_flops"]

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from .arithmetic import default_restarts
 from .coefficients import Step, resolve_coefficients
 from .iteration import classic_iteration, gram_iteration
 from .torch_products import TorchProducts
@@ -69,16 +70,11 @@ def _choose_compute_dtype(
     return _HALF_TYPE[method]
 
 
-def _check_restarts(method: str, restarts: tuple[int, ...], num_steps: int) -> tuple[int, ...]:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+def _check_restarts(restarts: tuple[int, ...], num_steps: int) -> tuple[int, ...]:
     restarts = tuple(restarts)
-    if method == "gram":
-        for restart in restarts:
-            if not 0 < restart < num_steps:
-                raise ValueError(
-                    f"restarts={restarts}: each must lie in 1 .. {num_steps - 1}, the steps after the first"
-                )
+    for restart in restarts:
+        if not 0 < restart < num_steps:
+            raise ValueError(f"restarts={restarts}: each must lie in 1 .. {num_steps - 1}, the steps after the first")
     return restarts
 
 
@@ -87,7 +83,7 @@ def newton_schulz(
     matrices: torch.Tensor,
     method: str = "gram",
     coefficients: str | tuple[Step, ...] = "motif",
-    restarts: tuple[int, ...] = (2,),
+    restarts: tuple[int, ...] | None = None,
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
@@ -101,11 +97,13 @@ def newton_schulz(
         matrices: (..., rows, columns), any floating type; tall matrices are treated as their transposes.
         method: `"gram"` iterates on the Gram matrix (fewest operations), `"classic"` on the matrix itself.
         coefficients: `"motif"`, `"polar_express"`, `"jordan"`, or (a, b, c) for each step.
-        restarts: Gram form only: steps before which the Gram matrix is computed anew.
+        restarts: steps before which the Gram form computes its Gram matrix anew; by default (2,), and (2, 3) for
+            nearly square matrices. The classic form has nothing to restart.
         backend: `"auto"`, `"triton"`, `"torch"` or `"quack"`.
         compute_dtype: type of every stored intermediate. Default: float16 for `"gram"` and bfloat16 for `"classic"` on
             accelerators; float32 on the CPU; float64 for float64 matrices.
-        out: tensor to write to, same shape; `matrices` itself is allowed where it is contiguous.
+        out: contiguous tensor of the same shape to write to, in any floating type; it may share the memory of
+            `matrices` where both have elements of one size.
 
     Returns:
         (..., rows, columns) in the type of `matrices`, or `out`.
@@ -120,9 +118,11 @@ def newton_schulz(
             f"matrices is {matrices.dtype} of shape {tuple(matrices.shape)}: floating (..., rows, columns) needed"
         )
     steps = resolve_coefficients(coefficients)
-    restarts = _check_restarts(method, restarts, len(steps))
-    backend = choose_backend(backend, matrices)
-    dtype = _choose_compute_dtype(compute_dtype, backend, method, matrices)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    if restarts is None:
+        restarts = default_restarts(*matrices.shape[-2:], len(steps))
+    restarts = _check_restarts(restarts, len(steps))
     if out is None:
         out = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
     elif out.shape != matrices.shape or out.device != matrices.device or not out.is_contiguous():
@@ -130,14 +130,32 @@ def newton_schulz(
             f"out has shape {tuple(out.shape)} on {out.device}: it must be a contiguous tensor like matrices, "
             f"{tuple(matrices.shape)} on {matrices.device}"
         )
-    if out.numel() == 0:
-        return out
+    if torch.compiler.is_compiling():
+        flat = [value for step in steps for value in step]
+        _operator(matrices, out, method, flat, list(restarts), backend, compute_dtype)
+    else:
+        _orthogonalize(matrices, out, method, steps, restarts, backend, compute_dtype)
+    return out
 
+
+def _orthogonalize(
+    matrices: torch.Tensor,
+    out: torch.Tensor,
+    method: str,
+    steps: tuple[Step, ...],
+    restarts: tuple[int, ...],
+    backend: str,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    backend = choose_backend(backend, matrices)
+    dtype = _choose_compute_dtype(compute_dtype, backend, method, matrices)
+    if out.numel() == 0:
+        return
     batch = math.prod(matrices.shape[:-2])
     source = matrices.reshape(batch, *matrices.shape[-2:])  # (N, rows, columns)
     result = out.view(source.shape)  # (N, rows, columns)
     if backend == "torch":
-        runs = [TorchProducts(source[index], result[index], dtype, EPS) for index in range(batch)]
+        runs = (TorchProducts(source[index], result[index], dtype, EPS) for index in range(batch))
     else:
         if source.stride(2) != 1:
             source = source.contiguous()
@@ -145,10 +163,24 @@ def newton_schulz(
             from .quack_products import QuackProducts as BatchedProducts
         else:
             from .triton_products import TritonProducts as BatchedProducts
-        runs = [BatchedProducts(source, result, dtype, EPS)]
+        runs = (BatchedProducts(source, result, dtype, EPS),)
     for products in runs:
         if method == "gram":
             gram_iteration(products, steps, restarts)
         else:
             classic_iteration(products, steps)
-    return out
+
+
+@torch.library.custom_op(f"{__package__}::orthogonalize", mutates_args=("out",))
+def _operator(
+    matrices: torch.Tensor,
+    out: torch.Tensor,
+    method: str,
+    coefficients: list[float],
+    restarts: list[int],
+    backend: str,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """The whole pass as one operator, for `torch.compile`."""
+    steps = tuple(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
+    _orthogonalize(matrices, out, method, steps, tuple(restarts), backend, compute_dtype)

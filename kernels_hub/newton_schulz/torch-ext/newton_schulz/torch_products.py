@@ -42,9 +42,8 @@ class TorchProducts:
         return self._multiply(left, right, addend, alpha, beta)  # (S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
-        shifted = matrix.clone()  # (S, S)
-        shifted.diagonal().add_(amount)
-        return shifted
+        diagonal = matrix.diagonal().to(torch.promote_types(self.dtype, torch.float32)) + amount  # (S,)
+        return matrix.diagonal_scatter(diagonal.to(self.dtype))  # (S, S)
 
     def apply(self, left: torch.Tensor, beta: float = 0.0, last: bool = False) -> None:
         self.x = self._multiply(left, self.x, self.x if beta else None, 1.0, beta)  # (S, L)

@@ -47,7 +47,10 @@ class TileConfig:
             raise ValueError(f"wide={self.wide} must be block or 2 * block, here {self.block} or {2 * self.block}")
 
 
-HOPPER = TileConfig()
+# Fastest on an H200 at the sizes of Motif-2-12.7B; up to HOPPER_NARROW_ROWS rows, smaller tiles fill it better.
+HOPPER = TileConfig(num_stages=4, flatten=False)
+HOPPER_NARROW = TileConfig(wide=128, num_stages=4, flatten=False)
+HOPPER_NARROW_ROWS = 2048
 SMALL = TileConfig(block=64, wide=128, block_k=32, num_stages=3, num_warps=4, flatten=False)
 
 
@@ -58,10 +61,10 @@ def _device_properties(index: int) -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
-def default_config(device: torch.device) -> TileConfig:
-    """Tiles for a device; those of devices other than Hopper are an assumption."""
+def default_config(device: torch.device, size: int) -> TileConfig:
+    """Tiles for matrices of `size` rows, whatever their number; on other devices than Hopper an assumption."""
     if device.type == "cuda" and _device_properties(device.index)[0] == 9:
-        return HOPPER
+        return HOPPER_NARROW if size <= HOPPER_NARROW_ROWS else HOPPER
     return SMALL
 
 
@@ -131,6 +134,7 @@ def symmetric_product(
     if right.shape != left.shape:
         raise ValueError(f"right has shape {tuple(right.shape)}: it must equal left's, {tuple(left.shape)}")
     batch, size, depth = left.shape
+    config = config or default_config(left.device, size)
     for name, tensor in (("addend", addend), ("out", out)):
         if tensor is not None:
             _check_operand(name, tensor, left)
@@ -138,7 +142,6 @@ def symmetric_product(
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {(batch, size, size)}")
     if out is None:
         out = aligned_empty(batch, size, size, left.dtype, left.device)
-    config = config or default_config(left.device)
     block, wide = config.block, config.wide
     columns = triton.cdiv(size, wide)
     if wide == 2 * block:
@@ -186,8 +189,8 @@ def product(
     """out = left @ right + beta * addend for (N, S, K) @ (N, K, L), all aligned half tensors."""
     for name, tensor in (("left", left), ("right", right), ("out", out)):
         _check_operand(name, tensor, left)
-    config = config or default_config(left.device)
     batch, size, depth = left.shape
+    config = config or default_config(left.device, size)
     length = right.shape[2]
     half = config.wide // 2
     units = triton.cdiv(size, config.block) * triton.cdiv(length, config.wide) * batch
@@ -303,7 +306,8 @@ class TritonProducts:
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         shifted = aligned_empty(*matrix.shape, matrix.dtype, matrix.device).copy_(matrix)  # (N, S, S)
-        shifted.diagonal(dim1=-2, dim2=-1).add_(amount)
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1)  # (N, S)
+        diagonal.copy_(diagonal.float() + amount)
         return shifted
 
     def apply(self, left: torch.Tensor, beta: float = 0.0, last: bool = False) -> None:
@@ -315,11 +319,17 @@ class TritonProducts:
             if direct:
                 out = self.result[index]
                 factors = (x[index].mT, left[index]) if self.transposed else factors
-            if beta:
-                addend = factors[0] if direct and self.transposed else x[index]
+            if beta and not direct:
+                self._multiply_add(left[index : index + 1], x[index : index + 1], out[None], beta)
+            elif beta:
+                addend = factors[0] if self.transposed else x[index]
                 torch.addmm(addend, *factors, beta=beta, out=out)
             else:
                 torch.mm(*factors, out=out)
             if last and not direct:
                 self.result[index].copy_(out.mT if self.transposed else out)
         self.first = target
+
+    def _multiply_add(self, left: torch.Tensor, x: torch.Tensor, out: torch.Tensor, beta: float) -> None:
+        """out = left @ x + beta * x; cuBLAS would read the addend in a pass of its own."""
+        product(left, x, out, addend=x, beta=beta, config=self.config)

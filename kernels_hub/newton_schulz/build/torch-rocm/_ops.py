@@ -1,0 +1,10 @@
+"""Namespace of this build's operators (generated)."""
+
+import torch
+
+ops = torch.ops._newton_schulz_rocm_5d9a99b
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    """Full name of an operator of this build."""
+    return f"_newton_schulz_rocm_5d9a99b::{op_name}"

@@ -1,0 +1,51 @@
+"""Plain torch products of one matrix: the twin of the kernels for every device, and in float64 their reference.
+
+Shapes: S rows, L columns, S <= L.
+"""
+
+import torch
+
+
+class TorchProducts:
+    """Products of one matrix in one data type. Half types on the CPU are multiplied in float32 and rounded once.
+
+    Args:
+        source: (rows, columns), any floating type, either orientation.
+        result: (rows, columns), where `apply(last=True)` writes.
+        dtype: type of every stored intermediate.
+        eps: added to the Frobenius norm.
+    """
+
+    def __init__(self, source: torch.Tensor, result: torch.Tensor, dtype: torch.dtype, eps: float):
+        wide = torch.promote_types(dtype, torch.float32)
+        self.product_dtype = wide if source.device.type == "cpu" else dtype
+        self.dtype = dtype
+        self.result = result
+        self.transposed = source.size(0) > source.size(1)
+        x = (source.mT if self.transposed else source).to(wide).contiguous()  # (S, L)
+        self.x = (x / (torch.linalg.vector_norm(x) + eps)).to(dtype)
+
+    def _multiply(
+        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor | None, alpha: float, beta: float
+    ) -> torch.Tensor:
+        left, right = left.to(self.product_dtype), right.to(self.product_dtype)
+        if addend is None:
+            return torch.mm(left, right).to(self.dtype)
+        return torch.addmm(addend.to(self.product_dtype), left, right, alpha=alpha, beta=beta).to(self.dtype)
+
+    def gram(self) -> torch.Tensor:
+        return self._multiply(self.x, self.x.mT, None, 1.0, 0.0)  # (S, S)
+
+    def symmetric(
+        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor, alpha: float = 1.0, beta: float = 1.0
+    ) -> torch.Tensor:
+        return self._multiply(left, right, addend, alpha, beta)  # (S, S)
+
+    def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
+        diagonal = matrix.diagonal().to(torch.promote_types(self.dtype, torch.float32)) + amount  # (S,)
+        return matrix.diagonal_scatter(diagonal.to(self.dtype))  # (S, S)
+
+    def apply(self, left: torch.Tensor, beta: float = 0.0, last: bool = False) -> None:
+        self.x = self._multiply(left, self.x, self.x if beta else None, 1.0, beta)  # (S, L)
+        if last:
+            self.result.copy_(self.x.mT if self.transposed else self.x)

@@ -1,0 +1,46 @@
+"""The loaded kernel against the polynomial of the singular values, and what a batch may rely on."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.kernels_ci
+
+SHAPES = [(1, 1), (5, 40), (40, 5), (96, 96), (130, 260), (333, 777)]
+
+
+def definition(matrices, steps):
+    """U p(S) V' in float64."""
+    u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / (s.norm(dim=-1, keepdim=True) + 1e-7)
+    for a, b, c in steps:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s[..., None, :]) @ vh
+
+
+@pytest.mark.parametrize("coefficients", ["motif", "jordan", "polar_express"])
+@pytest.mark.parametrize("method", ["gram", "classic"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(kernel, device, shape, method, coefficients):
+    matrices = torch.randn(2, *shape, device=device)
+    got = kernel.newton_schulz(matrices, method, coefficients)
+    wanted = definition(matrices, kernel.COEFFICIENTS[coefficients])
+    error = (got.double() - wanted).norm() / wanted.norm()
+    assert error < (1e-4 if device == "cpu" else 0.03)
+
+
+@pytest.mark.parametrize("method", ["gram", "classic"])
+def test_a_matrix_does_not_depend_on_its_batch(kernel, device, method):
+    matrices = torch.randn(4, 130, 260, device=device, dtype=torch.bfloat16)
+    together = kernel.newton_schulz(matrices, method)
+    assert torch.equal(together, kernel.newton_schulz(matrices, method))
+    assert torch.equal(together[2], kernel.newton_schulz(matrices[2], method))
+
+
+def test_zeros(kernel, device):
+    assert kernel.newton_schulz(torch.zeros(2, 64, 96, device=device)).count_nonzero() == 0
+
+
+def test_compiles_without_a_break(kernel, device):
+    matrices = torch.randn(2, 64, 96, device=device)
+    compiled = torch.compile(kernel.newton_schulz, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(matrices), kernel.newton_schulz(matrices))
