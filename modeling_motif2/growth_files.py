@@ -190,7 +190,7 @@ class GrowthFolder:
     @property
     def is_complete(self) -> bool:
         """Whether every file is there."""
-        return self.manifest["complete"]
+        return self.manifest["complete"] and not self.missing
 
     @property
     def missing(self) -> list[Shard]:
