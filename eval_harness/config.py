@@ -26,6 +26,9 @@ class EvalConfig:
     skip_missing: bool = field(default=False, metadata={"help": "leave out parts of a group whose rows are missing"})
     output: str = field(default="", metadata={"help": "folder for responses, samples and the report"})
     limit: int | None = field(default=None, metadata={"help": "rows a task at most, from the top"})
+    max_gen_toks: int | None = field(
+        default=None, metadata={"help": "generate at most so many tokens (the protocol's own by default)"}
+    )
     batch_size: int = field(default=16, metadata={"help": "sequences at a time"})
     backend: str = field(default="hf", metadata={"help": f"how the model runs: {', '.join(BACKENDS)}"})
     model_args: str = field(default="", metadata={"help": "more of lm-eval's model arguments, key=value by commas"})
@@ -47,7 +50,7 @@ class EvalConfig:
             )
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "max_gen_toks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more")
@@ -70,6 +73,14 @@ class EvalConfig:
         """Chosen rows of the suite; none without a suite."""
         suite = self.loaded_suite()
         return suite.choose(self.task_names) if suite is not None else []
+
+    def generation_options(self) -> dict | None:
+        """What overrides the tasks' own generation settings; None where nothing does."""
+        suite = self.loaded_suite()
+        options = dict(suite.generation) if suite is not None else {}
+        if self.max_gen_toks is not None:
+            options["max_gen_toks"] = self.max_gen_toks
+        return options or None
 
     def lm_eval_options(self) -> dict:
         """`model_args` as a dictionary.

@@ -82,7 +82,7 @@ def _evaluate(config: EvalConfig) -> None:
         limit=config.limit,
         batch_size=config.batch_size,
         apply_chat_template=chat,
-        generation_options=dict(suite.generation) if suite is not None and suite.generation else None,
+        generation_options=config.generation_options(),
         shots={row.task: row.shots for row in config.rows()},
         skip_missing=config.skip_missing,
         seed=config.seed,

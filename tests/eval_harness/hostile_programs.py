@@ -29,8 +29,8 @@ PASS_ATTEMPTS = {
         "def f(x): return 0"
     ),
     "looks for the tests in frames": (
-        "import sys, gc\ndef f(x):\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'tests' in o: return 3\n"
-        ""
+        "import sys, gc\ndef f(x):\n    for o in gc.get_objects():\n"
+        "        if isinstance(o, dict) and 'tests' in o: return 3\n"
         "    g = sys._getframe()\n    while g:\n        if 'tests' in g.f_locals: return 3\n"
         "        g = g.f_back\n    return 0"
     ),

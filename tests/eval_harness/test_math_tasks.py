@@ -1,0 +1,50 @@
+r"""MATH's answers are found in every usual closing, and compared as text and as mathematics."""
+
+import pytest
+from datasets import Dataset
+
+from eval_harness.answers import INVALID
+from eval_harness.math_tasks import add_answers, final_expression, score
+
+
+@pytest.mark.parametrize(
+    ("text", "expression"),
+    [
+        ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
+        ("The final answer is positive, so it is\nFinal Answer: The final answer is $7$. I hope it is correct.", "7"),
+        ("The final answer is $90\\text{ square\nunits}$. I hope it is correct.", "90\\text{ square\nunits}"),
+        (r"so \boxed{5} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"The final answer is \boxed{x^2}.", "x^2"),
+        ("The answer is $12$.", "12"),
+        (r"<think>\boxed{3}</think> it is \boxed{4}", "4"),
+        ("no answer at all", INVALID),
+    ],
+)
+def test_final_expression(text, expression):
+    assert final_expression(text) == expression
+
+
+@pytest.mark.parametrize(
+    ("gold", "stated", "exact", "same"),
+    [
+        (r"\frac{1}{2}", r"\dfrac12", 0.0, 1.0),
+        (r"\frac{1}{2}", "0.5", 0.0, 1.0),
+        ("1,000", "1000", 1.0, 1.0),
+        (r"2\sqrt{3}", r"\sqrt{12}", 0.0, 1.0),
+        ("(1,2)", "(1, 2)", 1.0, 1.0),
+        ("(1,2)", "(2,1)", 0.0, 0.0),
+        ("x+1", "1+x", 0.0, 1.0),
+        ("7", "-7", 0.0, 0.0),
+        ("7", "8", 0.0, 0.0),
+        (r"\text{Evelyn}", r"\text{Evelyn}", 1.0, 1.0),
+        (r"\text{Evelyn}", r"\text{Evelyq}", 0.0, 0.0),
+    ],
+)
+def test_both_metrics(gold, stated, exact, same):
+    found = score({"answer": gold}, [f"It is \\boxed{{{stated}}}."])
+    assert found == {"exact_match": exact, "math_verify": same}
+
+
+def test_rows_get_the_answer_that_their_solution_boxes_last():
+    rows = Dataset.from_list([{"solution": r"\boxed{1} so \boxed{2}"}, {"solution": r"thus $\boxed {x}$"}])
+    assert add_answers(rows)["answer"] == ["2", "x"]

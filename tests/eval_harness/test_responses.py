@@ -1,0 +1,97 @@
+"""Responses are kept at once, asked for once, and never mixed up with another run's."""
+
+import json
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from eval_harness.responses import RecordedLM, request_keys
+
+IDENTITY = {"model": "counting", "seed": 3}
+
+
+class CountingLM(LM):
+    """Says each prompt back with a random number; breaks down after `breaks_after` calls."""
+
+    def __init__(self, breaks_after=None):
+        super().__init__()
+        self.calls = []
+        self.breaks_after = breaks_after
+
+    def generate_until(self, requests, disable_tqdm=False):
+        if len(self.calls) == self.breaks_after:
+            raise KeyboardInterrupt
+        self.calls.append([request.args[0] for request in requests])
+        return [f"{request.args[0]} {torch.rand(()).item():.6f}" for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return [(-1.5, True) for _ in requests]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [-2.5 for _ in requests]
+
+
+def asked(*prompts):
+    return [Instance("generate_until", {}, (prompt, {"until": ["\n"]}), 0) for prompt in prompts]
+
+
+PROMPTS = [f"{'x' * number} {number}" for number in range(20)]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path):
+    whole = RecordedLM(CountingLM(), tmp_path / "whole", IDENTITY, batch_size=1).generate_until(asked(*PROMPTS))
+    broken = RecordedLM(CountingLM(breaks_after=3), tmp_path / "broken", IDENTITY, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        broken.generate_until(asked(*PROMPTS))
+    broken.close()
+    inner = CountingLM()
+    resumed = RecordedLM(inner, tmp_path / "broken", IDENTITY, batch_size=1)
+    assert resumed.generate_until(asked(*PROMPTS)) == whole
+    assert (len(inner.calls), resumed.num_reused) == (2, 12)
+    again = RecordedLM(CountingLM(breaks_after=0), tmp_path / "broken", IDENTITY, batch_size=1)
+    assert again.generate_until(asked(*PROMPTS)) == whole
+
+
+def test_a_torn_last_line_is_asked_for_again(tmp_path):
+    first = RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=1)
+    answers = first.generate_until(asked(*PROMPTS[:4]))
+    first.close()
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    inner = CountingLM()
+    resumed = RecordedLM(inner, tmp_path, IDENTITY, batch_size=1)
+    assert resumed.generate_until(asked(*PROMPTS[:4])) == answers
+    assert len(inner.calls) == 1
+    resumed.close()
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_repeats_of_one_prompt_get_answers_of_their_own():
+    recorded = RecordedLM(CountingLM(), None, IDENTITY, batch_size=2)
+    assert len(set(recorded.generate_until(asked("a", "a", "a")))) == 3
+    assert len(set(request_keys("generate_until", asked("a", "a", "b")))) == 3
+
+
+def test_all_kinds_come_back_from_file_as_they_were(tmp_path):
+    requests = [Instance("loglikelihood", {}, ("a", "b"), 0)]
+    rolling = [Instance("loglikelihood_rolling", {}, ("a",), 0)]
+    for _ in range(2):
+        recorded = RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=2)
+        assert recorded.loglikelihood(requests) == [(-1.5, True)]
+        assert recorded.loglikelihood_rolling(rolling) == [-2.5]
+        recorded.close()
+
+
+@pytest.mark.parametrize("identity", [{"model": "other", "seed": 3}, {"model": "counting", "seed": 4}])
+def test_responses_of_another_run_are_refused(tmp_path, identity):
+    RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=1).close()
+    with pytest.raises(ValueError, match="use another output folder"):
+        RecordedLM(CountingLM(), tmp_path, identity, batch_size=1)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "responses.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="is no record of responses"):
+        RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=1)

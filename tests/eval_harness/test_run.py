@@ -1,0 +1,132 @@
+"""The command from end to end on a tiny model: run, interrupt, report, compare; and every mistake explained."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from eval_harness.run import main
+from eval_harness.sandbox import INSTALL
+from tests.eval_harness.benchmark_sets import write_benchmarks
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_benchmarks(tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(checkpoint, data_dir, *more):
+    return ["--model", str(checkpoint), "--data_dir", str(data_dir), "--dtype", "float64", *more]
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason=INSTALL)
+def test_a_run_its_report_and_a_comparison(checkpoint, data_dir, tmp_path, capsys):
+    chosen = ("--suite", "base", "--tasks", "gsm8k_4shot,math,humaneval", "--max_gen_toks", "8", "--skip_missing")
+    for name, seed in (("first", "1"), ("second", "2")):
+        main(words(checkpoint, data_dir, *chosen, "--seed", seed, "--output", str(tmp_path / name)))
+    printed = capsys.readouterr().out
+    assert "| GSM8K | 4 | exact_match | 2 | 0.00 |" in printed
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    assert [line["label"] for line in report["lines"]] == ["GSM8K", "MATH", "HumanEval"]
+    assert report["lines"][0]["published"]["Motif-2-12.7B"] == 93.85
+    assert "without counting_and_probability" in report["lines"][1]["note"]
+    page = (tmp_path / "first" / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("http://", "http").split("<body", 1)[0]
+    assert 'href="samples/motif2_humaneval.html"' in page
+    assert "add0" in (tmp_path / "first" / "samples" / "motif2_humaneval.html").read_text()
+    main(["compare", str(tmp_path / "first"), str(tmp_path / "second")])
+    assert "| motif2_gsm8k_4shot | exact_match | 2 | +0.00 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a finished run"):
+        main(words(checkpoint, data_dir, *chosen, "--output", str(tmp_path / "first")))
+
+
+def test_dry_run_lists_rows_and_what_cannot_be_run(checkpoint, data_dir, capsys):
+    main(words(checkpoint, data_dir, "--suite", "base", "--tasks", "gsm8k", "--dry_run"))
+    printed = capsys.readouterr().out
+    assert "motif2_gsm8k_4shot: 2 rows" in printed
+    assert "not run: SuperGPQA" in printed
+    assert "batch_size: 16" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--suite", "bse"], "did you mean 'base'"),
+        (["--suite", "base", "--tasks", "gsm8q"], "did you mean 'gsm8k'"),
+        (["--tasks", "motif2_gsm8k_9shot"], "did you mean 'motif2_gsm8k_"),
+        (["--suite", "base", "--tasks", "math"], "hf download EleutherAI/hendrycks_math"),
+        (["--suite", "instruct", "--tasks", "gsm8k"], "no chat template"),
+        (["--tasks", "motif2_math_4shot::algebrra"], "did you mean 'algebra'"),
+        ([], "neither suite nor tasks"),
+        (["--suite", "base", "--batch_size", "0"], "batch_size is 0"),
+        (["--suite", "base", "--backend", "tpu"], "backend is 'tpu'"),
+        (["--suite", "base", "--sute", "x"], "did you mean 'suite'"),
+    ],
+)
+def test_mistakes_are_explained(checkpoint, data_dir, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words(checkpoint, data_dir, "--output", str(tmp_path / "run"), *more))
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_a_folder_without_rows_and_a_model_without_name_are_explained(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", str(checkpoint), "--suite", "base", "--data_dir", str(tmp_path / "no"), "--output", "x"])
+    assert "is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--suite", "base", "--output", "x"])
+    assert "model is empty" in capsys.readouterr().err
+
+
+def test_comparing_what_is_no_run_is_explained(tmp_path):
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        main(["compare", str(tmp_path), str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_two_processes_score_like_one(checkpoint, data_dir, tmp_path):
+    chosen = ("--tasks", "motif2_gsm8k_4shot,motif2_mmlu_5shot::anatomy", "--max_gen_toks", "4")
+    main(words(checkpoint, data_dir, *chosen, "--output", str(tmp_path / "one")))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "eval_harness.run",
+    ]
+    subprocess.run([*launch, *words(checkpoint, data_dir, *chosen, "--output", str(tmp_path / "two"))], check=True)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
+    assert one["num_samples"] == two["num_samples"]
+
+
+@pytest.mark.slow
+def test_tasks_work_from_plain_lm_eval(checkpoint, data_dir, tmp_path):
+    command = [sys.executable, "-m", "lm_eval", "run", "--include_path", "eval_harness/tasks", "--model", "hf"]
+    command += ["--model_args", f"pretrained={checkpoint},dtype=float64", "--device", "cpu"]
+    command += [
+        "--tasks",
+        "motif2_gsm8k_4shot,motif2_humaneval",
+        "--metadata",
+        json.dumps({"data_dir": str(data_dir)}),
+    ]
+    command += ["--gen_kwargs", "max_gen_toks=8", "--output_path", str(tmp_path)]
+    subprocess.run(command, check=True)
+    (results,) = tmp_path.rglob("results_*.json")
+    scores = json.loads(results.read_text())["results"]
+    assert scores["motif2_gsm8k_4shot"]["exact_match,answer"] == 0
+    assert scores["motif2_humaneval"]["pass@1,answer"] == 0

@@ -1,0 +1,78 @@
+"""The report's tables are complete, sourced, and each row runs or says why not."""
+
+import csv
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from eval_harness.loading import TASKS_DIR
+from eval_harness.suites import REPORT_MODEL, SUITES_DIR, load_suite, suite_names
+
+HEADLINES = {
+    ("base", "gsm8k_8shot"): 94.92,
+    ("base", "math"): 73.62,
+    ("base", "humaneval"): 65.9,
+    ("base", "mbpp"): 81.5,
+    ("base", "mmlu"): 78.1,
+    ("instruct", "gsm8k"): 96.13,
+    ("instruct", "humaneval"): 93.2,
+}
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_row_runs_or_says_why_not_and_has_the_report_s_figure(name):
+    suite = load_suite(name)
+    assert len({row.name for row in suite.rows}) == len(suite.rows) >= 16
+    for row in suite.rows:
+        assert bool(row.task) != bool(row.why_not), row.name
+        assert bool(row.task) == bool(row.metric), row.name
+        assert 0 < row.published[REPORT_MODEL] <= 100
+        assert all("arXiv" in source for source in row.sources.values())
+
+
+def test_headline_figures():
+    for (suite, name), score in HEADLINES.items():
+        (row,) = [row for row in load_suite(suite).rows if row.name == name]
+        assert row.published[REPORT_MODEL] == score
+
+
+def test_no_figure_is_left_without_a_row():
+    with (SUITES_DIR / "published.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        assert line["row"] in {row.name for row in load_suite(line["suite"]).rows}
+    assert len({(line["suite"], line["row"], line["model"]) for line in lines}) == len(lines)
+
+
+def test_our_tasks_of_the_suites_exist():
+    ours = TaskManager(include_path=str(TASKS_DIR), include_defaults=False).all_tasks
+    rows = [row for name in suite_names() for row in load_suite(name).rows]
+    assert {row.task for row in rows if row.task.startswith("motif2_")} <= set(ours)
+
+
+@pytest.mark.slow
+def test_lm_eval_knows_the_other_tasks():
+    known = TaskManager().all_tasks
+    assert {row.task for name in suite_names() for row in load_suite(name).rows if row.task} <= set(known) | {
+        row.task for name in suite_names() for row in load_suite(name).rows if row.task.startswith("motif2_")
+    }
+
+
+def test_rows_are_chosen_by_name_or_benchmark():
+    suite = load_suite("base")
+    assert [row.name for row in suite.choose(["gsm8k", "math"])] == ["gsm8k_4shot", "gsm8k_8shot", "math"]
+    assert [row.name for row in suite.choose(["gsm8k_4shot"])] == ["gsm8k_4shot"]
+    assert all(row.task for row in suite.choose([]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_suite("instrct"), "did you mean 'instruct'"),
+        (lambda: load_suite("base").choose(["humanevl"]), "did you mean 'humaneval'"),
+        (lambda: load_suite("instruct").choose(["bfcl"]), "cannot be run: it is scored by its own package"),
+    ],
+)
+def test_bad_names_are_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
