@@ -13,6 +13,7 @@ _SIZE_INCHES = (7.2, 3.6)
 _DPI = 120
 _PALETTE = ("#3b6fb6", "#d1792c", "#4a9a5b", "#8b5fb0", "#b0483f", "#5f6b76", "#c2a23a", "#3d9c9c")
 _LAYER_COLORS = "viridis"
+_MEAN_STEPS = 20
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -82,9 +83,10 @@ def plot_scores(stages: list[str], scores: list[float], errors: list[float], yla
     figure, axes = _axes(ylabel + " after each stage", "", ylabel)
     axes.bar(range(len(stages)), scores, yerr=errors, capsize=4, color=_PALETTE[0], width=0.6)
     for position, score in enumerate(scores):
-        axes.annotate(f"{score:.1%}", (position, score), xytext=(0, 6), textcoords="offset points", ha="left")
+        axes.annotate(f"{score:.1%}", (position, score), xytext=(8, 4), textcoords="offset points", ha="left")
     axes.set_xticks(range(len(stages)), stages)
-    axes.set_ylim(0, max(1.12 * max(scores, default=1), 0.05))
+    highest = max((score + error for score, error in zip(scores, errors, strict=True)), default=1)
+    axes.set_ylim(0, max(1.15 * highest, 0.05))
     return _save(figure, path)
 
 
@@ -106,10 +108,11 @@ def _plot_mixture(steps: list[dict], path: Path) -> Path:
     shares = [[row["mixture"].get(domain, 0.0) for row in steps] for domain in domains]
     axes.stackplot(tokens, shares, labels=[f"{domain}, scheduled" for domain in domains], colors=_PALETTE, alpha=0.75)
     boundary = [0.0] * len(steps)
-    for domain in domains[:-1]:
-        boundary = [low + row["realised"].get(domain, 0.0) for low, row in zip(boundary, steps, strict=True)]
-        axes.plot(tokens, boundary, color="black", linewidth=0.9, linestyle=":")
-    axes.plot([], [], color="black", linewidth=0.9, linestyle=":", label="realised so far")
+    for position, domain in enumerate(domains[:-1]):
+        realised = _running_mean([row["realised"].get(domain, 0.0) for row in steps])
+        boundary = [low + share for low, share in zip(boundary, realised, strict=True)]
+        label = f"realised, mean of {_MEAN_STEPS} steps" if position == 0 else None
+        axes.plot(tokens, boundary, color="black", linewidth=1, linestyle="--", label=label)
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.legend(loc="lower left", framealpha=0.85)
@@ -134,6 +137,13 @@ def _plot_layers(steps: list[dict], key: str, ylabel: str, title: str, path: Pat
         axes.plot([row["tokens"] for row in rows], [row[key][layer] for row in rows], color=color, label=label)
     axes.legend(frameon=False, ncols=2)
     return _save(figure, path)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Mean of each value and the `_MEAN_STEPS - 1` around it, fewer at the ends."""
+    half = _MEAN_STEPS // 2
+    windows = [values[max(0, index - half) : index + half] or values[:1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _domains(rows: list[dict], key: str) -> list[str]:

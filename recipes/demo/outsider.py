@@ -22,7 +22,7 @@ def main(folder: str, prompts: list[str]) -> None:
     sys.meta_path.insert(0, ProjectBlocker())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert not set(sys.modules) & set(PROJECT_PACKAGES), "the project leaked into this process"
     for prompt in prompts:

@@ -264,9 +264,9 @@ class Demo:
         packages = ("torch", "transformers", "accelerate", "trl", "lm-eval", "kernels")
         seconds = sum(found["seconds"] for found in self.results.values())
         return {
-            "parts, seconds in all": f"{seconds:.0f}",
-            "training tokens in the corpus": str(self.results["data"]["tokens"]),
-            "conversations a stage": str(self.results["data"]["conversations"]),
+            "seconds in all": f"{seconds:.0f}",
+            "tokens in the corpus": _listed(self.results["data"]["tokens"]),
+            "conversations by stage": _listed(self.results["data"]["conversations"]),
             "versions": ", ".join(f"{name} {version(name)}" for name in packages),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
         }
@@ -277,6 +277,10 @@ def _read_recipe(config_class: type, name: str, settings: dict):
     words = itertools.chain.from_iterable((f"--{key}", str(value)) for key, value in settings.items())
     argv = ["--config", str(RECIPES / name), *words]
     return parse_recipe(config_class, description=__doc__, argv=argv)[0]
+
+
+def _listed(counts: dict) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:
