@@ -1,15 +1,8 @@
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.trainer.test_loop import curve
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
 from trainer.pretrain import main
@@ -81,51 +74,3 @@ def test_unknown_keys_name_the_nearest(recipe, capsys):
     with pytest.raises(SystemExit):
         main(["--config", str(path)])
     assert "'learning_rate'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_twenty_random_kills_do_not_change_the_curve(recipe, make_config, tmp_path, num_ranks):
-    """SIGKILL at random moments, checkpoint writing included; the curve must be the undisturbed run's, bit for bit."""
-    settings = {"total_tokens": 128 * 60, "checkpoint_steps": 2, "eval_steps": 0}
-    folders = {name: tmp_path / name for name in ("whole", "killed")}
-    for name, folder in folders.items():
-        config = make_config(output_dir=str(folder), **settings)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    assert _start(tmp_path / "whole.yaml", num_ranks).wait() == 0
-    moments = random.Random(0)
-    kills = 0
-    while not (folders["killed"] / "model").exists():
-        process = _start(tmp_path / "killed.yaml", num_ranks)
-        if kills < 20:
-            _wait_for_steps(folders["killed"] / "metrics.jsonl", process)
-            time.sleep(moments.uniform(0, 0.5))
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-        assert kills == 20 or process.returncode == -signal.SIGKILL
-    assert kills == 20
-    assert curve(folders["killed"]) == curve(folders["whole"])
-
-
-def _start(recipe: Path, num_ranks: int) -> subprocess.Popen:
-    launcher = (
-        [] if num_ranks == 1 else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m"]
-    )
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "trainer.pretrain", "--config", str(recipe)],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def _wait_for_steps(metrics: Path, process: subprocess.Popen) -> None:
-    """Return once the restarted run has made a step."""
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    while process.poll() is None:
-        time.sleep(0.05)
-        if metrics.exists() and metrics.stat().st_size and metrics.stat().st_mtime_ns > before:
-            return
