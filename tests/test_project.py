@@ -1,0 +1,63 @@
+"""What holds for the project as a whole: who imports whom, versions that fit, recipes that load."""
+
+import ast
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers.utils import is_kernels_available
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("modeling_motif2", "kernels_hub", "trainer", "sft", "eval_harness")
+ENTRIES = ("trainer.pretrain", "sft.train", "eval_harness.run")
+SOURCES = [path for name in (*PACKAGES, "recipes", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names that a file imports, `from a import b` as both `a` and `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("package", ["modeling_motif2", "kernels_hub"])
+def test_uploaded_packages_import_nothing_of_ours(package):
+    others = set(PACKAGES) - {package}
+    files = [path for path in (ROOT / package).rglob("*.py") if not {"tests", "benchmarks"} & set(path.parts)]
+    assert files
+    for path in files:
+        assert not {name.split(".")[0] for name in imported_modules(path)} & others, path
+
+
+def test_nothing_imports_an_entry_script():
+    assert len(SOURCES) > 50
+    for path in SOURCES:
+        assert not imported_modules(path) & set(ENTRIES), path
+
+
+def test_kernels_and_transformers_fit_each_other():
+    assert is_kernels_available(), "transformers would ignore every kernel in silence: see CONTRIBUTING.md"
+
+
+def test_pins_are_exact_and_installed():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    pins = {canonicalize_name(name): pinned for name, pinned in pins.items()}
+    for requirement in map(Requirement, requires("motif2")):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "test"}):
+            installed = version(requirement.name).split("+")[0]
+            assert installed == pins[canonicalize_name(requirement.name)], f"{requirement.name}: make a new .venv"
+
+
+def test_every_recipe_is_a_mapping_that_says_what_it_needs():
+    paths = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert len(paths) > 20
+    for path in paths:
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
+        assert path.read_text().startswith("#"), f"{path} has no header: hardware, time, launch line"
