@@ -15,6 +15,7 @@ from eval_harness.answers import INVALID, after_thinking, last_boxed
 _CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer is).)*?)\.?\s*I hope it is correct", re.I | re.DOTALL)
 _FINAL = re.compile(r"final answer is:?\s*(.*)", re.IGNORECASE)
 _ANSWER = re.compile(r"\banswer is:?\s*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
+TIMEOUT_SECONDS = 30  # assumption; the library's 5 make a score depend on how busy the machine is
 _MATHEMATICS = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
@@ -48,11 +49,11 @@ def same_object(gold: str, stated: str) -> bool:
     """Whether two LaTeX expressions denote the same object, as far as math-verify can tell."""
     if stated == INVALID:
         return False
-    return bool(verify(_parsed(gold), _parsed(stated)))
+    return bool(verify(_parsed(gold), _parsed(stated), timeout_seconds=TIMEOUT_SECONDS))
 
 
 def _parsed(expression: str) -> list:
-    return parse(f"${expression}$", extraction_config=_MATHEMATICS)
+    return parse(f"${expression}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
 
 
 def _undollared(text: str) -> str:
