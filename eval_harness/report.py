@@ -209,7 +209,7 @@ def as_html(lines: list[Line], facts: dict[str, str], settings: dict, links: dic
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>Evaluation of {_safe(facts['model'])}</title><style>{STYLE}</style>"
         f"<h1>Evaluation of {_safe(facts['model'])}</h1>"
-        "<p class=note>Bars: dark, measured here, with its 95% confidence interval; light, the report; grey, its peers.</p>"
+        "<p class=note>Bars: dark, measured here, with its 95% interval; light, the report; grey, its peers.</p>"
         "<table><tr><th>benchmark<th class=n>shots<th>prompting<th>metric<th class=n>rows<th class=n>score"
         f"<th class=n>95% interval<th>note</tr>{rows}</table>{groups}"
         f"<h2>Run</h2><table>{facts_rows}</table><h2>Samples</h2><ul>{samples}</ul>"
