@@ -13,7 +13,6 @@ import csv
 import os
 import statistics
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,126 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch._functorch.config
+from polynorm_cases import COLUMNS, KERNEL, ROOT, check, make_inputs, ours, peers, values_and_gradients
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import kernels_hub
 
-import kernels_hub  # noqa: E402
-
-COLUMNS = 16384
 ROWS = (2048, 8192, 16384)
 RESULTS = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
 FIELDS = "section name shape direction ms p20 p80 share_of_copy ratio_to_compile peak_over_minimum device torch commit"
-KERNEL = kernels_hub.load_local("polynorm")
-torch._functorch.config.donated_buffer = False  # the backward of one graph is timed again and again
-torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape
-
-
-def eager(x, up, weight, bias, eps=1e-6):
-    """The model's own PolyNorm, as `modeling_motif2` computes it."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    square = wide * wide
-    total = bias.to(wide.dtype)
-    for factor, power in zip(weight.to(wide.dtype).unbind(), (square * wide, square, wide), strict=True):
-        total = total + factor * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + eps)
-    return (total if up is None else total * up).to(x.dtype)
-
-
-def ours(x, up, weight, bias):
-    """The kernels of this checkout."""
-    return KERNEL.poly_norm(x, weight, bias) if up is None else KERNEL.poly_norm_mul(x, up, weight, bias)
-
-
-def peers() -> dict[str, Callable]:
-    """Implementations to compare by name; those that cannot be had are named with the reason."""
-    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    found = {"eager": eager, "torch.compile": compiled, "ours": ours}
-    try:
-        from liger_kernel.ops.poly_norm import LigerPolyNormFunction
-
-        def liger(x, up, weight, bias):
-            y = LigerPolyNormFunction.apply(x, weight, bias.reshape(()), 1e-6)
-            return y if up is None else y * up
-
-        found["liger"] = liger
-    except ImportError as error:
-        print(f"liger: not timed, {error}")
-    try:
-        layers = kernels_hub.load_layers("official", {"PolyNorm", "FusedMulPolyNorm"})
-
-        def official(x, up, weight, bias):
-            owner = argparse.Namespace(weight=weight, bias=bias, eps=1e-6)
-            if up is None:
-                return layers.classes["PolyNorm"].forward(owner, x)
-            return layers.classes["FusedMulPolyNorm"].forward(owner, x, up)
-
-        found["official"] = official
-    except kernels_hub.KernelUnavailable as error:
-        print(f"official kernel: not timed, {error}")
-    return found
-
-
-def make_inputs(shape, dtype, mul, parameter_dtype=torch.float32):
-    """Random x, up (or None), weight, bias and dy on the GPU; all but dy want gradients."""
-    x = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
-    up = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() if mul else None
-    weight = torch.tensor([0.4, 0.3, 0.3], device="cuda", dtype=parameter_dtype).requires_grad_()
-    bias = torch.tensor([0.05], device="cuda", dtype=parameter_dtype).requires_grad_()
-    return x, up, weight, bias, torch.randn(shape, device="cuda", dtype=dtype)
-
-
-def values_and_gradients(function, x, up, weight, bias, dy):
-    """y and the gradients of x, (up,) weight, bias."""
-    leaves = [leaf for leaf in (x, up, weight, bias) if leaf is not None]
-    y = function(x, up, weight, bias)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-def check() -> None:
-    """Compares values and all gradients with float64, on poisoned memory, twice, and compiled.
-
-    Raises:
-        AssertionError: some result is wrong; nothing may be timed then.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
-    shapes = [(3, 5), (2, 7, 48), (33, 1000), (5, 16384), (3, 16385), (4, 20001), (2, 32768), (2, 65536), (2049, 2048)]
-    limits = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-    worst = 0.0
-    for shape, dtype, mul in product(shapes, limits, (False, True)):
-        inputs = make_inputs(shape, dtype, mul)
-        results = values_and_gradients(ours, *inputs)
-        again = values_and_gradients(ours, *inputs)
-        wide = [i if i is None else i.detach().double().requires_grad_(i.requires_grad) for i in inputs]
-        for index, (got, same, want) in enumerate(
-            zip(results, again, values_and_gradients(eager, *wide), strict=True)
-        ):
-            assert torch.equal(got, same), f"{shape} {dtype} mul={mul} output {index}: two runs differ"
-            error = ((got.double() - want).norm() / want.norm()).item()
-            limit = max(limits[dtype], 1e-4) if index >= len(results) - 2 else limits[dtype]
-            worst = max(worst, error / limit)
-            assert error <= limit, (
-                f"{shape} {dtype} mul={mul} output {index}: relative error {error:.1e} > {limit:.0e}"
-            )
-    _check_strides_and_compile()
-    torch.use_deterministic_algorithms(False)
-    print(f"correct: {len(shapes) * 6} cases, worst error {worst:.2f} of its limit")
-
-
-def _check_strides_and_compile() -> None:
-    pair = torch.randn(4, 6, 2 * 4096, device="cuda", dtype=torch.bfloat16)
-    _, _, weight, bias, _ = make_inputs((1, 1), torch.bfloat16, False)
-    x, up = pair.chunk(2, dim=-1)
-    packed = ours(x, up, weight, bias)
-    assert torch.equal(packed, ours(x.contiguous(), up.contiguous(), weight, bias)), "strided rows differ"
-    turned = ours(x.transpose(0, 1), up.transpose(0, 1), weight, bias)
-    assert torch.equal(turned, packed.transpose(0, 1)), "transposed rows differ"
-    assert ours(x[:0], up[:0], weight, bias).shape == (0, 6, 4096), "empty input"
-    inputs = make_inputs((4, 4096), torch.bfloat16, True)
-    compiled = torch.compile(lambda x, up, weight, bias: ours(x * 2, up, weight, bias) + 1, fullgraph=True)
-    plain = values_and_gradients(lambda x, up, weight, bias: ours(x * 2, up, weight, bias) + 1, *inputs)
-    for got, want in zip(values_and_gradients(compiled, *inputs), plain, strict=True):
-        assert torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2), "compiled differs"
 
 
 def milliseconds(function: Callable, sets: list, rounds: int = 15) -> tuple[float, float, float]:
@@ -263,26 +149,32 @@ def _time_peak(table: Table, rows: int, mul: bool) -> None:
     table.add("memory", "ours", shape, "both", (0.0, 0.0, 0.0), peak_over_minimum=peak / minimum)
 
 
-def _variants(num_inputs: int) -> list:
+def _variants(direction: str, mul: bool) -> list:
+    """Launches worth timing for one kernel."""
     plan = KERNEL.ops.launch.Plan
-    held = [
-        plan(warps, programs, stages, COLUMNS, together)
-        for warps, stages, programs, together in product((8, 16, 32), (1, 2, 3, 4), (1, 2, 3, 4, 8, 32), (True, False))
-        if stages == 1 or (stages - 1) * num_inputs * COLUMNS * 2 < 220 * 1024
+    num_inputs = 1 + mul + (direction == "backward")
+    programs = (1, 2, 4, 8) if direction == "backward" or mul else (2, 8, 32, 1024)
+    variants = [
+        plan(warps, count, stages, COLUMNS, together, packed)
+        for warps, stages, together, packed in product((8, 16, 32), (1, 2, 3), (True, False), (False, True))
+        for count in programs
+        if (stages - 1) * num_inputs * COLUMNS * 2 < 220 * 1024
+        and (together or warps < 32)
+        and (packed or stages != 2)
     ]
-    twice = [
-        plan(warps, programs, 1, block, True)
-        for warps, block, programs in product((4, 8, 16), (2048, 4096, 8192), (1, 2, 3, 4, 8, 32))
-    ]
-    return held + twice
+    if direction == "backward" and mul:
+        again = ((8, 128), (16, 64), (16, None), (32, None))
+        variants += [
+            plan(warps, count, 1, COLUMNS, True, True, True, limit) for warps, limit in again for count in programs
+        ]
+    return variants
 
 
-def _launch(direction: str, inputs, variant) -> None:
+def _launch(direction: str, inputs, variant):
     x, up, weight, bias, dy = inputs[:5]
     if direction == "forward":
-        KERNEL.ops.launch.forward(x, up, weight, bias, 1e-6, variant)
-    else:
-        KERNEL.ops.launch.backward(dy, x, up, weight, bias, inputs[5], variant)
+        return KERNEL.ops.launch.forward(x, up, weight, bias, 1e-6, variant)
+    return KERNEL.ops.launch.backward(dy, x, up, weight, bias, inputs[5], variant)
 
 
 def _compile_variants(direction: str, mul: bool, variants: list) -> None:
@@ -299,15 +191,15 @@ def _compile_variants(direction: str, mul: bool, variants: list) -> None:
 def sweep(table: Table, bandwidth: float) -> None:
     """Times launch variants at T = 2048 and 8192 and prints the best of each kernel."""
     cases = {
-        (direction, mul): _variants(1 + mul + (direction == "backward"))
+        (direction, mul): _variants(direction, mul)
         for direction, mul in product(("forward", "backward"), (False, True))
     }
     distinct = {
         case: list({variant._replace(programs=1): tuple(variant) for variant in variants}.values())
         for case, variants in cases.items()
     }
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_variants, *case, some[i::3]) for case, some in distinct.items() for i in range(3)]
+    with ProcessPoolExecutor(16, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile_variants, *case, some[i::8]) for case, some in distinct.items() for i in range(8)]
         for job in jobs:
             job.result()
     for (direction, mul), variants in cases.items():
@@ -318,29 +210,27 @@ def sweep(table: Table, bandwidth: float) -> None:
                 + [torch.rand(rows, 3, device="cuda")]
                 for _ in range(4 if rows == 2048 else 2)
             ]
+            wanted = _launch(direction, sets[0], None)
             for variant in variants:
                 try:
+                    for got, want in zip(_launch(direction, sets[0], variant), wanted, strict=True):
+                        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
                     times = milliseconds(lambda one, d=direction, v=variant: _launch(d, one, v), sets, 5)
-                except Exception:
+                except Exception as error:
+                    print(f"{direction} mul={mul} {tuple(variant)}: {type(error).__name__} {str(error)[:100]!r}")
                     continue
                 share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / times[0] * 1e3
                 shares[variant].append(share)
-                table.rows.append(
-                    dict.fromkeys(FIELDS.split(), "")
-                    | table.common
-                    | {
-                        "section": "sweep",
-                        "name": str(tuple(variant)),
-                        "shape": f"T{rows} {'*up' if mul else 'plain'}",
-                    }
-                    | {"direction": direction, "ms": f"{times[0]:.4f}", "share_of_copy": f"{share:.3f}"}
-                )
         best = sorted((s for s in shares.items() if len(s[1]) == 2), key=lambda item: -sum(item[1]))
         for variant, (small, large) in best[:8]:
             print(f"sweep {direction:8} {'*up  ' if mul else 'plain'} T2048 {small:.3f}  T8192 {large:.3f}  {variant}")
-        for block in (True, False):
-            first = next(((v, s) for v, s in best if (v.block >= COLUMNS) == block), None)
-            print(f"   best that reads {'once' if block else 'twice'}: {first}", flush=True)
+        best_of = {}
+        for variant, pair in sorted(best, key=lambda item: -item[1][1]):
+            best_of.setdefault(variant._replace(programs=0), (variant, pair))
+        for variant, (small, large) in list(best_of.values())[:16]:
+            print(f"   by T8192: T2048 {small:.3f}  T8192 {large:.3f}  {tuple(variant)}", flush=True)
+        for variant, (small, large) in sorted(best, key=lambda item: -item[1][0])[:6]:
+            print(f"   by T2048: T2048 {small:.3f}  T8192 {large:.3f}  {tuple(variant)}", flush=True)
 
 
 def whole_layers(table: Table) -> None:
@@ -440,8 +330,8 @@ def main() -> None:
             section()
         except Exception:
             traceback.print_exc()
+        table.write(RESULTS / "polynorm.csv")
         torch.cuda.empty_cache()
-    table.write(RESULTS / "polynorm.csv")
 
 
 if __name__ == "__main__":

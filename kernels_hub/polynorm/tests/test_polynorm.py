@@ -65,7 +65,7 @@ def test_rows_that_are_read_twice(kernel, device, poisoned, mul, monkeypatch):
     if not INTERPRETED and device == "cpu":
         pytest.skip("only the Triton kernels read rows twice")
     launch = kernel.ops.launch
-    monkeypatch.setattr(launch, "plan", lambda *_: launch.Plan(warps=4, programs=1, stages=1, block=32))
+    monkeypatch.setattr(launch, "plan", lambda *_, **__: launch.Plan(warps=4, programs=1, stages=1, block=32))
     assert_matches_definition(
         kernel, make((5, 75), torch.float32, mul, device), torch.randn(5, 75, device=device), 3e-6
     )

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._polynorm_cpu_6c84937
+ops = torch.ops._polynorm_cpu_1223d41
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_polynorm_cpu_6c84937::{op_name}"
+    return f"_polynorm_cpu_1223d41::{op_name}"

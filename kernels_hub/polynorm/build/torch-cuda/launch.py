@@ -25,6 +25,9 @@ class Plan(NamedTuple):
         stages: depth of the prefetch of rows into shared memory; 1 loads without it.
         block: columns held at once; less than a row means that the row is read twice.
         together: one reduction for all sums of a row instead of one for each.
+        packed: a row waits for its sums in 16 bits an element, not as float32.
+        reread: the second factor's gradient reads `up` again instead of holding it.
+        registers: limit of registers a thread; None leaves it to the compiler.
     """
 
     warps: int
@@ -32,17 +35,37 @@ class Plan(NamedTuple):
     stages: int
     block: int
     together: bool = not INTERPRETED
+    packed: bool = False
+    reread: bool = False
+    registers: int | None = None
 
 
-def plan(num_columns: int, num_inputs: int, element_size: int) -> Plan:
-    """Chooses the launch for rows of `num_columns` and `num_inputs` tensors of `element_size` bytes read for each."""
+def plan(num_rows: int, num_columns: int, element_size: int, has_up: bool, backward: bool) -> Plan:
+    """Chooses the launch for rows of `num_columns` elements of `element_size` bytes.
+
+    The choices for 16-bit rows of 16384 were measured on an H200 (`benchmarks/polynorm.py --sweep`).
+    """
     block = triton.next_power_of_2(max(num_columns, 16))
+    num_inputs = 1 + has_up + backward
     if 4 * num_inputs * block > REGISTER_BYTES + 32 * 1024 * (num_inputs == 3):
         return Plan(warps=16, programs=4, stages=1, block=TILE)
+    if block == 16384 and element_size == 2 and not INTERPRETED:
+        few = num_rows <= 4096
+        if backward and has_up:
+            return Plan(warps=32, programs=2 if few else 4, stages=1, block=block)
+        if backward:
+            return Plan(warps=8 if few else 16, programs=1, stages=3, block=block, together=False)
+        if has_up:
+            return Plan(warps=8, programs=2 if few else 8, stages=3, block=block)
+        return Plan(warps=16, programs=32, stages=1, block=block)
     warps = min(16, max(1, block // 512))
     shared_bytes = num_inputs * block * element_size
     stages = 1 if block < 8192 else min(3, 1 + 200 * 1024 // shared_bytes)
     return Plan(warps, programs=1 if stages > 1 else 16, stages=stages, block=block)
+
+
+def _compiler_options(chosen: Plan) -> dict:
+    return {"num_warps": chosen.warps} | ({"maxnreg": chosen.registers} if chosen.registers else {})
 
 
 @cache
@@ -70,14 +93,14 @@ def forward(x, up, weight, bias, eps, chosen=None):
     x = _rows(x)
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
-    chosen = chosen or plan(num_columns, 1 + has_up, x.element_size())
+    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, backward=False)
     strides = (x.stride(0), up.stride(0))
     with torch.cuda.device_of(x):
         if chosen.block >= num_columns:
             kernels.forward_kernel[_grid(x, chosen)](
                 x, up, weight, bias, y, inverse_rms, num_rows, num_columns, *strides, eps,
                 HAS_UP=has_up, BLOCK=chosen.block, STAGES=chosen.stages, TOGETHER=chosen.together,
-                num_warps=chosen.warps,
+                PACKED=chosen.packed, **_compiler_options(chosen),
             )  # fmt: skip
         else:
             kernels.long_forward_kernel[_grid(x, chosen)](
@@ -98,7 +121,7 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
     dy, x = _rows(dy), _rows(x)
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
-    chosen = chosen or plan(num_columns, 2 + has_up, x.element_size())
+    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, backward=True)
     grid = _grid(x, chosen)
     partial = torch.empty((4, grid[0]), dtype=torch.float32, device=x.device)
     strides = (dy.stride(0), x.stride(0), up.stride(0))
@@ -108,7 +131,7 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
                 dy, x, up, weight, bias, inverse_rms, dx, dx if dup is None else dup, partial,
                 num_rows, num_columns, *strides,
                 HAS_UP=has_up, BLOCK=chosen.block, STAGES=chosen.stages, TOGETHER=chosen.together,
-                num_warps=chosen.warps,
+                PACKED=chosen.packed, REREAD=chosen.reread, **_compiler_options(chosen),
             )  # fmt: skip
         else:
             kernels.long_backward_kernel[grid](

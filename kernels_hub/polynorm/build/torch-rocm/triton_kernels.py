@@ -24,8 +24,28 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
+def _load_packed(pointer, row, stride, columns, num_columns):
+    return tl.load(pointer + row * stride + columns, mask=columns < num_columns, other=0.0)
+
+
+@triton.jit
 def _load_row(pointer, row, stride, columns, num_columns):
-    return tl.load(pointer + row * stride + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    return _load_packed(pointer, row, stride, columns, num_columns).to(tl.float32)
+
+
+@triton.jit
+def _again(packed, total, num_columns, PACKED: tl.constexpr):
+    """`packed` once more, in float32, after its row's finished sum `total`.
+
+    Where `PACKED`, the compiler cannot tell that these are the numbers from before the sum: meanwhile it keeps 16 bits
+    an element in registers, not the float32 of the first use.
+    """
+    if PACKED:
+        zero = (total.to(tl.int32, bitcast=True) & (num_columns >> 31)).to(tl.int16)
+        packed = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;", "=r,r,r", [packed, zero], dtype=packed.dtype, is_pure=True, pack=2
+        )
+    return packed.to(tl.float32)
 
 
 @triton.jit
@@ -116,22 +136,22 @@ def _input_gradient(gradient, x, r1, r2, r3, a1, a2, a3, s1, s2, s3, count):
 def forward_kernel(
     x_ptr, up_ptr, weight_ptr, bias_ptr, y_ptr, inverse_rms_ptr,
     num_rows, num_columns, x_stride, up_stride, eps,
-    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y (R, N) and inverse_rms (R, 3), each row held in registers."""
     columns = tl.arange(0, BLOCK)
     w1, w2, w3, bias = _load_parameters(weight_ptr, bias_ptr)
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
-        x = _load_row(x_ptr, row, x_stride, columns, num_columns)  # (BLOCK,)
+        packed_x = _load_packed(x_ptr, row, x_stride, columns, num_columns)  # (BLOCK,)
         if HAS_UP:
-            up = _load_row(up_ptr, row, up_stride, columns, num_columns)
-        sum2, sum4, sum6 = _power_sums(x, TOGETHER)
+            up = _load_packed(up_ptr, row, up_stride, columns, num_columns)
+        sum2, sum4, sum6 = _power_sums(packed_x.to(tl.float32), TOGETHER)
         r1, r2, r3 = _store_inverse_rms(inverse_rms_ptr, row, sum2, sum4, sum6, num_columns, eps)
         a1, a2, a3 = w1 * r1, w2 * r2, w3 * r3
-        y = _polynomial(x, a1, a2, a3, bias)
+        y = _polynomial(_again(packed_x, sum2, num_columns, PACKED), a1, a2, a3, bias)
         if HAS_UP:
-            y *= up
+            y *= up.to(tl.float32)
         tl.store(y_ptr + row * num_columns + columns, y.to(y_ptr.dtype.element_ty), mask=columns < num_columns)
 
 
@@ -139,7 +159,8 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, inverse_rms_ptr, dx_ptr, dup_ptr, partial_ptr,
     num_rows, num_columns, dy_stride, x_stride, up_stride,
-    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PACKED: tl.constexpr,
+    REREAD: tl.constexpr,
 ):  # fmt: skip
     """dx (R, N), dup (R, N) and each program's share (4, P) of the weights' and bias's gradients."""
     columns = tl.arange(0, BLOCK)
@@ -149,20 +170,34 @@ def backward_kernel(
     total2 = 0.0
     total1 = 0.0
     total0 = 0.0
+    next1, next2, next3 = _load_inverse_rms(inverse_rms_ptr, tl.program_id(0).to(tl.int64))
     for index in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
-        dy = _load_row(dy_ptr, row, dy_stride, columns, num_columns)  # (BLOCK,)
-        x = _load_row(x_ptr, row, x_stride, columns, num_columns)
-        r1, r2, r3 = _load_inverse_rms(inverse_rms_ptr, row)
-        a1, a2, a3 = w1 * r1, w2 * r2, w3 * r3
-        gradient = dy
+        r1, r2, r3 = next1, next2, next3
+        packed_dy = _load_packed(dy_ptr, row, dy_stride, columns, num_columns)  # (BLOCK,)
+        packed_x = _load_packed(x_ptr, row, x_stride, columns, num_columns)
+        # Carried by hand: a load that the compiler prefetches passes through shared memory and costs barriers.
+        next1, next2, next3 = _load_inverse_rms(inverse_rms_ptr, tl.minimum(row + tl.num_programs(0), num_rows - 1))
+        gradient = packed_dy.to(tl.float32)
         if HAS_UP:
-            up = _load_row(up_ptr, row, up_stride, columns, num_columns)
-            gradient = dy * up
-        s1, s2, s3, s0 = _gradient_sums(gradient, x, TOGETHER)
+            packed_up = _load_packed(up_ptr, row, up_stride, columns, num_columns)
+            gradient *= packed_up.to(tl.float32)
+        s1, s2, s3, s0 = _gradient_sums(gradient, packed_x.to(tl.float32), TOGETHER)
         s3 *= r3
         s2 *= r2
         s1 *= r1
+        a1, a2, a3 = w1 * r1, w2 * r2, w3 * r3
+        dy = _again(packed_dy, s0, num_columns, PACKED)
+        x = _again(packed_x, s0, num_columns, PACKED)
+        gradient = dy
+        if HAS_UP:
+            if REREAD:
+                packed_up = tl.load(
+                    up_ptr + row * up_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+                )
+                gradient = dy * packed_up.to(tl.float32)
+            else:
+                gradient = dy * _again(packed_up, s0, num_columns, PACKED)
         dx = _input_gradient(gradient, x, r1, r2, r3, a1, a2, a3, s1, s2, s3, num_columns)
         tl.store(dx_ptr + row * num_columns + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if HAS_UP:
