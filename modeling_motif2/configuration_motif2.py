@@ -80,6 +80,8 @@ class Motif2Config(PreTrainedConfig):
         sliding_window: width of the window in tokens; set to None unless `use_sliding_window`.
         max_window_layers: index of the first layer with a window.
         layer_types: set from the three fields above: "full_attention" or "sliding_attention" for every layer.
+        single_attention_call: whether a layer does its attention in one standard call, for serving engines; the head
+            counts are then those of that call (see `for_engines`), and `num_noise_heads` says the number of groups.
         bos_token_id, eos_token_id, pad_token_id: default to the published ids with the published vocabulary,
             otherwise to None.
 
@@ -137,6 +139,7 @@ class Motif2Config(PreTrainedConfig):
     sliding_window: int | None = None
     max_window_layers: int | None = None
     layer_types: list[str] | None = None
+    single_attention_call: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -162,6 +165,8 @@ class Motif2Config(PreTrainedConfig):
     @property
     def num_signal_heads_per_group(self) -> int:
         """Signal heads r that share their group's noise head."""
+        if self.single_attention_call:
+            return self.num_attention_heads // self.num_key_value_heads
         return self.num_attention_heads // self.num_groups - 1
 
     def _infer_head_dim(self) -> int:
@@ -196,7 +201,35 @@ class Motif2Config(PreTrainedConfig):
             "sliding_attention" if layer >= first else "full_attention" for layer in range(self.num_hidden_layers)
         ]
 
+    def for_engines(self) -> "Motif2Config":
+        """Returns a copy that runs each layer's attention as one call of plain grouped-query attention.
+
+        Engines size their caches by the head counts and attend once a layer, so the copy tells those of an equal plain
+        attention: each of a group's 2 keys is paired with each half of its value, and has r queries; the noise query
+        is repeated r times. The weights are the same. Costs twice the cache and about twice the attention arithmetic.
+        """
+        settings = self.to_dict()
+        if not self.single_attention_call:
+            key_heads = 4 * self.num_groups
+            settings.update(
+                single_attention_call=True,
+                num_noise_heads=self.num_groups,
+                num_key_value_heads=key_heads,
+                num_attention_heads=key_heads * self.num_signal_heads_per_group,
+            )
+        return type(self).from_dict(settings)
+
+    def _check_heads_of_single_call(self) -> None:
+        heads, keys, noise = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
+        if noise is None or keys != 4 * noise or heads < keys or heads % keys:
+            raise ValueError(
+                "single_attention_call=True needs num_key_value_heads = 4 * num_noise_heads and num_attention_heads a "
+                f"multiple of it, got {keys}, {noise} and {heads}: make it with `Motif2Config.for_engines`."
+            )
+
     def _check_heads(self) -> None:
+        if self.single_attention_call:
+            return self._check_heads_of_single_call()
         heads, keys, noise = self.num_attention_heads, self.num_key_value_heads, self.num_noise_heads
         if noise is None and (heads < 2 or heads % 2):
             raise ValueError(
@@ -257,9 +290,15 @@ class Motif2Config(PreTrainedConfig):
         return super().from_dict(from_official_dict(config_dict), **kwargs)
 
     def to_official_dict(self) -> dict[str, Any]:
-        """Returns this configuration as the config.json of an official checkpoint, without remote code."""
+        """Returns this configuration as the config.json of an official checkpoint, without remote code.
+
+        Raises:
+            ValueError: if this is a configuration for engines, which the official layout cannot tell.
+        """
+        if self.single_attention_call:
+            raise ValueError("single_attention_call=True has no official layout: use the model it was made from.")
         official = self.to_diff_dict()
-        for name in ("auto_map", "lambda_std_dev", "layer_types", "rope_parameters"):
+        for name in ("auto_map", "lambda_std_dev", "layer_types", "rope_parameters", "single_attention_call"):
             official.pop(name, None)
         if self.num_noise_heads is None:
             official.pop("num_noise_heads")

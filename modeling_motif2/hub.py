@@ -9,7 +9,16 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .model_card import write_model_card
 
-LAYOUTS = ("motif2", "official")
+LAYOUTS = ("motif2", "official", "engine")
+# What `trust_remote_code` finds in a saved folder, whatever head the model was saved with.
+AUTO_MAP = {
+    "AutoConfig": "configuration_motif2.Motif2Config",
+    "AutoModel": "modeling_motif2.Motif2Model",
+    "AutoModelForCausalLM": "modeling_motif2.Motif2ForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_motif2.Motif2ForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_motif2.Motif2ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_motif2.Motif2ForTokenClassification",
+}
 # Weights that a task head adds to the backbone: a checkpoint of the language model does not have them.
 TASK_HEAD_WEIGHTS = ("score.", "qa_outputs.")
 LANGUAGE_HEAD_WEIGHT = "lm_head.weight"
@@ -55,8 +64,9 @@ class Motif2HubMixin:
         Args:
             save_directory: folder; a README.md that is already there is left alone.
             *args: what transformers takes.
-            layout: "motif2" (loads with this package, or with `trust_remote_code=True` without it), or "official"
-                (a config.json like those of the official checkpoints, without sources).
+            layout: "motif2" (loads with this package, or with `trust_remote_code=True` without it), "official" (a
+                config.json like those of the official checkpoints, without sources), or "engine" (like "motif2", each
+                layer's attention in one call, see `Motif2Config.for_engines`).
             push_to_hub: whether to upload the folder afterwards, to `repo_id` or the folder's name.
             **kwargs: what transformers takes, and `push_to_hub`'s arguments.
 
@@ -71,11 +81,14 @@ class Motif2HubMixin:
             for name in ("repo_id", "commit_message", "create_pr", "private", "revision")
             if name in kwargs
         }
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         on_this_rank = self.should_save_on_this_rank(kwargs.get("is_main_process", True))
         if on_this_rank and (folder / "config.json").exists():
             if layout == "official":
                 _make_official(folder, self.config.to_official_dict())
+            elif layout == "engine":
+                self.config.for_engines().save_pretrained(folder)
             if not (folder / "README.md").exists():
                 write_model_card(folder, num_parameters=self.num_parameters())
         if on_this_rank and push_to_hub:

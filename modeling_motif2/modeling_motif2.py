@@ -224,10 +224,10 @@ def eager_attention_forward(
 
 
 class Motif2AttentionStream(nn.Module):
-    """One of the two attentions whose difference GDA takes; without parameters.
+    """One attention in transformers' interface; without parameters.
 
-    transformers' attention functions read what they need from a module like this one, so that signal (r queries a
-    key) and noise (1 query a key) both go through them unchanged.
+    transformers' attention functions read what they need from a module like this one. GDA takes the difference of two:
+    signal (r queries a key) and noise (1 query a key).
 
     Args:
         config: gives the name of the backend.
@@ -242,6 +242,7 @@ class Motif2AttentionStream(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_key_value_groups = num_key_value_groups
+        self.scaling = config.head_dim**-0.5
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
@@ -250,13 +251,16 @@ class Motif2AttentionStream(nn.Module):
 
         Args:
             query: (B, heads, T, D).
-            key: (B, G, S, D).
-            value: (B, G, 2, S, D), the two halves of each group's value.
+            key: (B, heads / num_key_value_groups, S, D).
+            value: (B, heads / num_key_value_groups, S, D or 2D).
             mask: in the backend's own form.
-            **kwargs: to the backend, `scaling` among them.
+            **kwargs: to the backend.
 
         Returns:
-            Output (B, T, heads, 2D), and the backend's second result.
+            Output (B, T, heads, D or 2D), and the backend's second result.
+
+        Raises:
+            ValueError: if flash attention is given float32.
         """
         name = self.config._attn_implementation
         if "flash" in name and query.dtype == torch.float32:
@@ -265,11 +269,7 @@ class Motif2AttentionStream(nn.Module):
                 "run it under autocast, or use sdpa."
             )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        if name in WIDE_VALUE_BACKENDS:
-            wide = value.transpose(2, 3).flatten(3)  # (B, G, S, 2D), a view when nothing is cached
-            return attend(self, query, key, wide, mask, **kwargs)
-        first, second = (attend(self, query, key, half, mask, **kwargs)[0] for half in value.unbind(2))
-        return torch.cat((first, second), dim=-1), None
+        return attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
 
 
 class Motif2Attention(nn.Module):
@@ -295,22 +295,23 @@ class Motif2Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_groups = config.num_groups
-        self.num_signal_heads_per_group = config.num_signal_heads_per_group
+        self.num_signal_heads_per_group = ratio = config.num_signal_heads_per_group
         self.scaling = self.head_dim**-0.5
         self.lambda_init = lambda_init(layer_idx)
         self.max_logits: torch.Tensor | None = None
         self.output_norms: torch.Tensor | None = None
 
-        num_signal_heads = self.num_groups * self.num_signal_heads_per_group
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(num_signal_heads * 2 * self.head_dim, config.hidden_size, bias=False)
+        group_dim = self.num_groups * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, (ratio + 1) * group_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, 2 * group_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, 2 * group_dim, bias=False)
+        self.o_proj = nn.Linear(2 * ratio * group_dim, config.hidden_size, bias=False)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(self, name, nn.Parameter(torch.empty(self.head_dim).normal_(0, config.lambda_std_dev)))
         self.subln = Motif2RMSNorm(2 * self.head_dim, eps=config.attn_rms_norm_eps)
-        self.signal = Motif2AttentionStream(config, layer_idx, self.num_signal_heads_per_group)
-        self.noise = Motif2AttentionStream(config, layer_idx, 1)
+        self.signal = Motif2AttentionStream(config, layer_idx, ratio)
+        if not config.single_attention_call:
+            self.noise = Motif2AttentionStream(config, layer_idx, 1)
 
     def lambda_value(self) -> torch.Tensor:
         """Returns lambda, the noise map's weight: one scalar a layer, in float32 or wider."""
@@ -340,6 +341,32 @@ class Motif2Attention(nn.Module):
         Returns:
             (B, T, C), and with eager attention and `output_attentions` the differential map (B, G * r, T, S).
         """
+        signal_query, noise_query, key, value = self._project(hidden_states, position_embeddings)
+        if self.config.single_attention_call:
+            key, value = for_single_call(key, value)  # (B, 4G, T, D)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.max_logits is not None:
+            keys = key[:, ::2] if self.config.single_attention_call else key
+            update_max_logits(self, signal_query, noise_query, keys, visible)
+
+        attend = self._attend_once if self.config.single_attention_call else self._attend_twice
+        signal, noise, maps = attend(signal_query, noise_query, key, value, attention_mask, **kwargs)
+        lambda_value = self.lambda_value().to(signal.dtype)
+        if self.output_norms is not None:
+            update_output_norms(self, signal, noise, visible)
+        output = self.subln(signal - lambda_value * noise) * (1 - self.lambda_init)  # (B, T, G, r, 2D)
+        differential_map = None
+        if maps is not None and kwargs.get("output_attentions"):
+            signal_map, noise_map = maps
+            noise_map = repeat_heads(noise_map, self.num_signal_heads_per_group)
+            differential_map = signal_map - lambda_value * noise_map  # (B, G * r, T, S)
+        return self.o_proj(output.flatten(2)), differential_map
+
+    def _project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns signal queries (B, G * r, T, D), noise queries (B, G, T, D), keys and values (B, 2G, T, D)."""
         batch, tokens = hidden_states.shape[:2]
         ratio, dim = self.num_signal_heads_per_group, self.head_dim
         query = self.q_proj(hidden_states)
@@ -351,30 +378,63 @@ class Motif2Attention(nn.Module):
         query = query.view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
         key = self.k_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
         value = self.v_proj(hidden_states).view(batch, tokens, -1, dim).transpose(1, 2)  # (B, 2G, T, D)
-        signal_query, noise_query = (
-            rotate(heads, *position_embeddings).flatten(2, 3).transpose(1, 2)  # (B, G * r or G, T, D)
-            for heads in query.split((ratio, 1), dim=3)
+        signal_query, noise_query, key = (
+            rotate(heads, *position_embeddings).flatten(2, 3).transpose(1, 2)
+            for heads in (*query.split((ratio, 1), dim=3), key)
         )
-        key = rotate(key, *position_embeddings).flatten(2, 3).transpose(1, 2)  # (B, 2G, T, D)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        signal_key, noise_key = key[:, 0::2], key[:, 1::2]  # (B, G, S, D)
-        value = value.unflatten(1, (-1, 2))  # (B, G, 2, S, D)
-        if self.max_logits is not None:
-            update_max_logits(self, signal_query, noise_query, key, visible)
+        return signal_query, noise_query, key, value
 
-        kwargs |= {"scaling": self.scaling, "dropout": 0.0}
-        signal, signal_map = self.signal(signal_query, signal_key, value, attention_mask, **kwargs)
-        noise, noise_map = self.noise(noise_query, noise_key, value, attention_mask, **kwargs)
-        lambda_value = self.lambda_value().to(signal.dtype)
-        signal, noise = signal.unflatten(2, (-1, ratio)), noise.unsqueeze(3)  # (B, T, G, r or 1, 2D)
-        if self.output_norms is not None:
-            update_output_norms(self, signal, noise, visible)
-        output = self.subln(signal - lambda_value * noise) * (1 - self.lambda_init)
-        differential_map = None
-        if self.config._attn_implementation == "eager" and kwargs.get("output_attentions"):
-            differential_map = signal_map - lambda_value * repeat_heads(noise_map, ratio)  # (B, G * r, T, S)
-        return self.o_proj(output.flatten(2)), differential_map
+    def _attend_twice(
+        self,
+        signal_query: torch.Tensor,
+        noise_query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Returns the outputs of signal (B, T, G, r, 2D) and noise (B, T, G, 1, 2D), and eager's two maps."""
+        name = self.config._attn_implementation
+        halves = value.unflatten(1, (-1, 2))  # (B, G, 2, S, D)
+        outputs, maps = [], []
+        for stream, query, keys in (
+            (self.signal, signal_query, key[:, 0::2]),
+            (self.noise, noise_query, key[:, 1::2]),
+        ):
+            if name in WIDE_VALUE_BACKENDS:
+                wide = halves.transpose(2, 3).flatten(3)  # (B, G, S, 2D), a view when nothing is cached
+                output, attention_map = stream(query, keys, wide, mask, **kwargs)
+                maps.append(attention_map)
+            else:
+                output = torch.cat([stream(query, keys, half, mask, **kwargs)[0] for half in halves.unbind(2)], dim=-1)
+            outputs.append(output.unflatten(2, (-1, stream.num_key_value_groups)))
+        return *outputs, tuple(maps) if name == "eager" else None
+
+    def _attend_once(
+        self,
+        signal_query: torch.Tensor,
+        noise_query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Does the same in one call of plain grouped-query attention, with 4 keys a group and r queries a key."""
+        ratio = self.num_signal_heads_per_group
+        signal_query = signal_query.unflatten(1, (-1, 1, ratio)).expand(-1, -1, 2, -1, -1, -1)
+        noise_query = noise_query[:, :, None, None].expand_as(signal_query)
+        query = torch.cat((signal_query, noise_query), dim=2).flatten(1, 3)  # (B, 4G * r, T, D)
+        output, _ = self.signal(query, key, value, mask, **kwargs)
+        batch, _, tokens, dim = query.shape
+        output = output.reshape(batch, tokens, -1, 2, 2, ratio, dim)  # stream, half of the value, query
+        signal, noise = output.transpose(4, 5).flatten(5).unbind(3)  # (B, T, G, r, 2D)
+        return signal, noise[:, :, :, :1], None
+
+
+def for_single_call(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs each group's two keys with each half of its value: (B, 2G, T, D) to (B, 4G, T, D), twice."""
+    halves = value.unflatten(1, (-1, 2))  # (B, G, 2, T, D)
+    return key.repeat_interleave(2, dim=1), torch.cat((halves, halves), dim=2).flatten(1, 2)
 
 
 class Motif2DecoderLayer(GradientCheckpointingLayer):
@@ -529,14 +589,15 @@ class Motif2Model(Motif2PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _check_backend(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:
-        name = self.config._attn_implementation
-        if name not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
+        name, once = self.config._attn_implementation, self.config.single_attention_call
+        if not once and name not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
             raise ValueError(
-                f"attn_implementation={name!r} cannot run grouped differential attention: it has no registered mask, "
-                "or pages its cache while a layer here attends more than once to one cache. Use eager, sdpa, "
-                "flex_attention or flash_attention_2; a backend of your own needs AttentionMaskInterface.register."
+                f"attn_implementation={name!r} cannot run grouped differential attention as it stands: it has no "
+                "registered mask, or pages its cache while a layer here attends more than once. Use eager, sdpa, "
+                "flex_attention or flash_attention_2; register a mask for a backend of your own with "
+                'AttentionMaskInterface; or save the model for a serving engine with layout="engine".'
             )
-        if kwargs.get("output_attentions") and name != "eager":
+        if kwargs.get("output_attentions") and (name != "eager" or once):
             raise ValueError(
                 f"output_attentions needs every probability, which attn_implementation={name!r} does not return: load "
                 'the model with attn_implementation="eager".'
