@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.modeling_motif2.builders import random_ids, small_config, small_model
@@ -112,8 +112,10 @@ def test_continuous_batching_runs_on_the_engine_form():
     model = small_model(attention="sdpa", ratio=3)
     engine = for_engines(model)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (4, 7)]
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=16)
-    results = engine.generate_batch(inputs=prompts, generation_config=config, block_size=32)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # Without these limits the cache would take most of the machine's memory.
+    limits = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=64)
+    results = engine.generate_batch(prompts, generation_config=config, continuous_batching_config=limits)
     generated = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
     for prompt in prompts:
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None)
