@@ -154,20 +154,14 @@ def _variants(direction: str, mul: bool) -> list:
     plan = KERNEL.ops.launch.Plan
     num_inputs = 1 + mul + (direction == "backward")
     programs = (1, 2, 4, 8) if direction == "backward" or mul else (2, 8, 32, 1024)
-    variants = [
-        plan(warps, count, stages, COLUMNS, together, packed)
-        for warps, stages, together, packed in product((8, 16, 32), (1, 2, 3), (True, False), (False, True))
+    return [
+        plan(warps, count, stages, COLUMNS, packed, together)
+        for warps, stages, packed, together in product((8, 16, 32), (1, 2, 3), (False, True), (False, True))
         for count in programs
         if (stages - 1) * num_inputs * COLUMNS * 2 < 220 * 1024
-        and (together or warps < 32)
+        and not (together and direction == "forward")
         and (packed or stages != 2)
     ]
-    if direction == "backward" and mul:
-        again = ((8, 128), (16, 64), (16, None), (32, None))
-        variants += [
-            plan(warps, count, 1, COLUMNS, True, True, True, limit) for warps, limit in again for count in programs
-        ]
-    return variants
 
 
 def _launch(direction: str, inputs, variant):

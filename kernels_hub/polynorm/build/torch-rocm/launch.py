@@ -12,6 +12,7 @@ import triton
 from . import triton_kernels as kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
+HAS_PTX = torch.version.hip is None and not INTERPRETED
 REGISTER_BYTES = 160 * 1024  # float32 inputs of one row; assumption: a longer row would spill
 TILE = 4096  # columns a step in the kernels that read a row twice; assumption
 
@@ -24,53 +25,62 @@ class Plan(NamedTuple):
         programs: programs a multiprocessor, at most; they share the rows.
         stages: depth of the prefetch of rows into shared memory; 1 loads without it.
         block: columns held at once; less than a row means that the row is read twice.
-        together: one reduction for all sums of a row instead of one for each.
-        packed: a row waits for its sums in 16 bits an element, not as float32.
-        reread: the second factor's gradient reads `up` again instead of holding it.
-        registers: limit of registers a thread; None leaves it to the compiler.
+        packed: a row waits for its sums in 16 bits an element, not as float32; needs PTX.
+        together: the backward's one reduction for all sums of a row instead of one for each.
     """
 
     warps: int
     programs: int
     stages: int
     block: int
-    together: bool = not INTERPRETED
     packed: bool = False
-    reread: bool = False
-    registers: int | None = None
+    together: bool = False
 
 
-def plan(num_rows: int, num_columns: int, element_size: int, has_up: bool, backward: bool) -> Plan:
+def plan(num_rows: int, num_columns: int, element_size: int, has_up: bool, backward: bool, shared_bytes: int) -> Plan:
     """Chooses the launch for rows of `num_columns` elements of `element_size` bytes.
 
-    The choices for 16-bit rows of 16384 were measured on an H200 (`benchmarks/polynorm.py --sweep`).
+    The choices for 16-bit rows of 16384 were measured on an H200 (`benchmarks/polynorm.py --sweep`). Without PTX
+    (ROCm, Triton's interpreter) or with less shared memory they do not apply, and no launch is packed.
+
+    Args:
+        num_rows: R.
+        num_columns: N.
+        element_size: bytes.
+        has_up: there is a second factor.
+        backward: for the backward, which also reads dy.
+        shared_bytes: shared memory that a program may have.
     """
     block = triton.next_power_of_2(max(num_columns, 16))
     num_inputs = 1 + has_up + backward
     if 4 * num_inputs * block > REGISTER_BYTES + 32 * 1024 * (num_inputs == 3):
         return Plan(warps=16, programs=4, stages=1, block=TILE)
-    if block == 16384 and element_size == 2 and not INTERPRETED:
-        few = num_rows <= 4096
+    if block == 16384 and element_size == 2 and HAS_PTX and shared_bytes >= 220 * 1024:
         if backward and has_up:
-            return Plan(warps=32, programs=2 if few else 4, stages=1, block=block)
+            return Plan(warps=8, programs=1, stages=3, block=block, packed=True, together=True)
         if backward:
-            return Plan(warps=8 if few else 16, programs=1, stages=3, block=block, together=False)
+            return Plan(warps=16, programs=1, stages=3, block=block)
         if has_up:
-            return Plan(warps=8, programs=2 if few else 8, stages=3, block=block)
-        return Plan(warps=16, programs=32, stages=1, block=block)
+            return Plan(warps=8, programs=8 if num_rows <= 4096 else 2, stages=1, block=block, packed=True)
+        return Plan(warps=8, programs=1024, stages=3, block=block, packed=True)
     warps = min(16, max(1, block // 512))
-    shared_bytes = num_inputs * block * element_size
-    stages = 1 if block < 8192 else min(3, 1 + 200 * 1024 // shared_bytes)
-    return Plan(warps, programs=1 if stages > 1 else 16, stages=stages, block=block)
-
-
-def _compiler_options(chosen: Plan) -> dict:
-    return {"num_warps": chosen.warps} | ({"maxnreg": chosen.registers} if chosen.registers else {})
+    fitting = 1 + max(0, shared_bytes - 16 * 1024) // (num_inputs * block * element_size)
+    stages = 1 if block < 8192 else min(3, fitting)
+    return Plan(warps, programs=1 if stages > 1 else 16, stages=stages, block=block, together=has_up and HAS_PTX)
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; 0 in the interpreter, which prefetches nothing."""
+    if device.type == "cpu":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def _grid(rows: torch.Tensor, chosen: Plan) -> tuple[int]:
@@ -93,14 +103,13 @@ def forward(x, up, weight, bias, eps, chosen=None):
     x = _rows(x)
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
-    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, backward=False)
+    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, False, _shared_bytes(x.device))
     strides = (x.stride(0), up.stride(0))
     with torch.cuda.device_of(x):
         if chosen.block >= num_columns:
             kernels.forward_kernel[_grid(x, chosen)](
                 x, up, weight, bias, y, inverse_rms, num_rows, num_columns, *strides, eps,
-                HAS_UP=has_up, BLOCK=chosen.block, STAGES=chosen.stages, TOGETHER=chosen.together,
-                PACKED=chosen.packed, **_compiler_options(chosen),
+                HAS_UP=has_up, BLOCK=chosen.block, STAGES=chosen.stages, PACKED=chosen.packed, num_warps=chosen.warps,
             )  # fmt: skip
         else:
             kernels.long_forward_kernel[_grid(x, chosen)](
@@ -121,7 +130,7 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
     dy, x = _rows(dy), _rows(x)
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
-    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, backward=True)
+    chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, True, _shared_bytes(x.device))
     grid = _grid(x, chosen)
     partial = torch.empty((4, grid[0]), dtype=torch.float32, device=x.device)
     strides = (dy.stride(0), x.stride(0), up.stride(0))
@@ -131,7 +140,7 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
                 dy, x, up, weight, bias, inverse_rms, dx, dx if dup is None else dup, partial,
                 num_rows, num_columns, *strides,
                 HAS_UP=has_up, BLOCK=chosen.block, STAGES=chosen.stages, TOGETHER=chosen.together,
-                PACKED=chosen.packed, REREAD=chosen.reread, **_compiler_options(chosen),
+                PACKED=chosen.packed, num_warps=chosen.warps,
             )  # fmt: skip
         else:
             kernels.long_backward_kernel[grid](

@@ -14,11 +14,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
-
-
-@triton.jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
@@ -94,18 +89,12 @@ def _gradient_sums(gradient, x, TOGETHER: tl.constexpr):
 
 
 @triton.jit
-def _power_sums(x, TOGETHER: tl.constexpr):
+def _power_sums(x):
     """Sums of x^2, x^4, x^6."""
     x2 = x * x
     x4 = x2 * x2
     x6 = x4 * x2
-    if TOGETHER:
-        sum2, sum4, sum6 = tl.reduce((x2, x4, x6), 0, _add3)
-    else:
-        sum2 = tl.sum(x2)
-        sum4 = tl.sum(x4)
-        sum6 = tl.sum(x6)
-    return sum2, sum4, sum6
+    return tl.sum(x2), tl.sum(x4), tl.sum(x6)
 
 
 @triton.jit
@@ -136,7 +125,7 @@ def _input_gradient(gradient, x, r1, r2, r3, a1, a2, a3, s1, s2, s3, count):
 def forward_kernel(
     x_ptr, up_ptr, weight_ptr, bias_ptr, y_ptr, inverse_rms_ptr,
     num_rows, num_columns, x_stride, up_stride, eps,
-    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PACKED: tl.constexpr,
+    HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y (R, N) and inverse_rms (R, 3), each row held in registers."""
     columns = tl.arange(0, BLOCK)
@@ -146,7 +135,7 @@ def forward_kernel(
         packed_x = _load_packed(x_ptr, row, x_stride, columns, num_columns)  # (BLOCK,)
         if HAS_UP:
             up = _load_packed(up_ptr, row, up_stride, columns, num_columns)
-        sum2, sum4, sum6 = _power_sums(packed_x.to(tl.float32), TOGETHER)
+        sum2, sum4, sum6 = _power_sums(packed_x.to(tl.float32))
         r1, r2, r3 = _store_inverse_rms(inverse_rms_ptr, row, sum2, sum4, sum6, num_columns, eps)
         a1, a2, a3 = w1 * r1, w2 * r2, w3 * r3
         y = _polynomial(_again(packed_x, sum2, num_columns, PACKED), a1, a2, a3, bias)
@@ -160,7 +149,6 @@ def backward_kernel(
     dy_ptr, x_ptr, up_ptr, weight_ptr, bias_ptr, inverse_rms_ptr, dx_ptr, dup_ptr, partial_ptr,
     num_rows, num_columns, dy_stride, x_stride, up_stride,
     HAS_UP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr, PACKED: tl.constexpr,
-    REREAD: tl.constexpr,
 ):  # fmt: skip
     """dx (R, N), dup (R, N) and each program's share (4, P) of the weights' and bias's gradients."""
     columns = tl.arange(0, BLOCK)
@@ -191,13 +179,7 @@ def backward_kernel(
         x = _again(packed_x, s0, num_columns, PACKED)
         gradient = dy
         if HAS_UP:
-            if REREAD:
-                packed_up = tl.load(
-                    up_ptr + row * up_stride + columns, mask=inside, other=0.0, eviction_policy="evict_first"
-                )
-                gradient = dy * packed_up.to(tl.float32)
-            else:
-                gradient = dy * _again(packed_up, s0, num_columns, PACKED)
+            gradient = dy * _again(packed_up, s0, num_columns, PACKED)
         dx = _input_gradient(gradient, x, r1, r2, r3, a1, a2, a3, s1, s2, s3, num_columns)
         tl.store(dx_ptr + row * num_columns + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if HAS_UP:
