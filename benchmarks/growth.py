@@ -317,10 +317,13 @@ def plot(csv_path: str | Path, picture: str | Path) -> None:
     for axes, (column, unit, xlabel) in zip(panels, columns, strict=True):
         for name, color in colors.items():
             points = [(float(row[column]) / unit, float(row["heldout_loss"])) for row in rows if row["run"] == name]
-            axes.plot(*zip(*points, strict=True), color=color, label=label(name), marker=".", markersize=4)
+            style = "--" if name == "grown" else "-"
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label(name), marker=".", markersize=4)
         axes.set_xlabel(xlabel)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb")
+    # The untrained models' loss would press everything else together.
+    panels[0].set_ylim(top=1.02 * max(float(row["heldout_loss"]) for row in rows if int(row["step"]) > 0))
     panels[0].set_ylabel("held-out loss (nats a token), mean of the domains")
     panels[0].legend(frameon=False)
     figure.savefig(picture, dpi=130)

@@ -10,7 +10,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -82,16 +81,28 @@ def run_growth(
     with log_path(output).open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([*command, *GROWTH, *extra], cwd=ROOT, env=environment, stdout=log)
-    if interrupt_after_shards is not None:
-        while process.poll() is None and len(list(output.glob("*.safetensors"))) < interrupt_after_shards:
-            time.sleep(0.5)
-        time.sleep(3)
-        process.send_signal(signal.SIGKILL)
-    _, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
+    peak = 0
+    while process.poll() is None:
+        # Not ru_maxrss: a child inherits its parent's, and this process has held the source's shards.
+        peak = max(peak, peak_resident_bytes(process.pid))
+        if interrupt_after_shards is not None and len(list(output.glob("*.safetensors"))) >= interrupt_after_shards:
+            time.sleep(3)
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.2)
+    code = process.wait()
     if code != (0 if interrupt_after_shards is None else -signal.SIGKILL):
         raise RuntimeError(f"motif2-grow ended with {code}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024
+    return time.monotonic() - started, peak
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """Largest resident memory of a running process since its program started; 0 when it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def log_path(output: Path) -> Path:
@@ -200,7 +211,6 @@ def main(argv: list[str] | None = None) -> None:
             writer.writerow(record)
         print(log_path(output).read_text(), json.dumps(record, indent=2), sep="\n")
         assert max(peak, verify_peak) < MEMORY_LIMIT_BYTES
-        print(f"this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024:,} bytes at most")
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
 
