@@ -23,7 +23,7 @@ AUTO_ORDER = ("local", "hub", "official")
 SOURCES = ("auto", "official", "hub", "local", "torch")
 LAYER_OF_CLASS = {"Motif2PolyNormMul": "FusedMulPolyNorm", "Motif2PolyNorm": "PolyNorm"}
 
-_installed: dict[Callable, "KernelChoice"] = {}
+_namespaces: set[str] = set()  # of the operators of every kernel that was put into a model
 _said: set[str] = set()
 
 
@@ -82,7 +82,8 @@ def use_polynorm(
         KernelChoice: what runs now; `polynorm_in_use(model)` tells it again.
 
     Raises:
-        ValueError: unknown source, a model without PolyNorm, or a kernel that differs from the lock file.
+        ValueError: unknown source, a model without PolyNorm or with its features split over ranks, or a kernel that
+            differs from the lock file.
         AssertionError: the kernel was put in but does not run.
     """
     if source not in SOURCES:
@@ -90,6 +91,11 @@ def use_polynorm(
     modules = polynorm_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no PolyNorm module: is it a Motif-2 model?")
+    for name, (module, _) in modules.items():
+        if hasattr(module, "reduces_over_ranks"):
+            raise ValueError(
+                f"{name} adds over {module.reduces_over_ranks} ranks, which no other source can: leave it as it is"
+            )
     candidates = [] if source == "torch" else [source]
     refused = []
     if source == "auto":
@@ -139,10 +145,12 @@ def _once(text: str, say: Callable) -> None:
 def _install(modules: dict[str, tuple[nn.Module, str]], loaded: Layers | None, choice: KernelChoice) -> None:
     for module, layer in modules.values():
         module.__dict__.pop("forward", None)
+        module.__dict__.pop("_polynorm", None)
         if loaded is not None:
             forward = loaded.classes[layer].forward
-            _installed[forward] = choice
             module.forward = MethodType(forward, module)
+            module._polynorm = (forward, choice)
+            _namespaces.add(loaded.namespace)
 
 
 def polynorm_in_use(model: nn.Module) -> KernelChoice:
@@ -158,8 +166,8 @@ def polynorm_in_use(model: nn.Module) -> KernelChoice:
         function = getattr(forward, "__func__", forward)
         if forward is None or function is type(module).forward:
             found.add(KernelChoice("torch", num_modules=len(modules)))
-        elif function in _installed:
-            found.add(_installed[function])
+        elif "_polynorm" in module.__dict__ and module._polynorm[0] is function:
+            found.add(module._polynorm[1])
         else:
             raise ValueError(f"{type(module).__name__} runs {function!r}, which use_polynorm did not put there")
     if len(found) != 1:
@@ -224,8 +232,7 @@ def _operators(step: Callable[[], object]) -> list[str]:
 
 
 def _assert_counts(choice: KernelChoice, names: list[str], expected: int, where: str) -> None:
-    prefixes = {installed.namespace for installed in _installed.values()}
-    ran = [name for name in names if name.split("::")[0] in prefixes]
+    ran = [name for name in names if name.split("::")[0] in _namespaces]
     if choice.source == "torch":
         assert not ran, f"PolyNorm was to run in torch in {where}, but these operators ran: {sorted(set(ran))}"
         return

@@ -179,7 +179,7 @@ class Motif2MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(hidden_states)
-        if gate.shape[-1] != self.intermediate_size and not getattr(self.act_fn, "reduces_over_ranks", False):
+        if gate.shape[-1] * getattr(self.act_fn, "reduces_over_ranks", 1) != self.intermediate_size:
             raise ValueError(
                 f"PolyNorm sees {gate.shape[-1]} of {self.intermediate_size} features, so its means would be wrong: "
                 "gather gate_proj and up_proj (the model's own tp_plan does), or use one that reduces over ranks."

@@ -62,6 +62,16 @@ def test_torch_can_be_put_back(model):
     kernels_hub.assert_polynorm_runs(model, lambda: _step(model))
 
 
+def test_models_that_share_a_kernel_keep_their_own_choice(model, monkeypatch):
+    other = Motif2ForCausalLM(model.config)
+    local = sources.load_layers("local", {"FusedMulPolyNorm"})
+    first = kernels_hub.use_polynorm(model, "local")
+    monkeypatch.setattr(loader, "load_layers", lambda *_, **__: local)
+    second = kernels_hub.use_polynorm(other, "hub")
+    assert (kernels_hub.polynorm_in_use(model), kernels_hub.polynorm_in_use(other)) == (first, second)
+    assert (first.source, second.source) == ("local", "hub")
+
+
 def test_a_replaced_forward_is_noticed(model):
     choice = kernels_hub.use_polynorm(model, "local")
     act_fn = model.model.layers[1].mlp.act_fn
