@@ -1,6 +1,7 @@
 """What attention does, by layer: lambda, the norms of the signal and noise maps' outputs, and the largest logits.
 
-Nothing is computed or kept until `track_max_logits` or `record_attention` turns it on.
+Nothing is computed or kept until `track_max_logits` or `record_attention` turns it on. Under tensor parallelism a rank
+records the groups it holds; the other groups' maxima stay -inf there, and their norms 0.
 
 Shapes: B batch, T query tokens, S key tokens, G groups, r signal heads a group, H = G * (r + 1) query heads,
 D head dimension.
@@ -165,8 +166,20 @@ def update_max_logits(
     """
     signal = _largest_logits(signal_query, key[:, 0::2], visible)  # (G, r)
     noise = _largest_logits(noise_query, key[:, 1::2], visible)  # (G, 1)
-    largest = torch.cat((signal, noise), dim=1).flatten() * attention.scaling  # (H,)
-    attention.max_logits.copy_(torch.maximum(attention.max_logits, largest.to(attention.max_logits.device)))
+    largest = torch.cat((signal, noise), dim=1) * attention.scaling  # (G, r + 1)
+    if attention.max_logits.device != largest.device:  # the model was moved since
+        attention.max_logits = attention.max_logits.to(largest.device)
+    own = _own_groups(attention, attention.max_logits, len(largest))
+    own.copy_(torch.maximum(own, largest))
+
+
+def _own_groups(attention: nn.Module, state: torch.Tensor, groups: int) -> torch.Tensor:
+    """Returns a view (G, r + 1) of a state (H,), of the groups that this rank holds."""
+    by_group = state.view(attention.num_groups, -1)
+    if groups == attention.num_groups:
+        return by_group
+    first = attention.q_proj.weight.device_mesh.get_local_rank() * groups
+    return by_group[first : first + groups]
 
 
 def _largest_logits(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
@@ -205,8 +218,11 @@ def update_output_norms(
     counted = lengths.new_ones(lengths.shape[:2])
     if visible is not None:
         counted = visible.any(-1)[:, 0].expand(lengths.shape[:2]).to(lengths.dtype)  # (B, T)
-    sums = (lengths * counted[..., None]).sum((0, 1))
-    attention.output_norms.add_(torch.cat((sums, counted.sum()[None])).to(attention.output_norms.device))
+    sums = (lengths * counted[..., None]).sum((0, 1)).view(signal.shape[2], -1)  # (G, r + 1)
+    if attention.output_norms.device != sums.device:
+        attention.output_norms = attention.output_norms.to(sums.device)
+    _own_groups(attention, attention.output_norms[:-1], len(sums)).add_(sums)
+    attention.output_norms[-1:].add_(counted.sum())
 
 
 def visible_positions(mask: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

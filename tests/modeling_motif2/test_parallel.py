@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from modeling_motif2.diagnostics import attention_statistics
 from tests.distributed import run_distributed
 from tests.modeling_motif2.builders import random_ids, small_model
 
@@ -52,6 +53,18 @@ def test_tensor_parallel_logits_gradients_and_generation_are_those_of_one_rank(f
         for name, gradient in expected[1].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
         assert torch.equal(generated, expected_text)
+
+
+def test_a_tensor_parallel_rank_records_its_own_groups(folder):
+    ids = random_ids(2, 7)
+    expected = attention_statistics(AutoModelForCausalLM.from_pretrained(folder), input_ids=ids)
+    ranks = run_distributed(lambda _: attention_statistics(load(folder, tp_size=2), input_ids=ids), 2)
+    for whole, first, second in zip(expected, *ranks, strict=True):
+        assert torch.isneginf(first.max_logits[4:]).all()
+        assert torch.isneginf(second.max_logits[:4]).all()
+        torch.testing.assert_close(torch.maximum(first.max_logits, second.max_logits), whole.max_logits)
+        torch.testing.assert_close(first.noise_norms + second.noise_norms, whole.noise_norms)
+        torch.testing.assert_close(first.signal_norms + second.signal_norms, whole.signal_norms)
 
 
 def test_a_cut_through_a_group_is_refused(folder):
