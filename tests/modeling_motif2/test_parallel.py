@@ -92,18 +92,18 @@ def test_a_plan_that_would_spoil_polynorm_is_refused(folder):
     assert all("PolyNorm sees 24 of 48 features" in message for message in run_distributed(rank, 2))
 
 
-def test_pipeline_parallel_logits_are_those_of_one_rank(folder):
+def test_pipeline_parallel_logits_and_generation_are_those_of_one_rank(folder):
     ids = random_ids(2, 7)
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
-    def rank(_):
-        model = load(folder, pp_size=2)
+    def logits_and_text(model):
         with torch.no_grad():
-            return model(ids, use_cache=False).logits
+            return model(ids, use_cache=False).logits, model.generate(ids, **options)
 
-    for logits in run_distributed(rank, 2):
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    expected = logits_and_text(AutoModelForCausalLM.from_pretrained(folder))
+    for logits, text in run_distributed(lambda _: logits_and_text(load(folder, pp_size=2)), 2):
+        torch.testing.assert_close(logits, expected[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(text, expected[1])
 
 
 def test_sharded_logits_and_gradients_are_those_of_one_rank(folder):
