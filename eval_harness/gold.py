@@ -9,9 +9,11 @@ datasets are listed in `gold_exceptions.csv`, row by row, and any other makes th
 
 import argparse
 import csv
+import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +62,8 @@ class SolutionLM(LM):
         self.near_miss = near_miss
 
     def generate_until(self, requests, disable_tqdm=False):
-        texts = [self.answer(request.doc, request.doc_id) for request in requests]
+        with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:  # near misses of programs wait for the sandbox
+            texts = list(pool.map(lambda request: self.answer(request.doc, request.doc_id), requests))
         return [postprocess_generated_text(t, r.args[1]["until"], None) for t, r in zip(texts, requests, strict=True)]
 
     def loglikelihood(self, requests, disable_tqdm=False):

@@ -77,7 +77,7 @@ class Sandbox:
         timeout_seconds: processor time a program has (assumption); its wall-clock time is `WALL_FACTOR` times as long,
             so that a busy machine changes no verdict.
         memory_bytes: address space of the program, in total (assumption).
-        workers: programs at a time; the number of processor cores by default.
+        workers: programs at a time; by default two a processor core, since half of a program's time is waiting.
         weak: go on without bubblewrap. What is then missing is `WEAK_LACKS`.
 
     Raises:
@@ -86,7 +86,7 @@ class Sandbox:
 
     timeout_seconds: float = 10.0
     memory_bytes: int = 2**30
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
     weak: bool = False
 
     def __post_init__(self):
