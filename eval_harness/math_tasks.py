@@ -15,6 +15,8 @@ from eval_harness.answers import INVALID, after_thinking, last_boxed
 _CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer is).)*?)\.?\s*I hope it is correct", re.I | re.DOTALL)
 _FINAL = re.compile(r"final answer is:?\s*(.*)", re.IGNORECASE)
 _ANSWER = re.compile(r"\banswer is:?\s*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
+_BASE = re.compile(r"^-?[0-9A-Z.]+_\{?(\d+)\}?(?:\D|$)")
+_BARE_FRACTION = re.compile(r"\\[dt]?frac\s*(\\[a-zA-Z]+|[^\s{\\])\s*(\\[a-zA-Z]+|[^\s{\\])")
 TIMEOUT_SECONDS = 30  # assumption; the library's 5 make a score depend on how busy the machine is
 _MATHEMATICS = (LatexExtractionConfig(), ExprExtractionConfig())
 
@@ -46,14 +48,22 @@ def score(doc: dict, results: list[str]) -> dict[str, float]:
 
 
 def same_object(gold: str, stated: str) -> bool:
-    """Whether two LaTeX expressions denote the same object, as far as math-verify can tell."""
+    r"""Whether two LaTeX expressions denote the same object, as far as math-verify can tell.
+
+    math-verify overlooks the base of a number (`12_3` and `12_4` are equal to it), so different bases are told apart
+    here; and it misreads `\frac \pi4`, which gets its braces first.
+    """
     if stated == INVALID:
+        return False
+    bases = [_BASE.search(expression) for expression in (gold, stated)]
+    if all(bases) and bases[0][1] != bases[1][1]:
         return False
     return bool(verify(_parsed(gold), _parsed(stated), timeout_seconds=TIMEOUT_SECONDS))
 
 
 def _parsed(expression: str) -> list:
-    return parse(f"${expression}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
+    braced = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", expression)
+    return parse(f"${braced}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
 
 
 def _undollared(text: str) -> str:

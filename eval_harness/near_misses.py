@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from eval_harness.sandbox import Program
 
+_UNIT = re.compile(r"\\(?:text|mbox|mathrm)\{[^}]*\}(?:\^\{?\d\}?)?")
 _SHIFT = """
 def _off_by_one(value):
     if isinstance(value, bool): return not value
@@ -34,8 +35,12 @@ def near_number(number: str, row: int) -> str:
 
 
 def near_expression(expression: str, row: int) -> str:
-    """A LaTeX expression with its last digit changed, its sign flipped, or a letter replaced where it has no digit."""
-    digits = [match.start() for match in re.finditer(r"\d", expression)]
+    """A LaTeX expression with its last digit changed, its sign flipped, or a letter replaced where it has no digit.
+
+    A unit's exponent is left alone: units are not scored.
+    """
+    value = _UNIT.sub(lambda match: " " * len(match[0]), expression)
+    digits = [match.start() for match in re.finditer(r"\d", value)]
     if digits and (row % 2 == 0 or not re.fullmatch(r"-?[\d.,]+", expression)):
         position = digits[-1]
         changed = "8" if expression[position] == "9" else str(int(expression[position]) + 1)
