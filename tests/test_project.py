@@ -1,6 +1,7 @@
 """What holds for the project as a whole: who imports whom, versions that fit, recipes that load."""
 
 import ast
+import subprocess
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_nothing_imports_an_entry_script():
     assert len(SOURCES) > 50
     for path in SOURCES:
         assert not imported_modules(path) & set(ENTRIES), path
+
+
+def test_no_environment_is_tracked():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files", ".venv"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert tracked.stdout == ""
 
 
 def test_kernels_and_transformers_fit_each_other():

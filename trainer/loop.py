@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import AutoTokenizer
 
 from kernels_hub import use_polynorm
 from trainer.checkpoint import Checkpoints
@@ -18,7 +17,7 @@ from trainer.data.loader import Batch, CurriculumLoader, heldout_batches
 from trainer.data.shards import TokenCorpus, build_shards, check_tokenizer, load_manifest
 from trainer.flops import training_flops
 from trainer.metrics import Metrics, peak_memory_bytes
-from trainer.model import build_model
+from trainer.model import build_model, load_tokenizer
 from trainer.optim import build_muon_clip
 from trainer.run_folder import CHECKPOINTS, METRICS, export_model, open_run_folder
 from trainer.step import NonFiniteLossError, StepOutcome, TrainStep
@@ -127,7 +126,7 @@ class _Run:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.folder = open_run_folder(config, accelerator)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         prepare_shards(config, self.tokenizer, accelerator)
         self.loader = self._open_loader()
         self.heldout = self._open_heldout()

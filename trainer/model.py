@@ -1,11 +1,25 @@
 """The model of a run: new from the recipe's fields, or continued from a checkpoint."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_motif2  # noqa: F401  registers the model with the Auto classes
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
+
+
+def load_tokenizer(name_or_path: str):
+    """The run's tokenizer.
+
+    Raises:
+        ValueError: there is none under that name.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from tokenizer {name_or_path!r}: {error}; give a folder or Hub name with one"
+        ) from error
 
 
 def model_config(config: PretrainConfig, tokenizer=None) -> Motif2Config:

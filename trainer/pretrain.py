@@ -8,13 +8,13 @@ import os
 
 import torch
 import yaml
-from transformers import AutoTokenizer
 
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
 from trainer.flops import count_parameters, flops_per_token, memory_by_rank
 from trainer.loop import run_pretraining
-from trainer.model import model_config
+from trainer.model import load_tokenizer, model_config
+from trainer.step import NonFiniteLossError
 
 DESCRIPTION = """Pre-train a Motif-2 model on a mixture of domains whose shares change at every step.
 
@@ -29,12 +29,12 @@ PEAK_TFLOPS_H100 = 989.0
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `motif2-pretrain`."""
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
-    if config.dry_run:
-        print(describe_run(config))
-        return
     try:
+        if config.dry_run:
+            print(describe_run(config))
+            return
         result = run_pretraining(config)
-    except ValueError as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
     finally:
         if torch.distributed.is_initialized():
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 def describe_run(config: PretrainConfig) -> str:
     """What a run would do: settings, parameters, FLOPs a token, tokens a step, memory by rank, days."""
     known = config.vocab_size or config.model_name_or_path
-    architecture = model_config(config, None if known else AutoTokenizer.from_pretrained(config.tokenizer))
+    architecture = model_config(config, None if known else load_tokenizer(config.tokenizer))
     counts = count_parameters(architecture)
     plan = config.batch_plan()
     length, rows = plan.shape(0)

@@ -13,6 +13,12 @@ th:first-child, td:first-child { text-align: left; } img { max-width: 100%; disp
 pre { background: #f5f6f8; padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap; }
 """
 
+_NOTE = (
+    "Held-out columns are bits per byte of text never trained on: lower is better. Arithmetic is the share of right answers "
+    "on sums whose operands were never trained on, ± one standard error; the first two rows are asked as plain text, the "
+    "stages through the chat template."
+)
+
 
 def write_report(
     path: Path,
@@ -41,8 +47,7 @@ def write_report(
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
         "<h2>Scores after every stage</h2>",
         _table(table),
-        '<p class="note">Held-out columns are bits per byte of text never trained on: lower is better. Arithmetic is '
-        "the share of right answers on sums whose operands were never trained on, ± one standard error.</p>",
+        f'<p class="note">{_NOTE}</p>',
         "<h2>The final model answers</h2>",
         *(f"<pre><b>{html.escape(prompt)}</b>\n{html.escape(answer)}</pre>" for prompt, answer in conversations),
         *(_figure(caption, picture) for caption, picture in pictures),

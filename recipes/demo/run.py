@@ -51,6 +51,7 @@ SUMS = {"kinds": ("add",), "min_operand": 10, "words": False}
 # What a miniature changes: enough to run every part, too little to learn much.
 MINIATURE_PRETRAIN = {"total_tokens": 6144, "warmup_tokens": 1024, "decay_tokens": 2048, "eval_steps": 3}
 MINIATURE_STAGE_STEPS = 2
+SIZES = ("train_bytes", "heldout_bytes", "vocab_size", "num_conversations", "num_problems")
 
 
 @dataclass
@@ -83,11 +84,32 @@ class Demo:
         self.config = config
         self.folder = Path(config.output_dir)
         self.data = self.folder / "data"
-        if config.overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.results_path = self.folder / "results.json"
-        self.results = json.loads(self.results_path.read_text()) if self.results_path.is_file() else {}
+        self.settings_path = self.folder / "settings.json"
+        self.results = self._claim_folder()
+
+    def _claim_folder(self) -> dict:
+        """Enter the folder; what an earlier start with the same settings found.
+
+        Raises:
+            ValueError: the folder holds something else, or a demo with other settings.
+        """
+        names = {name: getattr(self.config, name) for name in ("miniature", *SIZES)}
+        recipes = {path.name: path.read_text() for path in sorted(RECIPES.glob("*.yaml"))}
+        settings = {**names, "recipes": recipes}
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not self.settings_path.is_file():
+                raise ValueError(f"output_dir {self.folder} holds something that is no demo; choose another folder")
+            if self.config.overwrite:
+                shutil.rmtree(self.folder)
+            elif json.loads(self.settings_path.read_text()) != settings:
+                raise ValueError(
+                    f"output_dir {self.folder} holds a demo with other settings or recipes; --overwrite starts anew, "
+                    "or choose another folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settings_path.write_text(json.dumps(settings, indent=1))
+        return json.loads(self.results_path.read_text()) if self.results_path.is_file() else {}
 
     def run(self) -> None:
         """Do every part that is not done yet, then write the report and print the table."""
@@ -294,7 +316,10 @@ def main(argv: list[str] | None = None) -> None:
         print(yaml.safe_dump(vars(config), sort_keys=False))
         return
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    Demo(config).run()
+    try:
+        Demo(config).run()
+    except ValueError as error:
+        raise SystemExit(f"demo: {error}") from error
 
 
 if __name__ == "__main__":

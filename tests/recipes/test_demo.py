@@ -72,6 +72,17 @@ def test_second_start_repeats_nothing(demo):
     assert (folder / "results.json").read_text() == before
 
 
+@pytest.mark.timeout(600)
+def test_other_settings_and_other_folders_are_refused(demo, tmp_path):
+    folder, _ = demo
+    with pytest.raises(SystemExit, match="other settings"):
+        main(["--output_dir", str(folder)])
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="no demo"):
+        main(["--output_dir", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
 def test_bad_settings_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--num_problem", "3"])
