@@ -52,9 +52,18 @@ class EvaluationResult:
     cost: dict
     raw: dict = field(repr=False)
 
-    def score(self, task: str) -> float:
-        """The first metric of a task or group."""
-        return next(iter(self.metrics[task].values()))
+    def score(self, task: str, metric: str | None = None) -> float:
+        """One score of a task or group.
+
+        Raises:
+            ValueError: no metric is named and the task has several, or it has no such metric.
+        """
+        known = self.metrics[task]
+        if metric is None and len(known) == 1:
+            return next(iter(known.values()))
+        if metric not in known:
+            raise ValueError(f"{task} has the metrics {', '.join(known)}; name one of them, not {metric!r}")
+        return known[metric]
 
     def save(self, folder: str | Path) -> None:
         """Write `results.json` and `samples/<task>.jsonl`."""

@@ -100,7 +100,7 @@ def _load_model(config: EvalConfig, chat: bool):
     """lm-eval's model for the chosen backend; a missing chat template is refused before any weight is read.
 
     Raises:
-        ValueError: the suite asks in chat and the tokenizer has no chat template.
+        ValueError: the suite asks in chat and the tokenizer has no chat template, or a backend is not installed.
     """
     from lm_eval.api.registry import get_model
     from transformers import AutoTokenizer
@@ -110,9 +110,12 @@ def _load_model(config: EvalConfig, chat: bool):
     options = config.lm_eval_options()
     if config.backend != "hf":
         key = "pretrained" if config.backend == "vllm" else "model"
-        return get_model(config.backend).create_from_arg_obj(
-            {key: config.model, **options}, {"batch_size": config.batch_size}
-        )
+        try:
+            model = get_model(config.backend)
+            return model.create_from_arg_obj({key: config.model, **options}, {"batch_size": config.batch_size})
+        except ModuleNotFoundError as error:
+            extra = "vllm" if config.backend == "vllm" else "api"
+            raise ValueError(f"backend {config.backend!r} needs `pip install lm-eval[{extra}]` ({error})") from error
     if chat and "gguf_file" not in options:
         require_chat_template(AutoTokenizer.from_pretrained(config.tokenizer or config.model))
     if chat:

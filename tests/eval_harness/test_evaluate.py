@@ -52,9 +52,9 @@ def test_a_model_is_scored_like_by_hand(demo_data, tiny_model, tokenizer):
         logits = tiny_model(ids).logits.log_softmax(-1)
     loss = -logits[0, :-1].gather(-1, ids[0, 1:, None]).sum().item()
     expected = loss / math.log(2) / len(text.encode())
-    assert result.score("motif2_heldout_general") == pytest.approx(expected, rel=1e-6) or result.metrics[
-        "motif2_heldout_general"
-    ]["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    assert result.score("motif2_heldout_general", "bits_per_byte") == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="has the metrics"):
+        result.score("motif2_heldout_general")
 
 
 def test_chat_markup_replaces_the_raw_prompt(demo_data, tiny_model, tokenizer):

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -92,6 +94,54 @@ def test_a_folder_without_rows_and_a_model_without_name_are_explained(checkpoint
 def test_comparing_what_is_no_run_is_explained(tmp_path):
     with pytest.raises(SystemExit, match="holds no finished run"):
         main(["compare", str(tmp_path), str(tmp_path)])
+
+
+class CompletionsServer(BaseHTTPRequestHandler):
+    """An API that completes everything with the same sentence."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompts = asked["prompt"] if isinstance(asked["prompt"], list) else [asked["prompt"]]
+        choices = [{"index": index, "text": " It is 14. The answer is 14."} for index in range(len(prompts))]
+        body = json.dumps({"choices": choices}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        """Keep the test's output clean."""
+
+
+def test_an_api_is_asked_like_a_model(checkpoint, data_dir, tmp_path, capsys):
+    pytest.importorskip("tenacity", reason="pip install lm-eval[api]")
+    with HTTPServer(("127.0.0.1", 0), CompletionsServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"base_url=http://127.0.0.1:{server.server_address[1]}/v1/completions"
+        options = f"{address},tokenizer={checkpoint},tokenizer_backend=huggingface,tokenized_requests=False"
+        chosen = ["--backend", "local-completions", "--model_args", options, "--tasks", "motif2_gsm8k_4shot"]
+        main(
+            [
+                "--model",
+                "m",
+                "--data_dir",
+                str(data_dir),
+                "--output",
+                str(tmp_path / "run"),
+                "--batch_size",
+                "1",
+                *chosen,
+            ]
+        )
+        server.shutdown()
+    assert "| motif2_gsm8k_4shot | 4 | exact_match | 2 | 50.00 |" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_not_installed_is_explained(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = ["--model", "m", "--backend", "vllm", "--tasks", "motif2_gsm8k_4shot", "--data_dir", str(data_dir)]
+    with pytest.raises(SystemExit, match=r"pip install lm-eval\[vllm\]"):
+        main([*words, "--output", str(tmp_path / "run")])
 
 
 @pytest.mark.slow
