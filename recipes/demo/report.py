@@ -15,8 +15,8 @@ pre { background: #f5f6f8; padding: .8rem 1rem; border-radius: 6px; white-space:
 
 _NOTE = (
     "Held-out columns are bits per byte of text never trained on: lower is better. Arithmetic is the share of right "
-    "answers on sums whose operands were never trained on, ± one standard error; the first two rows are asked as plain "
-    "text, the stages through the chat template."
+    "answers on sums whose operands were never trained on, ± one standard error; the first two rows are asked as "
+    "plain text, the stages through the chat template."
 )
 
 
