@@ -11,6 +11,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers.utils import is_kernels_available
 
+from eval_harness.config import EvalConfig
+from sft.config import SftStageConfig
+from trainer.cli import parse_recipe
+from trainer.config import PretrainConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_motif2", "kernels_hub", "trainer", "sft", "eval_harness")
 ENTRIES = ("trainer.pretrain", "sft.train", "eval_harness.run")
@@ -69,3 +74,17 @@ def test_every_recipe_is_a_mapping_that_says_what_it_needs():
     for path in paths:
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
         assert path.read_text().startswith("#"), f"{path} has no header: hardware, time, launch line"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_evaluation_recipe_gives_a_configuration(path):
+    argv = ["--config", str(path), "--model", "model", "--output", "runs/eval"]
+    (config,) = parse_recipe(EvalConfig, description="", argv=argv)
+    assert config.suite in ("base", "instruct")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "demo").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_demo_recipe_gives_a_configuration(path):
+    config_class = PretrainConfig if path.stem == "pretrain" else SftStageConfig
+    (config,) = parse_recipe(config_class, description="", argv=["--config", str(path)])
+    assert config.output_dir == f"runs/demo/{path.stem}"
