@@ -57,7 +57,7 @@ def ask(*request):
     except BrokenPipeError:
         message = None
     if message is None:
-        raise RuntimeError("the program ended before the tests did")
+        raise RuntimeError("the program ended before the tests did: it exited, crashed or used up its processor time")
     reply = wire.decode(message, Program)
     if type(reply) is not tuple or len(reply) not in (2, 3) or reply[0] not in ("value", "error"):
         raise RuntimeError("the program broke the protocol")
