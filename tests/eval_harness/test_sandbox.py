@@ -134,7 +134,10 @@ def test_without_bubblewrap_it_refuses_and_says_what_the_weaker_mode_lacks(monke
 def test_the_weaker_mode_still_ends_what_does_not_end():
     weak = Sandbox(weak=True, timeout_seconds=1)
     assert "no verdict" in weak.run(Program("import time\ntime.sleep(10**6)", "f()", ("f",))).reason
-    assert "used up its processor time" in weak.run(Program("while True: pass", "f()", ("f",))).reason
+    busy = weak.run(Program("while True: pass", "f()", ("f",)))
+    assert not busy.passed
+    # whichever limit comes first on a loaded machine: processor time, or the wall clock
+    assert "used up its processor time" in busy.reason or "no verdict" in busy.reason
 
 
 @pytest.mark.parametrize("setting", [{"timeout_seconds": 0}, {"memory_bytes": -1}, {"workers": 0}])
