@@ -161,11 +161,11 @@ def update_max_logits(
         attention: the module whose `max_logits` is tracked.
         signal_query: (B, G * r, T, D), rotated.
         noise_query: (B, G, T, D), rotated.
-        key: (B, 2G, S, D), rotated, `k1_g, k2_g` alternating.
+        key: (B, G, 2 or more, S, D), rotated; a group's first key is the signal's and its last the noise's.
         visible: (B or 1, 1, T, S) boolean, or None for a plain causal mask.
     """
-    signal = _largest_logits(signal_query, key[:, 0::2], visible)  # (G, r)
-    noise = _largest_logits(noise_query, key[:, 1::2], visible)  # (G, 1)
+    signal = _largest_logits(signal_query, key[:, :, 0], visible)  # (G, r)
+    noise = _largest_logits(noise_query, key[:, :, -1], visible)  # (G, 1)
     largest = torch.cat((signal, noise), dim=1) * attention.scaling  # (G, r + 1)
     if attention.max_logits.device != largest.device:  # the model was moved since
         attention.max_logits = attention.max_logits.to(largest.device)

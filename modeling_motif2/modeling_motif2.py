@@ -268,6 +268,10 @@ class Motif2AttentionStream(nn.Module):
                 f"attn_implementation={name!r} needs float16 or bfloat16: load the model with dtype=torch.bfloat16, "
                 "run it under autocast, or use sdpa."
             )
+        if name == "flex_attention" and query.device.type == "cuda":
+            # FlexAttention's kernel for short queries has no tile for more than 128 of them a key.
+            long = query.shape[2] * self.num_key_value_groups > 128
+            kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True} if long else None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
 
@@ -343,12 +347,13 @@ class Motif2Attention(nn.Module):
         """
         signal_query, noise_query, key, value = self._project(hidden_states, position_embeddings)
         if self.config.single_attention_call:
-            key, value = for_single_call(key, value)  # (B, 4G, T, D)
+            key, value = for_single_call(key, value)  # (B, G, 4, T, D)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            by_group = (key.shape[1], -1)
+            cached = past_key_values.update(key.flatten(1, 2), value.flatten(1, 2), self.layer_idx)
+            key, value = (states.unflatten(1, by_group) for states in cached)  # (B, G, 2 or 4, S, D)
         if self.max_logits is not None:
-            keys = key[:, ::2] if self.config.single_attention_call else key
-            update_max_logits(self, signal_query, noise_query, keys, visible)
+            update_max_logits(self, signal_query, noise_query, key, visible)
 
         attend = self._attend_once if self.config.single_attention_call else self._attend_twice
         signal, noise, maps = attend(signal_query, noise_query, key, value, attention_mask, **kwargs)
@@ -366,7 +371,7 @@ class Motif2Attention(nn.Module):
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns signal queries (B, G * r, T, D), noise queries (B, G, T, D), keys and values (B, 2G, T, D)."""
+        """Returns signal queries (B, G * r, T, D), noise queries (B, G, T, D), keys and values (B, G, 2, T, D)."""
         batch, tokens = hidden_states.shape[:2]
         ratio, dim = self.num_signal_heads_per_group, self.head_dim
         query = self.q_proj(hidden_states)
@@ -377,11 +382,12 @@ class Motif2Attention(nn.Module):
             )
         query = query.view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
         key = self.k_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
-        value = self.v_proj(hidden_states).view(batch, tokens, -1, dim).transpose(1, 2)  # (B, 2G, T, D)
-        signal_query, noise_query, key = (
+        value = self.v_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
+        signal_query, noise_query = (
             rotate(heads, *position_embeddings).flatten(2, 3).transpose(1, 2)
-            for heads in (*query.split((ratio, 1), dim=3), key)
+            for heads in query.split((ratio, 1), dim=3)
         )
+        key, value = (heads.permute(0, 2, 3, 1, 4) for heads in (rotate(key, *position_embeddings), value))
         return signal_query, noise_query, key, value
 
     def _attend_twice(
@@ -395,19 +401,19 @@ class Motif2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Returns the outputs of signal (B, T, G, r, 2D) and noise (B, T, G, 1, 2D), and eager's two maps."""
         name = self.config._attn_implementation
-        halves = value.unflatten(1, (-1, 2))  # (B, G, 2, S, D)
+        if name in WIDE_VALUE_BACKENDS:
+            values = (value.transpose(2, 3).flatten(3),)  # (B, G, S, 2D), a view when nothing is cached
+        else:
+            values = tuple(dense(half) for half in value.unbind(2))
         outputs, maps = [], []
-        for stream, query, keys in (
-            (self.signal, signal_query, key[:, 0::2]),
-            (self.noise, noise_query, key[:, 1::2]),
+        for stream, query, keys in zip(
+            (self.signal, self.noise), (signal_query, noise_query), key.unbind(2), strict=True
         ):
-            if name in WIDE_VALUE_BACKENDS:
-                wide = halves.transpose(2, 3).flatten(3)  # (B, G, S, 2D), a view when nothing is cached
-                output, attention_map = stream(query, keys, wide, mask, **kwargs)
-                maps.append(attention_map)
-            else:
-                output = torch.cat([stream(query, keys, half, mask, **kwargs)[0] for half in halves.unbind(2)], dim=-1)
-            outputs.append(output.unflatten(2, (-1, stream.num_key_value_groups)))
+            parts, attention_maps = zip(
+                *(stream(query, dense(keys), part, mask, **kwargs) for part in values), strict=True
+            )
+            outputs.append(torch.cat(parts, dim=-1).unflatten(2, (-1, stream.num_key_value_groups)))
+            maps.append(attention_maps[0])
         return *outputs, tuple(maps) if name == "eager" else None
 
     def _attend_once(
@@ -424,7 +430,7 @@ class Motif2Attention(nn.Module):
         signal_query = signal_query.unflatten(1, (-1, 1, ratio)).expand(-1, -1, 2, -1, -1, -1)
         noise_query = noise_query[:, :, None, None].expand_as(signal_query)
         query = torch.cat((signal_query, noise_query), dim=2).flatten(1, 3)  # (B, 4G * r, T, D)
-        output, _ = self.signal(query, key, value, mask, **kwargs)
+        output, _ = self.signal(query, key.flatten(1, 2), value.flatten(1, 2), mask, **kwargs)
         batch, _, tokens, dim = query.shape
         output = output.reshape(batch, tokens, -1, 2, 2, ratio, dim)  # stream, half of the value, query
         signal, noise = output.transpose(4, 5).flatten(5).unbind(3)  # (B, T, G, r, 2D)
@@ -432,9 +438,13 @@ class Motif2Attention(nn.Module):
 
 
 def for_single_call(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs each group's two keys with each half of its value: (B, 2G, T, D) to (B, 4G, T, D), twice."""
-    halves = value.unflatten(1, (-1, 2))  # (B, G, 2, T, D)
-    return key.repeat_interleave(2, dim=1), torch.cat((halves, halves), dim=2).flatten(1, 2)
+    """Pairs each group's two keys with each half of its value: (B, G, 2, T, D) to (B, G, 4, T, D), twice."""
+    return key.repeat_interleave(2, dim=2), value.repeat(1, 1, 2, 1, 1)
+
+
+def dense(states: torch.Tensor) -> torch.Tensor:
+    """Returns the states without gaps when their gradient is wanted: compiled backwards have misread strided keys."""
+    return states.contiguous() if states.requires_grad else states
 
 
 class Motif2DecoderLayer(GradientCheckpointingLayer):
