@@ -155,7 +155,7 @@ def check_backends(report: Report, device: torch.device) -> None:
                 with attending_with(model, backend):
                     check_one(report, model, backend, documents, expected, records, wanted, tolerance)
             except Exception as error:
-                report.fail("check", f"{backend}", error)
+                report.fail("check", f"{backend} {str(dtype).removeprefix('torch.')}", error)
 
 
 def check_one(report, model, backend, documents, expected, records, wanted, tolerance) -> None:
@@ -212,31 +212,49 @@ def worst_gradient(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> flo
 
 def check_compile(report: Report, device: torch.device) -> None:
     """The layer as one graph, forward and backward: as near to float64 as the same layer uncompiled."""
-    for backend in ("sdpa", "flex_attention"):
-        if backend not in available(device) or backend in report.failed:
+    ids = torch.randint(3, 512, (256,), generator=torch.Generator().manual_seed(0))
+    exact = gradients(small_model(device, torch.bfloat16).double().train(), [ids], device)
+    for backend in ("sdpa", "sdpa cudnn", "flex_attention"):
+        if backend not in available(device) or f"{backend} bfloat16" in report.failed:
             continue
-        torch._dynamo.reset()
         try:
-            ids = torch.randint(3, 512, (256,), generator=torch.Generator().manual_seed(0))
-            exact = gradients(small_model(device, torch.bfloat16).double().train(), [ids], device)
-            model = small_model(device, torch.bfloat16).train()
-            with attending_with(model, backend):
-                plain = worst_gradient(gradients(model, [ids], device), exact)
-                for layer in model.model.layers:
-                    layer.forward = torch.compile(layer.forward, fullgraph=True)
-                compiled = worst_gradient(gradients(model, [ids], device), exact)
-            for name, error in (("plain", plain), ("fullgraph", compiled)):
-                values = {"shape": f"gradients, {name} layer", "dtype": "bfloat16", "value": error}
-                report.add("compile", backend, **values, unit="relative error against float64, worst parameter")
+            plain = compiled_error(report, device, backend, "", ids, exact)
+            compiled = compiled_error(report, device, backend, "layer", ids, exact)
+            if not compiled < 1.5 * plain:  # which half of the layer it is
+                for part in ("self_attn", "mlp"):
+                    compiled_error(report, device, backend, part, ids, exact)
             assert compiled < 1.5 * plain, f"compiled gradients err by {compiled:.2e}, uncompiled ones by {plain:.2e}"
         except Exception as error:
-            report.fail("compile", backend, error)
+            report.fail("compile", f"{backend} compiled", error)
+
+
+def compiled_error(report: Report, device, backend: str, part: str, ids: torch.Tensor, exact: list) -> float:
+    """Reports and returns the relative error of the gradient as one vector, with a part of every layer compiled."""
+    torch._dynamo.reset()
+    model = small_model(device, torch.bfloat16).train()
+    with attending_with(model, backend):
+        for layer in model.model.layers if part else []:
+            module = layer if part == "layer" else getattr(layer, part)
+            module.forward = torch.compile(module.forward, fullgraph=True)
+        found = gradients(model, [ids], device)
+    names = [name for name, _ in model.named_parameters()]
+    broken = [name for name, gradient in zip(names, found, strict=True) if not torch.isfinite(gradient).all()]
+    difference = sum((mine.double() - theirs).square().sum() for mine, theirs in zip(found, exact, strict=True))
+    error = float((difference / sum(theirs.square().sum() for theirs in exact)).sqrt())
+    values = {
+        "shape": f"gradient, {f'fullgraph {part}' if part else 'uncompiled'}",
+        "dtype": "bfloat16",
+        "value": error,
+    }
+    note = f"not finite: {', '.join(broken)}"[:300] if broken else ""
+    report.add("compile", backend, **values, unit="relative error of the gradient", note=note)
+    return error
 
 
 def check_generation(report: Report, device: torch.device) -> None:
     """Greedy tokens with a static cache (compiled by `generate` on an accelerator) and with a growing one."""
     for backend in ("sdpa", "flex_attention"):
-        if backend not in available(device) or backend in report.failed:
+        if backend not in available(device) or f"{backend} float32" in report.failed:
             continue
         torch._dynamo.reset()
         try:
@@ -250,7 +268,7 @@ def check_generation(report: Report, device: torch.device) -> None:
             report.add("generate", backend, shape="static against growing cache", dtype="float32", value=float(same))
             assert same, "a static cache changed what is generated"
         except Exception as error:
-            report.fail("generate", backend, error)
+            report.fail("generate", f"{backend} static cache", error)
 
 
 def check_precision(report: Report, device: torch.device, steps: int = 60) -> None:
@@ -294,12 +312,14 @@ def time_layers(report: Report, device: torch.device) -> None:
     cases = [(2, 4096, None), (1, 16384, None), (2, 4096, "left padding")]
     for rows, tokens, padding in cases:
         for backend in available(device):
-            if backend in report.failed or (backend == "eager" and tokens > 4096):
+            if f"{backend} bfloat16" in report.failed or (backend == "eager" and tokens > 4096):
                 continue
             if backend == "flex_attention" and padding:
                 continue
             for compiled in (False, True):
-                if compiled and (backend not in ("sdpa", "flex_attention") or padding or tokens > 4096):
+                name = f"{backend} compiled"
+                compilable = backend in ("sdpa", "sdpa cudnn", "flex_attention") and name not in report.failed
+                if compiled and (not compilable or padding or tokens > 4096):
                     continue
                 try:
                     with attending_with(layer, backend):
