@@ -12,6 +12,7 @@ import csv
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ TASKS = {
     "mmlu": "motif2_mmlu_5shot",
 }
 MUTANT_ROUNDS = 40
+# CPython before 3.13 counts the depth of syntax trees once for all threads: one thread at a time may build them.
+_SYNTAX_TREES = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -136,27 +139,29 @@ def _math(doc: dict, row: int, near_miss: bool) -> str:
 def _humaneval(doc: dict, row: int, near_miss: bool) -> str:
     if not near_miss:
         return doc["canonical_solution"]
-    reference = doc["prompt"] + doc["canonical_solution"]
-    return continuation(
-        _near_program(doc["task_id"], reference, doc["entry_point"], humaneval_program("", doc)), doc["entry_point"]
-    )
+    reference, entry = doc["prompt"] + doc["canonical_solution"], doc["entry_point"]
+    program = _near_program(reference, entry, humaneval_program("", doc))
+    with _SYNTAX_TREES:
+        return continuation(program, entry)
 
 
 def _mbpp(doc: dict, row: int, near_miss: bool) -> str:
     reference = doc["code"].replace("\r\n", "\n")
     if not near_miss:
         return f"{reference}\n[DONE]"
-    program = mbpp_program(reference, doc)
-    return f"{_near_program(doc['task_id'], reference, program.names[0], program)}\n[DONE]"
+    with _SYNTAX_TREES:
+        program = mbpp_program(reference, doc)
+    return f"{_near_program(reference, program.names[0], program)}\n[DONE]"
 
 
-def _near_program(task_id, reference: str, entry: str, program) -> str:
+def _near_program(reference: str, entry: str, program) -> str:
     """The first mutant that gives something else on an input of the row's tests."""
-    candidates = list(mutants(reference, entry))[:MUTANT_ROUNDS]
-    for candidate in candidates:
+    with _SYNTAX_TREES:
+        candidates = list(mutants(reference, entry))
+    for candidate in candidates[:MUTANT_ROUNDS]:
         if sandbox().run(differs(reference, candidate, program)).passed:
             return candidate
-    return list(mutants(reference, entry))[-1]
+    return candidates[-1]
 
 
 ANSWERS = {"gsm8k": _gsm8k, "math": _math, "humaneval": _humaneval, "mbpp": _mbpp, "mmlu": _gsm8k}
