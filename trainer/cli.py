@@ -4,8 +4,11 @@ Built on TRL's `TrlParser` (dataclasses and YAML). It adds what a person mistypi
 """
 
 import difflib
+import itertools
 import sys
+import types
 from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -27,9 +30,11 @@ class RecipeParser(TrlParser):
                 refuses a value in its `__post_init__`.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
-        options, _ = self._recipe_option(argv)
-        if options is not None:
-            self.set_defaults(**self._read_recipe(options))
+        recipes = self._recipes(argv)
+        if len(recipes) > 1:
+            self.error(f"--config is given {len(recipes)} times ({', '.join(recipes)}); one run reads one recipe")
+        if recipes:
+            self.set_defaults(**self._read_recipe(recipes[0]))
         namespace, rest = self.parse_known_args(argv)
         for word in rest:
             self._refuse_unknown(word, "on the command line")
@@ -48,14 +53,10 @@ class RecipeParser(TrlParser):
         return [name for name, field in config_class.__dataclass_fields__.items() if field.init]
 
     @staticmethod
-    def _recipe_option(argv: list[str]) -> tuple[str | None, list[str]]:
-        """The value of `--config` and the other words."""
-        for position, word in enumerate(argv):
-            if word == "--config" and position + 1 < len(argv):
-                return argv[position + 1], argv[:position] + argv[position + 2 :]
-            if word.startswith("--config="):
-                return word.removeprefix("--config="), argv[:position] + argv[position + 1 :]
-        return None, argv
+    def _recipes(argv: list[str]) -> list[str]:
+        """The values of `--config`, in both of its spellings."""
+        apart = [after for word, after in itertools.pairwise(argv) if word == "--config"]
+        return apart + [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
 
     def _read_recipe(self, path: str) -> dict:
         if not Path(path).is_file():
@@ -76,14 +77,24 @@ class RecipeParser(TrlParser):
         return {key: self._coerce(key, value, path) for key, value in recipe.items()}
 
     def _coerce(self, key: str, value, path: str):
-        """Numbers that YAML reads as text (`1e-3`) become what the field's type says."""
+        """The value as the field's type; numbers that YAML reads as text (`1e-3`) become numbers.
+
+        Raises:
+            SystemExit: the recipe holds a value of another type.
+        """
         action = next(action for action in self._actions if action.dest == key)
-        if not isinstance(value, str) or action.type is None:
-            return value
-        try:
-            return action.type(value)
-        except (ValueError, TypeError) as error:
-            self.error(f"{key}: {value!r} in {path} cannot be read: {error}")
+        hint = self._hint(key)
+        if isinstance(value, str) and action.type is not None:
+            try:
+                value = action.type(value)
+            except (ValueError, TypeError) as error:
+                self.error(f"{key}: {value!r} in {path} cannot be read: {error}")
+        if not _fits(value, hint):
+            self.error(f"{key}: {value!r} in {path} is {_kind(value)}; write {_wanted(hint)}")
+        return value
+
+    def _hint(self, key: str):
+        return next(get_type_hints(owner)[key] for owner in self.dataclass_types if key in owner.__dataclass_fields__)
 
     def _known_keys(self) -> set[str]:
         return {action.dest for action in self._actions} - {"help", "config"}
@@ -93,6 +104,34 @@ class RecipeParser(TrlParser):
         nearest = difflib.get_close_matches(key, self._known_keys(), n=1, cutoff=0.5)
         mend = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the known ones"
         self.error(f"unknown setting {word!r} {where}; {mend}")
+
+
+def _fits(value, hint) -> bool:
+    """Whether a YAML value is of a field's type; a whole number also is a `float`, a yes or no is never a number."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(entry, *get_args(hint)) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _kind(value) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
+
+
+def _wanted(hint) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_wanted(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(repr(choice) for choice in get_args(hint))}"
+    if get_origin(hint) is list:
+        return f"a list, each entry {_wanted(*get_args(hint))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)"}
+    return words.get(hint) or ("nothing" if hint is type(None) else f"a {getattr(hint, '__name__', hint)}")
 
 
 def parse_recipe(*config_classes: type, description: str, argv: list[str] | None = None) -> tuple:
