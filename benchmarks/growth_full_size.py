@@ -2,7 +2,8 @@
 
 `python benchmarks/growth_full_size.py --folder SCRATCH` needs 31 GB of disk (62 GB with --dtype float32) and
 deletes what it wrote. It checks the index, every shape, checksums and sampled rows, and writes seconds and peak memory
-to growth_full_size.csv in $OUT, or in benchmarks/results/ when that is unset.
+(VmHWM of the growing process) to growth_full_size.csv in $OUT, or in benchmarks/results/ when that is unset. A run
+replaces the row of its dtype and keeps the others. $COMMIT names the commit where there is no repository.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+import safetensors
 import torch
+import transformers
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +169,31 @@ def check_copies(copies: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype)
     assert 0.08 < (noise.norm() / (0.02 / len(copies) * noise.numel() ** 0.5)).item() < 0.12
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """Short hash of the checkout, or what the environment says where there is no repository."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+
+
+def save(path: Path, record: dict) -> None:
+    """Put a row into the table in place of its dtype's; columns that a kept row lacks stay empty in it."""
+    rows = [record]
+    if path.is_file():
+        with path.open(newline="") as table:
+            rows += [row for row in csv.DictReader(table) if row["dtype"] != record["dtype"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as table:
+        writer = csv.DictWriter(table, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["dtype"]))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,9 +218,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         peak = max(first_peak, second_peak)
         record = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
             "dtype": arguments.dtype,
+            "device": f"{cpu_name()}, {os.cpu_count()} cores, 1 thread",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "commit": commit(),
             "bytes_written": sum(entry["bytes"] for entry in manifest["shards"].values()),
             "shards": len(manifest["shards"]),
             "shards_before_the_interruption": len(finished),
@@ -203,12 +235,7 @@ def main(argv: list[str] | None = None) -> None:
             "verdict": log_path(output).read_text().splitlines()[-1],
             "rows_compared": rows,
         }
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path = RESULTS / "growth_full_size.csv"
-        with path.open("w", newline="") as table:
-            writer = csv.DictWriter(table, record)
-            writer.writeheader()
-            writer.writerow(record)
+        save(RESULTS / "growth_full_size.csv", record)
         print(log_path(output).read_text(), json.dumps(record, indent=2), sep="\n")
         assert max(peak, verify_peak) < MEMORY_LIMIT_BYTES
     finally:

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, HfArgumentParser
 
 from .configuration_motif2 import Motif2Config
-from .growth_files import DTYPES, CheckpointReader, GrowthFolder, file_sha256, plan_shards
+from .growth_files import DTYPES, MANIFEST, CheckpointReader, GrowthFolder, file_sha256, plan_shards
 from .growth_plan import Growth, schedule, tensor_shapes
 from .growth_rules import growth_rules
 from .growth_verify import Verification, verify_growth
@@ -144,17 +144,20 @@ def grow(options: GrowthOptions) -> GrowthResult:
     print(
         f"{len(rules)} tensors in {len(shards)} files, {sum(shard.num_bytes for shard in shards):,} bytes as {dtype}"
     )
+    folder = GrowthFolder(options.output, _settings(options, growth, dtype, reader), shards)
+    if folder.is_complete and not options.verify:
+        raise ValueError(
+            f"{options.output} already holds this growth, finished and undamaged: use it, or choose another folder"
+        )
+    for file in folder.damaged:
+        print(f"{file} is damaged: it is not what {MANIFEST} says was written, and will be written again")
+    written = folder.num_bytes_missing
+    print(folder.check_room())
     if options.dry_run:
         return GrowthResult(target_config, 0)
-
-    folder = GrowthFolder(options.output, _settings(options, growth, dtype, reader), shards)
-    written = 0
     if not folder.is_complete:
-        written = folder.check_room()
         folder.write(reader)
         folder.finish(written_config, Path(options.source), with_code="auto_map" in written_config)
-    elif not options.verify:
-        raise ValueError(f"{options.output} already holds this growth, finished: use it, or choose another folder")
     if not options.verify:
         return GrowthResult(target_config, written)
     verification = verify_growth(

@@ -1,8 +1,9 @@
 """Checkpoint files of growth: read a slice at a time, write a shard at a time, and go on after an interruption.
 
 A grown folder holds `growth.json` from the start: what grows, from which files (SHA-256), and the shards that are
-finished. A shard is written under another name, then renamed, then entered there. `config.json` comes last, so a
-folder that is not finished does not load.
+finished. A shard is written under another name, then renamed, then entered there with its SHA-256, each step safe on
+the disk before the next. Going on believes no shard that does not have that checksum any more. `config.json` comes
+last, so a folder that is not finished does not load.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,8 +164,12 @@ class GrowthFolder:
         settings: all that decides the bytes of the shards; kept in the manifest.
         shards: the files to write.
 
+    Attributes:
+        missing: shards that are not finished, or whose file has gone or changed.
+        damaged: names of finished files that do not have the size and SHA-256 of the manifest any more.
+
     Raises:
-        ValueError: the folder holds something else, or a growth with other settings.
+        ValueError: the folder holds something else, a manifest that cannot be read, or a growth with other settings.
     """
 
     def __init__(self, folder: str | Path, settings: dict, shards: list[Shard]):
@@ -173,7 +178,7 @@ class GrowthFolder:
         path = self.folder / MANIFEST
         fresh = {"format_version": FORMAT_VERSION, **settings, "shards": {}, "complete": False}
         if path.is_file():
-            self.manifest = json.loads(path.read_text())
+            self.manifest = read_json(path, "remove this folder and grow again")
             differing = [
                 key for key in fresh if key not in ("shards", "complete") and self.manifest.get(key) != fresh[key]
             ]
@@ -187,46 +192,67 @@ class GrowthFolder:
         else:
             self.manifest = fresh
 
+        self.damaged: list[str] = []
+        self.missing = self._find_missing()
+
     @property
     def is_complete(self) -> bool:
-        """Whether every file is there."""
-        return self.manifest["complete"] and not self.missing
+        """Whether every file is there, and the shards are as they were written."""
+        rest = all((self.folder / file).is_file() for file in (INDEX, "config.json"))
+        return self.manifest.get("complete") is True and rest and not self.missing
 
-    @property
-    def missing(self) -> list[Shard]:
-        """Shards that are not finished, or whose file has gone."""
-        return [shard for shard in self.shards if not self._is_finished(shard)]
+    def _find_missing(self) -> list[Shard]:
+        """Compare the files with the manifest, by size and SHA-256."""
+        entries = self.manifest.get("shards")
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError(f"{self.folder / MANIFEST} lists no shards: remove this folder and grow again")
+        finished = [shard for shard in self.shards if shard.file in entries and (self.folder / shard.file).is_file()]
+        for shard in tqdm(finished, desc="checksum of finished shards", unit="file", disable=not finished):
+            path = self.folder / shard.file
+            if path.stat().st_size != shard.num_bytes or file_sha256(path) != entries[shard.file].get("sha256"):
+                self.damaged.append(shard.file)
+        intact = {shard.file for shard in finished} - set(self.damaged)
+        return [shard for shard in self.shards if shard.file not in intact]
 
-    def _is_finished(self, shard: Shard) -> bool:
-        path = self.folder / shard.file
-        return shard.file in self.manifest["shards"] and path.is_file() and path.stat().st_size == shard.num_bytes
+    def check_room(self) -> str:
+        """Compare the bytes still to be written with the disk's.
 
-    def check_room(self) -> int:
-        """Bytes still to be written.
+        Returns:
+            Both numbers in a sentence.
 
         Raises:
             ValueError: the disk has less room; both numbers are named.
         """
-        needed = sum(shard.num_bytes for shard in self.missing)
+        needed = self.num_bytes_missing
         place = next(place for place in (self.folder, *self.folder.absolute().parents) if place.is_dir())
-        # A partial file of an interrupted growth is overwritten, so its bytes count as free.
-        free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in self.folder.glob("*.partial"))
+        # What an interruption left half written and what is damaged goes before new bytes come, so it counts as free.
+        leavings = [*self.folder.glob("*.partial"), *(self.folder / shard.file for shard in self.missing)]
+        free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in leavings if file.is_file())
         if needed > free:
             raise ValueError(
                 f"the grown checkpoint needs {needed:,} more bytes in {self.folder}, and the disk has {free:,} free: "
                 f"make room for {needed - free:,} bytes, or choose a smaller dtype or another disk"
             )
-        return needed
+        return f"{needed:,} bytes to write in {self.folder}, {free:,} free on its disk"
+
+    @property
+    def num_bytes_missing(self) -> int:
+        """Bytes of the shards that are still to be written."""
+        return sum(shard.num_bytes for shard in self.missing)
 
     def write(self, source: CheckpointReader) -> None:
         """Write the shards that are missing, then the index."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
+        for shard in self.missing:
+            self.manifest["shards"].pop(shard.file, None)
+        self.manifest["complete"] = False
         self._save_manifest()
+        for shard in self.missing:
+            (self.folder / shard.file).unlink(missing_ok=True)
         total = sum(shard.num_bytes for shard in self.shards)
-        missing = self.missing
-        with tqdm(total=total, unit="B", unit_scale=True, desc="grow") as bar:
-            bar.update(total - sum(shard.num_bytes for shard in missing))
-            for shard in missing:
+        with tqdm(total=total, initial=total - self.num_bytes_missing, unit="B", unit_scale=True, desc="grow") as bar:
+            for shard in self.missing:
                 bar.set_postfix_str(shard.file)
                 checksum = _write_shard(self.folder / shard.file, shard, source, bar)
                 self.manifest["shards"][shard.file] = {"sha256": checksum, "bytes": shard.num_bytes}
@@ -236,34 +262,34 @@ class GrowthFolder:
         size = sum(shard.num_bytes - len(shard.header) for shard in self.shards)
         parameters = size // self.shards[0].dtype.itemsize
         index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
-        write_atomically(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_durably(self.folder / INDEX, [_json_bytes(index)])
 
     def finish(self, config: dict, source: Path, with_code: bool) -> None:
         """Copy the tokenizer and other companions, write config.json, and mark the folder complete."""
         for pattern in COMPANIONS + (("*.py",) if with_code else ()):
             for file in sorted(source.glob(pattern)):
                 if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+                    write_durably(self.folder / file.name, [file.read_bytes()])
+        write_durably(self.folder / "config.json", [_json_bytes(config)])
         self.manifest["complete"] = True
         self._save_manifest()
+        self.missing, self.damaged = [], []
 
     def _save_manifest(self) -> None:
-        write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        write_durably(self.folder / MANIFEST, [_json_bytes(self.manifest)])
 
 
 def _write_shard(path: Path, shard: Shard, source: CheckpointReader, bar: tqdm) -> str:
     """Write one shard and return its SHA-256."""
-    partial = path.with_name(path.name + ".partial")
     checksum = hashlib.sha256()
-    with open(partial, "wb") as file:
+
+    def pieces() -> Iterator[memoryview | bytes]:
         for piece in _pieces(shard, source):
-            file.write(piece)
+            yield piece
             checksum.update(piece)
             bar.update(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+
+    write_durably(path, pieces())
     return checksum.hexdigest()
 
 
@@ -283,8 +309,45 @@ def file_sha256(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new one."""
+def read_json(path: Path, mend: str) -> dict:
+    """Reads a JSON object.
+
+    Args:
+        path: the file.
+        mend: what to do when it is not one, for the error.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something other than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): {mend}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: {mend}")
+    return content
+
+
+def _json_bytes(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_durably(path: Path, pieces: Iterable[memoryview | bytes]) -> None:
+    """Write a file so that a reader, even after a power cut, sees the old content or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder safe against a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -123,12 +123,15 @@ def test_the_dtype_can_be_changed(parent, tmp_path):
 
 
 def nudge(file: Path, tensor: str) -> None:
-    """Add 1e-6 to a float64 tensor where it lies: a file of another size would be taken for unfinished."""
+    """Add 1e-6 to a float64 tensor where it lies, as a growth that went wrong would have written it."""
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     first, last = (start + offset for offset in json.loads(content[8:start])[tensor]["data_offsets"])
     content[first:last] = (np.frombuffer(content[first:last], np.float64) + 1e-6).tobytes()
     file.write_bytes(content)
+    manifest = json.loads((file.parent / MANIFEST).read_text())
+    manifest["shards"][file.name]["sha256"] = growth_files.file_sha256(file)
+    (file.parent / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -207,15 +210,79 @@ def test_the_tensors_do_not_depend_on_how_they_are_split_into_files(parent, tmp_
     assert set(weight_map) == set(many.names)
 
 
-def test_a_shard_that_was_lost_is_written_again(parent, tmp_path):
+def _lose(file):
+    file.unlink()
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished growth", "interrupted growth"])
+@pytest.mark.parametrize("damage", [_lose, _truncate, _flip_a_bit])
+def test_a_shard_that_was_lost_or_damaged_is_written_again(parent, tmp_path, capsys, damage, finished):
     folder, _ = parent
     settings = EVERYTHING | SEVERAL_FILES
     grow(options(folder, tmp_path / "grown", **settings))
     before = folder_bytes(tmp_path / "grown")
-    next((tmp_path / "grown").glob("model-00003*")).unlink()
+    shard = next((tmp_path / "grown").glob("model-00003*"))
+    damage(shard)
+    if not finished:
+        manifest = json.loads((tmp_path / "grown" / MANIFEST).read_text())
+        (tmp_path / "grown" / MANIFEST).write_text(json.dumps(manifest | {"complete": False}))
+        (tmp_path / "grown" / "config.json").unlink()
+    kept = {file: file.stat().st_ino for file in (tmp_path / "grown").glob("model-*.safetensors") if file != shard}
+    capsys.readouterr()
     result = grow(options(folder, tmp_path / "grown", **settings))
+    assert (f"{shard.name} is damaged" in capsys.readouterr().out) is (damage is not _lose)
     assert folder_bytes(tmp_path / "grown") == before
-    assert result.num_bytes_written == next((tmp_path / "grown").glob("model-00003*")).stat().st_size
+    assert result.num_bytes_written == shard.stat().st_size
+    assert {file: file.stat().st_ino for file in kept} == kept
+
+
+@pytest.mark.parametrize("file", ["config.json", growth_files.INDEX])
+def test_a_finished_folder_that_lost_its_config_or_index_is_completed(parent, tmp_path, file):
+    folder, _ = parent
+    grow(options(folder, tmp_path / "grown", **EVERYTHING))
+    before = folder_bytes(tmp_path / "grown")
+    (tmp_path / "grown" / file).unlink()
+    assert grow(options(folder, tmp_path / "grown", **EVERYTHING)).num_bytes_written == 0
+    assert folder_bytes(tmp_path / "grown") == before
+
+
+def test_every_file_is_safe_on_the_disk_before_the_manifest_names_it(parent, tmp_path, monkeypatch):
+    """The order of a power cut: contents, then the name in the folder, then the manifest, and config.json last."""
+    folder, _ = parent
+    events = []
+    sync, rename = os.fsync, Path.rename
+
+    def recording_sync(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def recording_rename(self, target):
+        events.append(("rename", target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recording_sync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    grow(options(folder, tmp_path / "grown", width=2, **SEVERAL_FILES))
+    renames = [i for i, (event, _) in enumerate(events) if event == "rename"]
+    for i in renames:
+        name = events[i][1]
+        assert events[i - 1] == ("sync", f"{name}.partial")
+        assert events[i + 1] == ("sync", "grown")
+    names = [events[i][1] for i in renames]
+    shards = [i for i, name in enumerate(names) if name.startswith("model-")]
+    assert len(shards) > 3
+    assert all(names[i + 1] == MANIFEST for i in shards)
+    assert names[-2:] == ["config.json", MANIFEST]
 
 
 def test_the_manifest_holds_the_checksums(parent, tmp_path):
