@@ -34,8 +34,10 @@ class MetricsCallback(TrainerCallback):
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        maxima = torch.stack([attention.max_logits.max() for attention in attention_modules(model)]).tolist()
-        self._attention = {"max_logits": [value if math.isfinite(value) else None for value in maxima]}
+        maxima = torch.stack([attention.max_logits.max() for attention in attention_modules(model)])  # (layers,)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX)
+        self._attention = {"max_logits": [value if math.isfinite(value) else None for value in maxima.tolist()]}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         inner = getattr(optimizer, "optimizer", optimizer)

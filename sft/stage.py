@@ -4,6 +4,7 @@ What TRL and transformers do (packing, loss on the assistant's tokens, schedule,
 stand the settings that make it Motif's recipe, the checks before money is spent, and the record of what happened.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,12 +25,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
-from kernels_hub import KernelChoice, polynorm_in_use, use_polynorm
+from kernels_hub import KernelChoice, assert_polynorm_runs, polynorm_in_use, use_polynorm
 from modeling_motif2.diagnostics import track_max_logits
 from sft.callbacks import MetricsCallback, QuietProgress
 from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
 from sft.config import SftStageConfig
 from sft.data import DataReport, load_conversations
+from sft.export import save_final_model
 from trainer.optim import MuonClipFactory
 
 
@@ -46,7 +48,7 @@ class SftResult:
         last_loss: loss of the last logged update.
         eval_loss: loss on eval_files after training; None without them.
         data: what became of the training rows.
-        kernel: the PolyNorm implementation that ran.
+        kernel: the PolyNorm implementation that ran, seen by its operators in the first micro-step.
     """
 
     output_dir: Path
@@ -61,17 +63,37 @@ class SftResult:
 
 
 class StageTrainer(SFTTrainer):
-    """TRL's trainer that stops at the first loss that is no number, before it reaches the weights."""
+    """TRL's trainer that stops at the first loss or gradient that is no number, before it reaches the weights.
+
+    Every rank decides by the same reduced number, so that none waits for one that has stopped. In its first micro-step
+    it counts PolyNorm's operators: `kernel` is what ran, and a kernel that did not run is an AssertionError.
+    """
+
+    kernel: KernelChoice | None = None
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        step = super().training_step
+        if self.kernel is None:
+            losses = []
+            self.kernel = assert_polynorm_runs(self.model, lambda: losses.append(step(*args, **kwargs)))
+            loss = losses[0]
+        else:
+            loss = step(*args, **kwargs)
+        self._refuse_non_finite("loss", self.accelerator.reduce(loss.detach(), "sum").item())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._refuse_non_finite("gradient's norm", norm)  # over all ranks already
+        return norm
+
+    def _refuse_non_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at update {self.state.global_step + 1}; the weights are as the update "
+                f"the {what} is {value} at update {self.state.global_step + 1}; the weights are as the update "
                 "before left them: lower learning_rate or max_grad_norm, look at the end of metrics.jsonl, and go on "
                 "from the last checkpoint with resume: true"
             )
-        return loss
 
 
 def run_stage(config: SftStageConfig) -> SftResult:
@@ -104,7 +126,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         trainer.evaluate()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
-    model_dir = save_final_model(trainer, tokenizer, output_dir)
+    model_dir = save_final_model(trainer, tokenizer, config)
     losses = metrics.losses
     return SftResult(
         output_dir=output_dir,
@@ -115,7 +137,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         last_loss=losses[-1] if losses else output.training_loss,
         eval_loss=eval_loss,
         data=report,
-        kernel=polynorm_in_use(trainer.model),
+        kernel=trainer.kernel or polynorm_in_use(trainer.model),
     )
 
 
@@ -279,26 +301,6 @@ def preview(tokenizer: PreTrainedTokenizerBase, data: Dataset, count: int) -> li
     """The first `count` conversations, decoded, with brackets around what the loss counts."""
     rows = data.select(range(min(count, len(data))))
     return [render_loss_mask(tokenizer, row["input_ids"], row["assistant_masks"]) + "\n" for row in rows]
-
-
-def save_final_model(trainer: StageTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> Path:
-    """Write the model, the tokenizer and the stop tokens to `model/`.
-
-    LoRA adapters are merged into it, and also kept apart in `adapter/`.
-    """
-    model_dir = output_dir / "model"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        model.config.use_cache = True
-        trainer.save_model(str(model_dir))
-        return model_dir
-    trainer.save_model(str(output_dir / "adapter"))
-    if trainer.is_world_process_zero():
-        merged = model.merge_and_unload()
-        merged.config.use_cache = True
-        merged.save_pretrained(model_dir)
-        tokenizer.save_pretrained(model_dir)
-    return model_dir
 
 
 def describe_stage(config: SftStageConfig) -> str:

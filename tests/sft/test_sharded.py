@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from sft import stage
+from sft.callbacks import MetricsCallback
 from sft.stage import run_stage
 from tests.distributed import run_distributed
 
@@ -18,7 +20,7 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
 
 
@@ -51,7 +53,15 @@ def run_sharded(rank: int, config) -> bool:
 
     stage.build_trainer = build_and_look
     run_stage(config)
-    return set(sharded) == {"DTensor"}
+    return "DTensor" in sharded
+
+
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(Path(folder) / "model").state_dict()
 
 
 @pytest.mark.distributed
@@ -60,14 +70,74 @@ def test_two_ranks_equal_one(settings):
     one = run_stage(settings("one", gradient_accumulation_steps=2, **clip))
     two = settings("two", gradient_accumulation_steps=1, **clip)
     assert run_distributed(run_sharded, 2, two) == [True, True]
-    lines = [
-        [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one.output_dir, two.output_dir)
-    ]
+    lines = [lines_of(folder) for folder in (one.output_dir, two.output_dir)]
     for alone, together in zip(*lines, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
         assert together["clipped_heads"] == alone["clipped_heads"]
-    expected = AutoModelForCausalLM.from_pretrained(one.model_dir).state_dict()
-    for name, value in AutoModelForCausalLM.from_pretrained(Path(two.output_dir) / "model").state_dict().items():
+        assert together["max_logits"] == pytest.approx(alone["max_logits"], rel=1e-4), "of all ranks' batches"
+    expected = weights(one.output_dir)
+    for name, value in weights(two.output_dir).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharded_run_goes_on_where_it_stopped(settings):
+    whole = settings("whole", gradient_accumulation_steps=1, save_steps=2, max_steps=3)
+    broken = settings("broken", gradient_accumulation_steps=1, save_steps=2, max_steps=3)
+
+    def stopped(rank, config):
+        def stop(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise InterruptedError
+
+        MetricsCallback.on_step_begin = stop
+        with pytest.raises(InterruptedError):
+            run_sharded(rank, config)
+        return True
+
+    assert run_distributed(run_sharded, 2, whole) == [True, True]
+    assert run_distributed(stopped, 2, broken) == [True, True]
+    assert run_distributed(run_sharded, 2, replace(broken, resume=True)) == [True, True]
+    assert [line["loss"] for line in lines_of(broken.output_dir)] == [
+        line["loss"] for line in lines_of(whole.output_dir)
+    ]
+    expected = weights(whole.output_dir)
+    for name, value in weights(broken.output_dir).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharded_adapters_are_merged_whole(settings, workplace):
+    config = settings(lora_rank=4, optimizer="adamw", max_steps=2)
+    assert run_distributed(run_sharded, 2, config) == [True, True]
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base").state_dict()
+    merged = weights(config.output_dir)
+    changed = {name for name, value in base.items() if not torch.equal(value, merged[name])}
+    assert changed == {name for name in base if any(target in name for target in config.lora_target_modules)}
+
+
+@pytest.mark.distributed
+def test_ranks_stop_together_at_a_loss_that_is_no_number(settings):
+    """One rank alone sees it; the other must not wait for it in the next collective."""
+
+    def spoilt(rank, config):
+        compute = stage.StageTrainer.compute_loss
+
+        def compute_loss(self, *args, **kwargs):
+            loss = compute(self, *args, **kwargs)
+            return loss * float("nan") if rank == 1 and self.state.global_step == 1 else loss
+
+        stage.StageTrainer.compute_loss = compute_loss
+        try:
+            run_sharded(rank, config)
+        except FloatingPointError as error:
+            return str(error)
+
+    config = settings(gradient_accumulation_steps=1, max_steps=3)
+    messages = run_distributed(spoilt, 2, config)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("the loss is nan at update 2")
+    assert not (Path(config.output_dir) / "model").exists()

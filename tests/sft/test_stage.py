@@ -140,6 +140,21 @@ def test_non_finite_loss_stops_before_the_weights(settings, workplace, tmp_path)
     assert not (Path(config.output_dir) / "model").exists()
 
 
+def test_non_finite_gradient_stops_before_the_weights(settings, monkeypatch):
+    trained = []
+    norm = stage.SFTTrainer._get_grad_norm
+
+    def spoilt(self, model, grad_norm=None):
+        value = norm(self, model, grad_norm)
+        trained.append(next(self.model.parameters()).detach().clone())
+        return float("inf") if self.state.global_step == 1 else value
+
+    monkeypatch.setattr(stage.SFTTrainer, "_get_grad_norm", spoilt)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is inf at update 2"):
+        run_stage(settings())
+    assert len(trained) == 2
+
+
 def test_adapters_train_alone_and_are_merged(settings, workplace):
     config = settings(lora_rank=4, optimizer="adamw", max_steps=3)
     result = run_stage(config)
