@@ -4,7 +4,8 @@ The program's sandbox has no network, no host file but Python's library (read-on
 privilege and one process (`seccomp`), with limits on memory, processor time, files, messages and wall-clock time. The
 tests run in a second sandbox, as its judge: it calls the program's functions over a pipe and gets plain data back. So
 the program never sees a test or an expected value, and its builtins, comparisons and exit code count for nothing. The
-verdict carries a random token that only the judge was told.
+verdict carries a random token that only the judge was told. The memory and the threads of both sandboxes are summed up
+every few milliseconds, in however many processes they are (`process_tree`); over the limit, all of it is killed.
 
     Sandbox().run(Program(source="def f(x): return x + 1", tests="assert f(1) == 2", names=("f",))).passed
 """
@@ -15,28 +16,28 @@ import os
 import secrets
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval_harness.guest import wire
+from eval_harness.process_tree import end, usage
 from eval_harness.seccomp import build_filter
 
 GUEST_DIR = Path(__file__).with_name("guest")
 INSTALL = "install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`)"
 WEAK_LACKS = (
-    "generated programs can read this user's files, write wherever this user can, use the network, start processes "
-    "that outlive them, and reach the process that judges them"
+    "generated programs can read this user's files, write wherever this user can, fill the disk, use the network, "
+    "start processes that outlive them and escape the limit of memory in total, and reach the process that judges them"
 )
-CLEANUP_SECONDS = 5
 WALL_FACTOR = 3
+WATCH_SECONDS = 0.02  # assumption: a program can fill some tens of MiB in this time
 
 
 class SandboxUnavailable(RuntimeError):
@@ -76,7 +77,9 @@ class Sandbox:
     Attributes:
         timeout_seconds: processor time a program has (assumption); its wall-clock time is `WALL_FACTOR` times as long,
             so that a busy machine changes no verdict.
-        memory_bytes: address space of the program, in total (assumption).
+        memory_bytes: memory of a program and its judge in total, over all their processes; also the address space of
+            each process (assumption).
+        threads: threads of both in total: the kernel's memory for a thread is in no limit (assumption).
         workers: programs at a time; by default two a processor core, since half of a program's time is waiting.
         weak: go on without bubblewrap. What is then missing is `WEAK_LACKS`.
 
@@ -86,16 +89,19 @@ class Sandbox:
 
     timeout_seconds: float = 10.0
     memory_bytes: int = 2**30
+    threads: int = 256
     workers: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
     weak: bool = False
 
     def __post_init__(self):
-        for name in ("timeout_seconds", "memory_bytes", "workers"):
+        for name in ("timeout_seconds", "memory_bytes", "threads", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use more than 0")
         self._prefix = [] if self.weak else _bubblewrap_command()
         self._filter = None if self.weak else build_filter()
         probe = self.run(Program("def one(): return 1", "assert one() == 1", ("one",)))
+        if not probe.passed and self.weak:
+            raise SandboxUnavailable(f"a trivial program did not run even without bubblewrap: {probe.reason}")
         if not probe.passed:
             raise SandboxUnavailable(
                 f"bubblewrap is installed but a trivial program did not run in it ({probe.reason}); allow "
@@ -121,17 +127,30 @@ class Sandbox:
             for descriptor in (*to_program, *to_judge, verdict[1]):
                 descriptor.close()
             try:
-                message = _receive(verdict[0].number, started + WALL_FACTOR * self.timeout_seconds)
+                message = _receive(
+                    verdict[0].number,
+                    WALL_FACTOR * self.timeout_seconds,
+                    lambda: self._excess([process.pid for process in processes]),
+                )
             finally:
                 for process in processes:
-                    _end(process, group=self.weak)
-        passed, reason = _read_verdict(message, token, WALL_FACTOR * self.timeout_seconds)
+                    end(process, group=self.weak)
+        passed, reason = (False, message) if isinstance(message, str) else _read_verdict(message, token)
         return Outcome(passed, reason, time.monotonic() - started)
 
     def run_many(self, programs: Iterable[Program]) -> list[Outcome]:
         """Judge programs, `workers` at a time; outcomes come in the programs' order."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self.run, programs))
+
+    def _excess(self, pids: list[int]) -> str:
+        """What a program and its judge take too much of, all their processes together; empty where nothing."""
+        taken = usage(pids)
+        if taken.memory_bytes > self.memory_bytes:
+            return f"more than {self.memory_bytes} bytes of memory in total ({taken.memory_bytes})"
+        if taken.threads > self.threads:
+            return f"more than {self.threads} threads in total ({taken.threads})"
+        return ""
 
     def _start(self, script: str, job: bytes, pipes: list["_Descriptor"], limits: list[int]) -> subprocess.Popen:
         folder = GUEST_DIR if self.weak else Path("/guest")
@@ -218,51 +237,29 @@ def _bubblewrap_command() -> list[str]:
     return [*command, "--chdir", "/", "--remount-ro", "/"]
 
 
-def _receive(descriptor: int, deadline: float) -> bytes | None:
-    """The judge's message; None when it dies without one, or the time is over."""
-    received = b""
+def _receive(descriptor: int, seconds: float, excess: Callable[[], str]) -> bytes | str | None:
+    """The judge's message; None when it dies without one; a reason when the time is over or too much is taken."""
+    received, deadline = b"", time.monotonic() + seconds
     while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        part = os.read(descriptor, 1 << 16) if ready else b""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return f"no verdict within {seconds:g} seconds"
+        ready, _, _ = select.select([descriptor], [], [], min(WATCH_SECONDS, remaining))
+        if not ready:
+            if reason := excess():
+                return reason
+            continue
+        part = os.read(descriptor, 1 << 16)
         if not part:
-            return None if ready else b""
+            return None
         received += part
     return received[4:]
 
 
-def _read_verdict(message: bytes | None, token: str, timeout_seconds: float) -> tuple[bool, str]:
-    if message == b"":
-        return False, f"no verdict within {timeout_seconds:g} seconds"
+def _read_verdict(message: bytes | None, token: str) -> tuple[bool, str]:
     if message is None:
         return False, "the judge ended without a verdict"
     stated, reason = wire.decode(message)
     if stated != token:
         return False, "the verdict carries a wrong token"
     return reason is None, reason or ""
-
-
-def _end(process: subprocess.Popen, group: bool) -> None:
-    """Kill a sandbox and wait until all of it is gone.
-
-    The first process inside is killed rather than bubblewrap: the kernel then ends everything in its namespace before
-    bubblewrap, its parent, sees it end.
-    """
-    if group:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    elif process.poll() is None:
-        for child in _children(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-    try:
-        process.wait(0.5 if not group else CLEANUP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(CLEANUP_SECONDS)
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []

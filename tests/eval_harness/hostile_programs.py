@@ -144,3 +144,38 @@ ESCAPES = {
     "types into the terminal": "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')\ndef f(x): return 3",
     "keeps a key": LIBC + "assert sys_call(248, b'user', b'k', b'v', 1, -2) >= 0\ndef f(x): return 3",
 }
+
+# Programs that answer rightly once they hold more than they may; only a limit on the sum stops them. `{size}` is less
+# than the limit of one process.
+FORKED_MEMORY = """
+import os, time
+ready, done = os.pipe()
+for _ in range(8):
+    if os.fork() == 0:
+        held = bytearray(b'x') * {size}
+        os.write(done, b'1')
+        time.sleep(60)
+        os._exit(0)
+for _ in range(8):
+    os.read(ready, 1)
+def f(x): return x + 1
+"""
+NESTED_MEMORY = """
+import os, time
+ready, done = os.pipe()
+held = []
+for _ in range(8):
+    if os.fork():
+        time.sleep(60)
+    os.setsid()
+    held.append(bytearray(b'x') * {size})
+time.sleep(60)
+"""
+MANY_THREADS = """
+import threading, time
+threading.stack_size(32768)
+for _ in range(200):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+time.sleep(1)
+def f(x): return x + 1
+"""

@@ -3,12 +3,22 @@
 import random
 import shutil
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
 
+from eval_harness.process_tree import usage
 from eval_harness.sandbox import INSTALL, WEAK_LACKS, Program, Sandbox, SandboxUnavailable
-from tests.eval_harness.hostile_programs import ESCAPES, NUISANCES, PASS_ATTEMPTS
+from tests.eval_harness.hostile_programs import (
+    ESCAPES,
+    FORKED_MEMORY,
+    MANY_THREADS,
+    NESTED_MEMORY,
+    NUISANCES,
+    PASS_ATTEMPTS,
+)
 
 RIGHT = Program("def f(x): return x + 1", "assert f(2) == 3\nassert f(-1) == 0", ("f",))
 MEMORY_BYTES = 256 * 2**20 + random.Random().randrange(2**20)  # a mark on the command line of our own processes
@@ -61,6 +71,55 @@ def test_hostile_programs(sandbox, patient, tmp_path, family):
     assert [path.name for path in tmp_path.iterdir()] == ["canary"]
     assert our_processes() == []
     assert patient.run(RIGHT).passed
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("source", [FORKED_MEMORY, NESTED_MEMORY], ids=["children", "nested"])
+@pytest.mark.parametrize("mode", ["confined", "without the filter"])
+def test_memory_is_limited_in_total(source, mode):
+    """Each of eight processes stays under the limit of one. The filter refuses the first fork; without it, the sum."""
+    sandbox = Sandbox(timeout_seconds=30.0, memory_bytes=MEMORY_BYTES)
+    if mode == "without the filter":
+        sandbox._filter = None
+    outcome = sandbox.run(Program(source.replace("{size}", str(MEMORY_BYTES // 4)), RIGHT.tests, ("f",)))
+    assert not outcome.passed
+    assert ("PermissionError" if mode == "confined" else "bytes of memory in total") in outcome.reason
+    assert our_processes() == []
+
+
+@needs_bubblewrap
+def test_the_same_children_pass_where_their_sum_is_small():
+    sandbox = Sandbox(timeout_seconds=30.0, memory_bytes=MEMORY_BYTES)
+    sandbox._filter = None
+    assert sandbox.run(Program(FORKED_MEMORY.replace("{size}", str(2**20)), RIGHT.tests, ("f",))).passed
+
+
+def test_memory_is_limited_in_total_in_the_weaker_mode():
+    weak = Sandbox(weak=True, timeout_seconds=30.0, memory_bytes=MEMORY_BYTES)
+    source = FORKED_MEMORY.replace("{size}", str(MEMORY_BYTES // 4))
+    assert "bytes of memory in total" in weak.run(Program(source, RIGHT.tests, ("f",))).reason
+    assert our_processes() == []
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("threads", [100, 1000])
+def test_threads_are_limited_in_total(threads):
+    outcome = Sandbox(timeout_seconds=30.0, threads=threads).run(Program(MANY_THREADS, RIGHT.tests, ("f",)))
+    assert outcome.passed == (threads == 1000), outcome.reason
+    assert outcome.passed or "threads in total" in outcome.reason
+
+
+def test_usage_counts_descendants_and_forgets_the_dead():
+    hold = "import sys, time; held = bytearray(b'x') * 2**26; print(flush=True); time.sleep(60)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
+        taken = usage([parent.pid])
+        for child in psutil.Process(parent.pid).children():
+            child.kill()
+    assert 2**26 < taken.memory_bytes < 2**27
+    assert taken.threads >= 2
+    assert usage([parent.pid]) == usage([])
 
 
 @needs_bubblewrap
@@ -140,7 +199,7 @@ def test_the_weaker_mode_still_ends_what_does_not_end():
     assert "used up its processor time" in busy.reason or "no verdict" in busy.reason
 
 
-@pytest.mark.parametrize("setting", [{"timeout_seconds": 0}, {"memory_bytes": -1}, {"workers": 0}])
+@pytest.mark.parametrize("setting", [{"timeout_seconds": 0}, {"memory_bytes": -1}, {"workers": 0}, {"threads": 0}])
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Sandbox(**setting)
