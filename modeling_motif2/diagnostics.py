@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# Logits held at a time while their maximum is taken (assumption: 256 MiB in float32).
-MAX_LOGITS_AT_ONCE = 2**26
+from .max_logits import largest_logits
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class LayerStatistics:
         lambda_value: weight of the noise map.
         signal_norms: (G * r,) mean length of each signal map's output, or None when not recorded.
         noise_norms: (G,) mean length of each noise map's output, before lambda, or None when not recorded.
-        max_logits: (H,) largest scaled logit of each query head in q_proj's order, or None when not tracked.
+        max_logits: (H,) largest scaled logit of each query head in q_proj's order, or None when not tracked; behind a
+            gate only what is above it is exact.
     """
 
     layer: int
@@ -56,13 +56,20 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def track_max_logits(model: nn.Module, enabled: bool = True) -> None:
+def track_max_logits(model: nn.Module, enabled: bool = True, gate: float | None = None) -> None:
     """Makes every attention keep `max_logits`, the running maximum of its scaled logits by head; or stops it.
 
     The tensor is (H,), float32, in q_proj's head order, starts at -inf, covers visible positions only and lives on the
     module's device. It is taken in the dtype that attention sees, without gradient or waiting for the device.
+
+    Args:
+        model: a Motif-2 model, or one that wraps it.
+        enabled: False forgets what was kept.
+        gate: only maxima above it need be exact; below it a cheap bound, from the exact maximum up to the gate, may
+            stand for them. QK-clip asks no more of logits under its threshold. None: exact always.
     """
     for attention in attention_modules(model):
+        attention.max_logits_gate = gate
         if not enabled:
             attention.max_logits = None
         elif attention.max_logits is None:
@@ -102,7 +109,7 @@ def record_attention(model: nn.Module) -> Iterator[list[LayerStatistics]]:
         already on keeps its own values, and misses what happens inside.
     """
     modules = attention_modules(model)
-    before = [(attention.max_logits, attention.output_norms) for attention in modules]
+    before = [(attention.max_logits, attention.output_norms, attention.max_logits_gate) for attention in modules]
     for attention in modules:
         attention.max_logits = attention.output_norms = None
     track_max_logits(model)
@@ -112,8 +119,8 @@ def record_attention(model: nn.Module) -> Iterator[list[LayerStatistics]]:
         yield statistics
     finally:
         statistics.extend(_layer_statistics(attention) for attention in modules)
-        for attention, (max_logits, output_norms) in zip(modules, before, strict=True):
-            attention.max_logits, attention.output_norms = max_logits, output_norms
+        for attention, state in zip(modules, before, strict=True):
+            attention.max_logits, attention.output_norms, attention.max_logits_gate = state
 
 
 @torch.no_grad()
@@ -164,9 +171,10 @@ def update_max_logits(
         key: (B, G, 2 or more, S, D), rotated; a group's first key is the signal's and its last the noise's.
         visible: (B or 1, 1, T, S) boolean, or None for a plain causal mask.
     """
-    signal = _largest_logits(signal_query, key[:, :, 0], visible)  # (G, r)
-    noise = _largest_logits(noise_query, key[:, :, -1], visible)  # (G, 1)
-    largest = torch.cat((signal, noise), dim=1) * attention.scaling  # (G, r + 1)
+    gate = -torch.inf if attention.max_logits_gate is None else attention.max_logits_gate
+    signal = largest_logits(signal_query, key[:, :, 0], visible, attention.scaling, gate)  # (G, r)
+    noise = largest_logits(noise_query, key[:, :, -1], visible, attention.scaling, gate)  # (G, 1)
+    largest = torch.cat((signal, noise), dim=1)  # (G, r + 1)
     if attention.max_logits.device != largest.device:  # the model was moved since
         attention.max_logits = attention.max_logits.to(largest.device)
     own = _own_groups(attention, attention.max_logits, len(largest))
@@ -180,26 +188,6 @@ def _own_groups(attention: nn.Module, state: torch.Tensor, groups: int) -> torch
         return by_group
     first = attention.q_proj.weight.device_mesh.get_local_rank() * groups
     return by_group[first : first + groups]
-
-
-def _largest_logits(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Returns the largest query-key product (G, queries a key) in float32, a slice of the queries at a time."""
-    batch, heads, tokens, dim = query.shape
-    groups, length = key.shape[1:3]
-    query = query.reshape(batch, groups, heads // groups, tokens, dim)
-    largest = torch.full((groups, heads // groups), -torch.inf, dtype=torch.float32, device=query.device)
-    at_once = max(1, MAX_LOGITS_AT_ONCE // (batch * heads * length))
-    for start in range(0, tokens, at_once):
-        part = query[:, :, :, start : start + at_once]
-        logits = torch.matmul(part.flatten(2, 3), key.transpose(2, 3)).float()  # (B, G, r * t, S)
-        logits = logits.unflatten(2, (heads // groups, -1))  # (B, G, r, t, S)
-        if visible is None:
-            seen = torch.ones(part.shape[3], length, dtype=torch.bool, device=query.device)
-            seen = seen.tril(length - tokens + start)[None, None, None]
-        else:
-            seen = visible[:, :, None, start : start + at_once]
-        largest = torch.maximum(largest, logits.masked_fill(~seen, -torch.inf).amax(dim=(0, 3, 4)))
-    return largest
 
 
 @torch.no_grad()

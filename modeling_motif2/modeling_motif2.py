@@ -288,6 +288,7 @@ class Motif2Attention(nn.Module):
     Attributes:
         max_logits: (H,) float32 in q_proj's head order, the running maximum of the scaled logits over visible
             positions; None unless `diagnostics.track_max_logits` turned it on.
+        max_logits_gate: logits up to which a bound may stand for the maximum; None: the maximum is exact.
         output_norms: (H + 1,) float32, sums kept by `diagnostics.track_output_norms`; None when off.
 
     Source: arXiv 2510.06949, section 3.
@@ -303,6 +304,7 @@ class Motif2Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.lambda_init = lambda_init(layer_idx)
         self.max_logits: torch.Tensor | None = None
+        self.max_logits_gate: float | None = None
         self.output_norms: torch.Tensor | None = None
 
         group_dim = self.num_groups * self.head_dim
