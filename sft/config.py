@@ -80,6 +80,10 @@ class SftStageConfig:
     eval_data_dir: str = _field("", "local folder with the tasks' rows; empty: from the Hub")
     eval_limit: int = _field(0, "rows a task; 0: all")
 
+    push_to_hub: str = _field("", "repository (you/name) that the model, its card and tokenizer go to at the end")
+    hub_private: bool = _field(False, "make that repository private where it does not exist yet")
+    license: str = _field("", "licence of the weights, as the Hub names it; empty: not stated")
+
     seed: int = _field(0, "seed of shuffling, sampling and adapters")
     logging_steps: int = _field(1, "updates between lines of metrics.jsonl")
     eval_steps: int = _field(0, "updates between evaluations on eval_files; 0: only before and after")

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -21,6 +21,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
 ENCODE_BATCH = 256
 EXAMPLES_PER_REASON = 5
+PROVENANCE = ("source", "license", "origin")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class DataReport:
         longest_tokens: tokens of the longest kept conversation.
         dropped: rows left out, by reason.
         places: the first few places (file and row) for each reason.
+        provenance: kept conversations by what the rows say of their `source`, `license` and `origin`.
     """
 
     rows: int = 0
@@ -44,6 +46,16 @@ class DataReport:
     longest_tokens: int = 0
     dropped: Counter = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
+    provenance: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in PROVENANCE})
+
+    def keep(self, row: dict, num_tokens: int, num_trained: int) -> None:
+        """Count one conversation that trains."""
+        self.kept += 1
+        self.tokens += num_tokens
+        self.trained_tokens += num_trained
+        self.longest_tokens = max(self.longest_tokens, num_tokens)
+        for name, counts in self.provenance.items():
+            counts[str(row.get(name) or "unknown")] += 1
 
     def drop(self, reason: str, place: str) -> None:
         """Count one row that is left out."""
@@ -66,7 +78,7 @@ class DataReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(vars(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -259,17 +271,13 @@ def load_conversations(
         )
         for (place, row), ids, mark in zip(batch, token_ids, marks, strict=True):
             if _fits(place, ids, mark, max_length, long_samples, report):
-                columns["messages"].append(
-                    [{"role": m["role"], "content": m["content"] or ""} for m in row["messages"]]
-                )
-                columns["input_ids"].append(ids[:max_length])
-                columns["assistant_masks"].append(mark[:max_length])
+                ids, mark = ids[:max_length], mark[:max_length]
+                report.keep(row, len(ids), sum(mark))
+                columns["messages"].append(list(map(_plain, row["messages"])))
+                columns["input_ids"].append(ids)
+                columns["assistant_masks"].append(mark)
     if not columns["input_ids"]:
         raise ValueError(f"no conversation is left from {[str(file) for file in files]}: {report.summary()}")
-    report.kept = len(columns["input_ids"])
-    report.tokens = sum(map(len, columns["input_ids"]))
-    report.trained_tokens = sum(map(sum, columns["assistant_masks"]))
-    report.longest_tokens = max(map(len, columns["input_ids"]))
     return Dataset.from_dict(columns), report
 
 

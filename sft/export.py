@@ -1,12 +1,14 @@
 """What a stage leaves for use: the whole model in one folder, its card with data and results, and its upload.
 
-Source: the card's form is the Hub's; what it says is read from the run's own records.
+The card is written from the run's own records, so a finished run can be published later (`python -m sft.publish`).
 """
 
 import json
 from pathlib import Path
 
+import httpx
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
@@ -17,7 +19,11 @@ from sft.config import SftStageConfig
 
 MODEL_DIR = "model"
 ADAPTER_DIR = "adapter"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "data_report.json"
+TABLE_FILE = Path("evaluation", "table.json")
+MOST_SOURCES = 20
 
 
 def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: SftStageConfig) -> Path:
@@ -64,3 +70,129 @@ def merge_adapter(base: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, 
     set_stop_tokens(merged, tokenizer)
     merged.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
+
+
+def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = None) -> Path:
+    """Write the card of a finished stage's model from the run's records.
+
+    Args:
+        run_dir: folder of the run.
+        license: of the weights; empty leaves it unstated.
+        name: title; default: the run's name.
+
+    Returns:
+        Path: the card.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    run_dir = Path(run_dir)
+    needed = (f"{MODEL_DIR}/config.json", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+    missing = [name for name in needed if not (run_dir / name).is_file()]
+    if missing:
+        raise ValueError(f"{str(run_dir)!r} holds no finished run: it lacks {', '.join(missing)}")
+    settings = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    report = json.loads((run_dir / REPORT_FILE).read_text(encoding="utf-8"))
+    table_file = run_dir / TABLE_FILE
+    table = json.loads(table_file.read_text(encoding="utf-8")) if table_file.is_file() else []
+    sections = [_training(settings, run_dir), _data(report), *_results(table)]
+    evaluation: dict[str, dict[str, float]] = {}
+    for row in table:
+        if row["after"] is not None and row["stage"] == table[-1]["stage"]:
+            evaluation.setdefault(row["task"], {})[row["metric"]] = row["after"]
+    return write_model_card(
+        run_dir / MODEL_DIR,
+        name=name or run_dir.resolve().name,
+        description="Fine-tuned on conversations; it reads and writes the chat template that its tokenizer holds.",
+        training="\n\n".join(sections),
+        license=license or None,
+        base_model=base_repository(settings["model_name_or_path"]),
+        evaluation=evaluation or None,
+    )
+
+
+def base_repository(name_or_path: str) -> str | None:
+    """The Hub name that a chain of stages started from; None where it started from a local model."""
+    if not Path(name_or_path).exists():
+        return name_or_path
+    before = Path(name_or_path).parent / CONFIG_FILE
+    if not before.is_file():
+        return None
+    name = yaml.safe_load(before.read_text(encoding="utf-8")).get("model_name_or_path")
+    return base_repository(name) if name else None
+
+
+def _training(settings: dict, run_dir: Path) -> str:
+    """One paragraph on the stage, and the losses it recorded."""
+    lines = (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    logged = [json.loads(line) for line in lines]
+    losses = [(line["step"], line["loss"]) for line in logged if "loss" in line]
+    heldout = [line["eval"]["loss"] for line in logged if "eval" in line]
+    adapters = f"LoRA adapters of rank {settings['lora_rank']}, merged" if settings["lora_rank"] else "all parameters"
+    text = (
+        f"One stage of supervised fine-tuning of {adapters}, from `{settings['model_name_or_path']}`: "
+        f"{settings['optimizer']}, peak learning rate {settings['learning_rate']:g}, weight decay "
+        f"{settings['weight_decay']:g}, {settings['lr_scheduler']} schedule with {settings['warmup_ratio']:.0%} "
+        f"warm-up, conversations {'packed' if settings['packing'] else 'up'} to {settings['max_length']:,} tokens, "
+        f"{settings['dtype']}. The loss counts the assistant's tokens alone."
+    )
+    if losses:
+        text += f" {losses[-1][0]:,} updates; training loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last."
+    if len(heldout) > 1:
+        text += f" Held-out loss {heldout[0]:.4f} before, {heldout[-1]:.4f} after."
+    return text
+
+
+def _data(report: dict) -> str:
+    """What it was trained on, by source, licence and origin, and what was dropped."""
+    lines = [
+        f"### Data\n\n{report['kept']:,} of {report['rows']:,} conversations, {report['tokens']:,} tokens, "
+        f"{report['trained_tokens']:,} of them trained."
+    ]
+    for column, counts in report["provenance"].items():
+        ranked = sorted(counts.items(), key=lambda item: -item[1])
+        lines.append(f"| {column} | conversations |\n|---|---:|")
+        lines[-1] += "".join(f"\n| {value} | {count:,} |" for value, count in ranked[:MOST_SOURCES])
+        if len(ranked) > MOST_SOURCES:
+            others = sum(count for _, count in ranked[MOST_SOURCES:])
+            lines[-1] += f"\n| {len(ranked) - MOST_SOURCES} others | {others:,} |"
+    if report["dropped"]:
+        lines.append(
+            "Dropped: " + "; ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) + "."
+        )
+    return "\n\n".join(lines)
+
+
+def _results(table: list[dict]) -> list[str]:
+    from sft.evaluation import render_table
+
+    if not table:
+        return []
+    return [
+        "### Before and after each stage\n\nThe same rows on both sides, through the chat template.\n\n"
+        + render_table(table)
+    ]
+
+
+def push_stage(run_dir: str | Path, repository: str, private: bool = False) -> str:
+    """Upload a finished stage's model, card and tokenizer in one commit; a card that is already there is kept.
+
+    Args:
+        run_dir: folder of the run.
+        repository: "you/name"; made where it does not exist.
+        private: whether a new repository is private.
+
+    Returns:
+        str: URL of the commit.
+
+    Raises:
+        ValueError: the Hub refused; the message says what to check.
+    """
+    message = f"Upload the model of {Path(run_dir).resolve().name}"
+    try:
+        return upload_folder(Path(run_dir) / MODEL_DIR, repository, commit_message=message, private=private)
+    except (httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"{repository!r} could not be uploaded to ({error}); check its name and your token (hf auth login); the "
+            f"model is in {run_dir}: python -m sft.publish --run_dir {run_dir} --push_to_hub {repository} tries again"
+        ) from error

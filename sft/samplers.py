@@ -69,13 +69,22 @@ class Endpoint:
         Raises:
             EndpointError: no answer after all attempts, or one of another form.
         """
+        texts: list[str] = []
+        while len(texts) < count:  # some endpoints give one answer whatever `n` says
+            texts += self._ask(messages, count - len(texts))
+        return texts[:count]
+
+    def _ask(self, messages: list[dict], count: int) -> list[str]:
         body = {"model": self.model, "messages": messages, "n": count}
         body |= {"temperature": self.temperature, "max_tokens": self.max_tokens}
         answer = self._post(json.dumps(body).encode())
         try:
-            return [choice["message"]["content"] or "" for choice in answer["choices"]]
+            texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
         except (KeyError, TypeError) as error:
             raise EndpointError(f"{self.url} answered without choices: {answer!r:.300}") from error
+        if not texts:
+            raise EndpointError(f"{self.url} answered with no choice: {answer!r:.300}")
+        return texts
 
     def _post(self, body: bytes) -> dict:
         headers = {"Content-Type": "application/json"}

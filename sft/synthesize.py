@@ -1,222 +1,306 @@
 """Stage 2: synthetic reasoning that verifies itself. Only checked answers are kept, with where they come from.
 
-A math answer is compared with the known one by math-verify, a program is run against tests in the evaluation sandbox,
-and a composed task has its answer by construction.
+`python -m sft.synthesize --config recipes/sft/synthesize.yaml`. Candidates come from an OpenAI-compatible endpoint or
+a causal LM in this process. Interrupted, the same command goes on where it stopped.
 """
 
-import ast
-import random
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from eval_harness.code_tasks import code_block, names_needed
-from eval_harness.math_tasks import final_expression, same_object
-from eval_harness.sandbox import Program, Sandbox
-from sft.data import row_problem
-from sft.samplers import Sampler
+import torch
+import yaml
+from tqdm import tqdm
 
-MATH_INSTRUCTION = "\nThink step by step. End with the answer in \\boxed{}."
-CODE_INSTRUCTION = "\nGive the program in one ```python block."
+from eval_harness.sandbox import Sandbox, SandboxUnavailable
+from sft.data import read_rows
+from sft.examples import write_conversations
+from sft.filters import Contamination
+from sft.prepare import evaluation_texts
+from sft.samplers import Endpoint, EndpointError, LocalModel, Sampler
+from sft.tasks import Task, compose_tasks, tasks_from_rows
+from sft.verify import user_turn, verify_candidates
+from trainer.cli import parse_recipe
 
-
-@dataclass(frozen=True)
-class Task:
-    """Something to solve whose solution can be checked.
-
-    Args:
-        identifier: names the task in provenance.
-        question: what is asked.
-        domain: "math" or "code".
-        answer: the known answer of a math task.
-        tests: assertions that a program of a code task must pass.
-        skill: what it exercises, for diversity later.
-        license: of the question.
-    """
-
-    identifier: str
-    question: str
-    domain: str
-    answer: str = ""
-    tests: str = ""
-    skill: str = ""
-    license: str = "CC0-1.0"
-
-    def __post_init__(self):
-        needed = {"math": "answer", "code": "tests"}.get(self.domain)
-        if needed is None:
-            raise ValueError(f"task {self.identifier} has domain {self.domain!r}; use math or code")
-        if not getattr(self, needed).strip():
-            raise ValueError(
-                f"{self.domain} task {self.identifier} has no {needed}; nothing could verify its solution"
-            )
+TRAIN_FILE = "train.jsonl"
+JOURNAL_FILE = "journal.jsonl"
+SETTINGS_FILE = "settings.json"
+# Settings that may change between two starts of one synthesis.
+FREE_SETTINGS = ("endpoint_url", "key_variable", "workers", "progress", "dry_run")
+SHOWN_TASKS = 3
 
 
 @dataclass
-class Synthesis:
-    """Verified conversations, and how many candidates were rejected for which reason."""
-
-    rows: list[dict] = field(default_factory=list)
-    rejected: Counter = field(default_factory=Counter)
-    unsolved: list[str] = field(default_factory=list)
-
-
-def synthesize(
-    tasks: Iterable[Task],
-    sampler: Sampler,
-    candidates: int = 4,
-    keep_per_task: int = 1,
-    sandbox: Sandbox | None = None,
-) -> Synthesis:
-    """Sample candidates for every task and keep those that verify.
-
-    Args:
-        tasks: what to solve.
-        sampler: answers conversations.
-        candidates: answers sampled a task.
-        keep_per_task: verified answers kept a task, different ones, shortest first.
-        sandbox: runs programs; made when the first code task comes.
-
-    Returns:
-        Synthesis: conversations with provenance, and what was rejected.
+class SynthesizeConfig:
+    """Settings of a synthesis.
 
     Raises:
-        ValueError: `candidates` or `keep_per_task` is below 1.
+        ValueError: a value is out of range, there is nothing to solve, or not exactly one source of answers.
+    """
+
+    output_dir: str = field(default="", metadata={"help": "gets train.jsonl, report.json and journal.jsonl"})
+    task_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": ".jsonl or .parquet rows: question and answer (math), or text and test_list (code)"},
+    )
+    task_license: str = field(default="unknown", metadata={"help": "licence of task_files' rows that state none"})
+    composed_tasks: int = field(default=0, metadata={"help": "tasks composed here, with answers by construction"})
+    composed_depth: int = field(default=3, metadata={"help": "operations of a composed task (assumption)"})
+    eval_files: list[str] = field(
+        default_factory=list, metadata={"help": "evaluation sets; tasks that share 13 words with them are left out"}
+    )
+    max_tasks: int = field(default=0, metadata={"help": "first tasks only; 0: all"})
+    endpoint_url: str = field(default="", metadata={"help": "OpenAI-compatible endpoint, up to /v1"})
+    endpoint_model: str = field(default="", metadata={"help": "name of the model at that endpoint"})
+    key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable with its key"})
+    workers: int = field(default=8, metadata={"help": "requests at a time to the endpoint (assumption)"})
+    model_name_or_path: str = field(default="", metadata={"help": "causal LM to sample from instead of an endpoint"})
+    candidates: int = field(default=4, metadata={"help": "answers sampled a task (assumption)"})
+    keep_per_task: int = field(default=1, metadata={"help": "verified answers kept a task, shortest first"})
+    temperature: float = field(default=0.8, metadata={"help": "of the sampling (assumption)"})
+    max_tokens: int = field(default=2048, metadata={"help": "longest answer"})
+    seed: int = field(default=0, metadata={"help": "seed of composed tasks and of a local model's sampling"})
+    progress: bool = field(default=True, metadata={"help": "show a progress bar"})
+    dry_run: bool = field(default=False, metadata={"help": "print settings, tasks by skill and examples, and exit"})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("output_dir is empty; set it in the recipe or on the command line")
+        if not self.task_files and not self.composed_tasks:
+            raise ValueError("there is nothing to solve; set task_files, or composed_tasks above 0")
+        if bool(self.endpoint_url) == bool(self.model_name_or_path):
+            raise ValueError(
+                f"endpoint_url is {self.endpoint_url!r} and model_name_or_path {self.model_name_or_path!r}; "
+                "set exactly one of them"
+            )
+        if bool(self.endpoint_url) != bool(self.endpoint_model):
+            raise ValueError(
+                f"endpoint_url is {self.endpoint_url!r} and endpoint_model {self.endpoint_model!r}; "
+                "set both or neither"
+            )
+        for name in ("composed_depth", "workers", "candidates", "keep_per_task", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        for name in ("composed_tasks", "max_tasks", "temperature"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
+
+    def identity(self) -> dict:
+        """The settings that one synthesis must keep from start to start."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
+
+
+def load_tasks(config: SynthesizeConfig) -> tuple[list[Task], int]:
+    """The tasks to solve, and how many were left out for sharing text with the evaluation sets.
+
+    Raises:
+        ValueError: a file cannot be read, or a row is no task.
+    """
+    tasks = []
+    for file in config.task_files:
+        rows = [row for _, row in read_rows(file)]
+        tasks += tasks_from_rows(rows, Path(file).name.split(".")[0], config.task_license)
+    tasks += compose_tasks(config.seed, config.composed_tasks, config.composed_depth)
+    if len({task.identifier for task in tasks}) < len(tasks):
+        raise ValueError(f"two of task_files {config.task_files} have the same name; rename one of them")
+    contamination = Contamination(evaluation_texts(config.eval_files))
+    clean = [task for task in tasks if not contamination.found_in(task.question)]
+    return clean[: config.max_tasks or None], len(tasks) - len(clean)
+
+
+def load_sampler(config: SynthesizeConfig) -> Sampler:
+    """Where the answers come from.
+
+    Raises:
+        ValueError: the local model has no tokenizer with Motif's markup.
+    """
+    if config.endpoint_url:
+        return Endpoint(
+            config.endpoint_url,
+            config.endpoint_model,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            key_variable=config.key_variable,
+        )
+    from transformers import AutoModelForCausalLM
+
+    import modeling_motif2  # noqa: F401 (registers the architecture)
+    from sft.stage import load_tokenizer
+
+    on_gpu = torch.cuda.is_available()
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path, dtype=torch.bfloat16 if on_gpu else torch.float32
+    ).eval()
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    return LocalModel(model.to("cuda" if on_gpu else "cpu"), tokenizer, config.temperature, config.max_tokens)
+
+
+def sample_tasks(
+    tasks: Iterable[Task], sampler: Sampler, candidates: int, workers: int = 1
+) -> Iterator[tuple[Task, list[str]]]:
+    """Each task with its candidate answers, in order, with up to `workers` of them asked for at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for task in tasks:
+            waiting.append((task, pool.submit(sampler.sample, [user_turn(task)], candidates)))
+            if len(waiting) > workers:
+                task, answers = waiting.popleft()
+                yield task, answers.result()
+        for task, answers in waiting:
+            yield task, answers.result()
+
+
+class Journal:
+    """Every solved task of a synthesis, one JSON line each, so that a second start goes on.
+
+    Args:
+        folder: of the synthesis.
+        identity: settings that must be the same at every start.
+
+    Raises:
+        ValueError: the folder holds a finished synthesis, or one with other settings.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict):
+        self.folder = Path(folder)
+        self.path = self.folder / JOURNAL_FILE
+        if (self.folder / TRAIN_FILE).exists():
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds a finished synthesis; choose another folder, or remove this one"
+            )
+        known = self.folder / SETTINGS_FILE
+        if known.exists():
+            before = json.loads(known.read_text(encoding="utf-8"))
+            changed = [name for name in identity if before.get(name) != identity[name]]
+            if changed:
+                changes = ", ".join(f"{name} {before.get(name)!r} -> {identity[name]!r}" for name in changed)
+                raise ValueError(
+                    f"output_dir {str(folder)!r} holds a synthesis with other settings ({changes}); restore them, "
+                    "choose another folder, or remove this one"
+                )
+        self.identity = identity
+        self.solved = {line["task"]: line for line in self._read()}
+
+    def _read(self) -> Iterator[dict]:
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
+        yield from map(json.loads, lines[:-1])  # what follows the last line's end was cut short
+
+    def open(self) -> None:
+        """Make the folder, and drop a line that was cut short."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.solved.values()]
+        self.path.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, task: Task, rows: list[dict], rejected: Counter) -> None:
+        """Write down one task."""
+        line = {"task": task.identifier, "rows": rows, "rejected": dict(rejected)}
+        self.solved[task.identifier] = line
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def synthesize(config: SynthesizeConfig, sampler: Sampler | None = None) -> Path:
+    """Sample candidates for every task, keep those that verify, and write them.
+
+    Args:
+        config: the settings.
+        sampler: answers conversations; default: what the settings name.
+
+    Returns:
+        Path: the conversations.
+
+    Raises:
+        ValueError: a file or the output folder cannot be used, or nothing verified.
+        EndpointError: the endpoint fails; what was solved is kept.
         SandboxUnavailable: there is a code task and programs cannot be confined here.
     """
-    if candidates < 1 or keep_per_task < 1:
-        raise ValueError(f"candidates is {candidates} and keep_per_task {keep_per_task}; use 1 or more of both")
-    result = Synthesis()
-    for task in tasks:
-        instruction = MATH_INSTRUCTION if task.domain == "math" else CODE_INSTRUCTION
-        question = {"role": "user", "content": task.question + instruction}
-        texts = list(dict.fromkeys(text.strip() for text in sampler.sample([question], candidates)))
-        if task.domain == "code" and sandbox is None:
-            sandbox = Sandbox()
-        reasons = verify_all(task, texts, sandbox)
-        verified = sorted((text for text, reason in zip(texts, reasons, strict=True) if reason is None), key=len)
-        result.rejected.update(reason for reason in reasons if reason is not None)
-        if not verified:
-            result.unsolved.append(task.identifier)
-        for text in verified[:keep_per_task]:
-            row = _row(task, question, text, sampler.name, len(texts), len(verified))
-            if problem := row_problem(row):
-                result.rejected[problem] += 1
-            else:
-                result.rows.append(row)
-    return result
+    tasks, left_out = load_tasks(config)
+    journal = Journal(config.output_dir, config.identity())
+    todo = [task for task in tasks if task.identifier not in journal.solved]
+    sandbox = Sandbox() if any(task.domain == "code" for task in todo) else None
+    sampler = sampler or load_sampler(config)
+    journal.open()
+    workers = config.workers if config.endpoint_url else 1
+    kept = sum(len(line["rows"]) for line in journal.solved.values())
+    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="task", disable=not config.progress) as bar:
+        for task, candidates in sample_tasks(todo, sampler, config.candidates, workers):
+            found = verify_candidates(task, candidates, sampler.name, config.keep_per_task, sandbox)
+            journal.add(task, found.rows, found.rejected)
+            kept += len(found.rows)
+            bar.set_postfix(kept=kept)
+            bar.update()
+    return _write(config, tasks, left_out, journal)
 
 
-def verify_all(task: Task, texts: Sequence[str], sandbox: Sandbox | None) -> list[str | None]:
-    """Why each candidate is rejected; None for one that verifies."""
-    if task.domain == "math":
-        return [_math_problem(task, text) for text in texts]
-    programs = [_program(task, text) for text in texts]
-    outcomes = iter(sandbox.run_many([program for program in programs if program is not None]))
-    return ["no program" if program is None else _outcome_problem(next(outcomes)) for program in programs]
-
-
-def _math_problem(task: Task, text: str) -> str | None:
-    if "\\boxed" not in text:
-        return "no boxed answer"
-    return None if same_object(task.answer, final_expression(text)) else "wrong answer"
-
-
-def _program(task: Task, text: str) -> Program | None:
-    source = code_block(text)
-    if source is None:
-        return None
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None
-    return Program(source, task.tests, tuple(names_needed(task.tests)))
-
-
-def _outcome_problem(outcome) -> str | None:
-    return None if outcome.passed else "tests failed"
-
-
-def _row(task: Task, question: dict, text: str, model: str, sampled: int, verified: int) -> dict:
-    return {
-        "messages": [question, {"role": "assistant", "content": text}],
-        "domain": task.domain,
-        "source": f"synthetic/{task.skill or task.domain}",
-        "license": task.license,
-        "origin": model,
-        "skill": task.skill,
-        "provenance": {
-            "task": task.identifier,
-            "model": model,
-            "verified_by": "math-verify" if task.domain == "math" else "tests in the sandbox",
-            "answer": task.answer,
-            "distinct_candidates": sampled,
-            "verified_candidates": verified,
-        },
+def _write(config: SynthesizeConfig, tasks: list[Task], left_out: int, journal: Journal) -> Path:
+    solved = [journal.solved[task.identifier] for task in tasks]
+    rejected: Counter = Counter()
+    for line in solved:
+        rejected.update(line["rejected"])
+    rows = [row for line in solved for row in line["rows"]]
+    report = {
+        "tasks": len(tasks),
+        "left_out_as_evaluation_text": left_out,
+        "rows": len(rows),
+        "rejected": dict(rejected.most_common()),
+        "unsolved": [line["task"] for line in solved if not line["rows"]],
     }
+    folder = Path(config.output_dir)
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not rows:
+        raise ValueError(
+            f"no answer to {len(tasks)} tasks verified ({dict(rejected)}); look at {folder / 'report.json'}, and use "
+            "a stronger model, more candidates or more max_tokens"
+        )
+    return write_conversations(rows, folder / TRAIN_FILE)
 
 
-_STEPS = {
-    "add": ("add {n} to it", lambda value, n: value + n),
-    "double": ("multiply it by {n}", lambda value, n: value * n),
-    "take": ("subtract {n} from it", lambda value, n: value - n),
-    "square": ("square it", lambda value, n: value * value),
-    "rest": ("take its remainder on division by {n}", lambda value, n: value % n),
-}
-
-
-def compose_tasks(seed: int, count: int, depth: int = 3) -> list[Task]:
-    """Chains of small operations whose answer is known by construction.
-
-    Args:
-        seed: fixes the whole list.
-        count: tasks.
-        depth: operations a task.
-
-    Returns:
-        list[Task]: math tasks with skill `compose-<depth>`.
+def describe_synthesis(config: SynthesizeConfig) -> str:
+    """What `synthesize` would do: settings, tasks by domain and skill, the first of them; nothing is asked or written.
 
     Raises:
-        ValueError: `depth` is below 1.
+        ValueError: a file or the output folder cannot be used.
     """
-    if depth < 1:
-        raise ValueError(f"depth is {depth}; use 1 or more operations")
-    rng = random.Random(f"compose/{seed}/{depth}")
-    tasks = []
-    for number in range(count):
-        value = start = rng.randint(2, 30)
-        phrases, squared = [], False
-        for _ in range(depth):
-            name = rng.choice([name for name in _STEPS if not (squared and name == "square")])
-            squared |= name == "square"
-            operand = rng.randint(2, 12)
-            phrase, apply = _STEPS[name]
-            phrases.append(phrase.format(n=operand))
-            value = apply(value, operand)
-        question = f"Start with {start}. Then {', then '.join(phrases)}. What is the result?"
-        tasks.append(Task(f"compose-{depth}/{seed}/{number}", question, "math", str(value), skill=f"compose-{depth}"))
-    return tasks
+    lines = [yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)]
+    missing = [file for file in (*config.task_files, *config.eval_files) if not Path(file).is_file()]
+    if missing:
+        return "\n".join([*lines, f"not on this machine, tasks not read: {', '.join(missing)}"])
+    tasks, left_out = load_tasks(config)
+    solved = Journal(config.output_dir, config.identity()).solved
+    lines.append(f"{len(tasks):,} tasks, {left_out:,} left out as evaluation text, {len(solved):,} solved before")
+    counts = Counter((task.domain, task.skill) for task in tasks)
+    lines += [f"{count:8,} {domain}, {skill}" for (domain, skill), count in counts.most_common()]
+    lines.append(f"{config.candidates * (len(tasks) - len(solved)):,} answers of up to {config.max_tokens:,} tokens")
+    lines += [f"\n[{task.identifier}]\n{user_turn(task)['content']}" for task in tasks[:SHOWN_TASKS]]
+    return "\n".join(lines)
 
 
-def tasks_from_rows(rows: Iterable[dict]) -> list[Task]:
-    """Tasks from rows with `question` and `answer` (math), or `text`, `test_list` (MBPP's form of code).
+def main(argv: list[str] | None = None) -> None:
+    """Synthesize as a recipe says and print the counts, or say what would be done (`--dry_run`).
 
     Raises:
-        ValueError: a row has neither form.
+        SystemExit: a setting, file, the endpoint or the sandbox cannot be used; the message says why and what to do.
     """
-    tasks = []
-    for number, row in enumerate(rows):
-        license_name = row.get("license") or "unknown"
-        if "test_list" in row:
-            tests = "\n".join(row["test_list"])
-            question = f"{row['text']}\nYour program must pass:\n{row['test_list'][0]}"
-            task = Task(f"code/{number}", question, "code", tests=tests, skill="program", license=license_name)
-        elif "question" in row and "answer" in row:
-            answer = str(row["answer"]).rpartition("####")[2].strip()
-            task = Task(f"math/{number}", row["question"], "math", answer, skill="word-problem", license=license_name)
-        else:
-            raise ValueError(
-                f"row {number} has the fields {sorted(row)}; give question and answer, or text and test_list"
-            )
-        tasks.append(task)
-    return tasks
+    (config,) = parse_recipe(SynthesizeConfig, description=__doc__, argv=argv)
+    try:
+        if config.dry_run:
+            print(describe_synthesis(config))
+            return
+        train_file = synthesize(config)
+    except EndpointError as error:
+        raise SystemExit(f"sft.synthesize: {error}; what was solved is kept: the same command goes on") from error
+    except (ValueError, SandboxUnavailable) as error:
+        raise SystemExit(f"sft.synthesize: {error}") from error
+    report = json.loads(train_file.with_name("report.json").read_text(encoding="utf-8"))
+    print(f"{report['rows']:,} verified answers, {len(report['unsolved']):,} of {report['tasks']:,} tasks unsolved")
+    print("\n".join(f"{count:8,} rejected: {reason}" for reason, count in report["rejected"].items()))
+    print(train_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,16 +26,34 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_stage(config))
             return
         result = run_stage(config)
-        if config.eval_tasks and PartialState().is_main_process:
-            from sft.evaluation import evaluate_stage
-
-            print(evaluate_stage(config))
+        if PartialState().is_main_process:
+            finish(config)
     except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"motif2-sft: {error}") from error
     print(
         f"{result.steps} updates, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
         f"PolyNorm by {result.kernel}; model in {result.model_dir}"
     )
+
+
+def finish(config: SftStageConfig) -> None:
+    """After a stage, on one process: evaluate where tasks are named, write the card, upload where asked.
+
+    Args:
+        config: of the finished stage.
+
+    Raises:
+        ValueError: an unknown task, or the Hub refused.
+    """
+    from sft.export import push_stage, write_stage_card
+
+    if config.eval_tasks:
+        from sft.evaluation import evaluate_stage
+
+        print(evaluate_stage(config))
+    write_stage_card(config.output_dir, config.license)
+    if config.push_to_hub:
+        print(push_stage(config.output_dir, config.push_to_hub, config.hub_private))
 
 
 if __name__ == "__main__":

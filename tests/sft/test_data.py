@@ -70,6 +70,15 @@ def test_bad_rows_are_counted_by_reason_and_place(tokenizer, write_rows):
     assert "dropped 1: empty turn (first: rows.jsonl:8)" in report.summary()
 
 
+def test_report_with_dropped_rows_is_written(tokenizer, write_rows, tmp_path):
+    rows = [GOOD | {"license": "MIT"}, GOOD, MUST_GO["empty turn"]]
+    _, report = load_conversations([write_rows(rows)], tokenizer, max_length=200)
+    report.save(tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["rows"], written["kept"], written["dropped"]) == (3, 2, {"empty turn": 1})
+    assert written["provenance"]["license"] == {"MIT": 1, "unknown": 1}
+
+
 def test_first_bad_row_stops_when_refused(tokenizer, write_rows):
     path = write_rows([GOOD, MUST_GO["empty turn"]])
     with pytest.raises(ValueError, match=r"row rows.jsonl:2 is malformed: empty turn; mend it, or set bad_rows: skip"):
