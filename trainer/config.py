@@ -73,6 +73,7 @@ class PretrainConfig:
     reasoning_cap: float = setting(0.1, "largest share of the reasoning domains together")
     heldout_fraction: float = setting(0.01, "share of documents held out by a hash of their text")
     shard_tokens: int = setting(100_000_000, "tokens of a shard file")
+    data_workers: int = setting(1, "processes that tokenise; the shards are the same with any number")
     verify_checksums: bool = setting(True, "compare the checksum of every shard at the start, reading all of it once")
     # Length of the run and of its phases
     total_tokens: int = setting(0, "tokens of the run, padding included (required)")
@@ -108,16 +109,55 @@ class PretrainConfig:
     # Execution
     seed: int = setting(0, "decides initial weights and the order of the data")
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "precision of the forward pass; weights stay float32")
-    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory")
+    fp8: Literal["none", "rowwise", "rowwise_with_gw_hp"] = setting(
+        "none", "FP8 products in the decoder layers, by torchao; …_gw_hp takes the weights' gradients in bfloat16"
+    )
+    fp8_skip_edge_layers: int = setting(1, "layers at each end that stay out of FP8, besides embedding and head")
+    fp8_emulate: bool = setting(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
+    compile_layers: bool = setting(False, "compile each decoder layer with torch.compile")
+    gradient_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
+    )
+    gradient_checkpointing_every: int = setting(1, "recompute only each so many-th layer")
+    loss: Literal["auto", "full", "chunked"] = setting(
+        "auto", "cross-entropy over all logits at once, or in chunks of the vocabulary; auto: chunks above 1 GiB"
+    )
     # Checkpoints
     checkpoint_steps: int = setting(1000, "steps between checkpoints; 0 keeps only the final model")
+    async_checkpoints: bool = setting(
+        True, "write checkpoints while training goes on; takes host memory for a copy of the states"
+    )
     keep_last: int = setting(2, "checkpoints to keep")
+    keep_every_steps: int = setting(0, "also keep the checkpoints of every so many steps; 0 keeps none besides")
+    average_every_tokens: int = setting(
+        0, "tokens after which the mean of the last checkpoints and the weights goes on; 0 is off"
+    )
+    average_checkpoints: int = setting(6, "how many take part in the mean, the current weights included")
+    # Safety
+    spike_window_steps: int = setting(128, "recent losses that a spike is measured against; 0 is off (assumption)")
+    spike_deviations: float = setting(10.0, "median deviations (MAD, as sigma) above the median (assumption)")
+    spike_min_rise: float = setting(0.5, "nats above the median that a spike has at least (assumption)")
+    spike_patience_steps: int = setting(3, "such steps in a row before the run rewinds (assumption)")
+    max_rewinds: int = setting(
+        3, "rewinds to the last checkpoint after a loss spike before the run stops (assumption)"
+    )
+    timeout_seconds: float = setting(1800.0, "how long a rank waits for the others before the run stops")
     # Watching
     log_steps: int = setting(1, "steps between lines in the terminal and the trackers; metrics.jsonl gets every step")
     eval_steps: int = setting(1000, "steps between held-out evaluations, one at the start and end; 0 is off")
     eval_tokens: int = setting(1_000_000, "held-out tokens of each domain to evaluate on")
+    norm_steps: int = setting(100, "steps between measurements of the signal and noise outputs' norms; 0 is off")
+    warn_noise_share: float = setting(
+        0.95, "warn when lambda times the noise outputs reaches this share of the signal outputs (assumption)"
+    )
+    warn_memory_rise: float = setting(0.25, "warn when a step takes this much more memory than usual (assumption)")
+    warn_stall_steps: int = setting(
+        2000, "warn when the loss fell too little over so many steps; 0 is off (assumption)"
+    )
+    warn_stall_drop: float = setting(0.001, "nats that the loss must fall in warn_stall_steps (assumption)")
     trackers: list[str] = field(
-        default_factory=list, metadata={"help": "accelerate's trackers: tensorboard, trackio, wandb, …"}
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "accelerate's trackers: tensorboard, trackio, wandb, …"},
     )
     progress: bool = setting(True, "show a progress bar")
     peak_tflops: float | None = setting(None, "the accelerator's peak in TFLOP/s, for MFU (H100, dense bf16: 989)")
@@ -195,10 +235,29 @@ class PretrainConfig:
             "shard_tokens",
             "keep_last",
             "log_steps",
+            "gradient_checkpointing_every",
+            "data_workers",
+            "average_checkpoints",
+            "spike_deviations",
+            "spike_patience_steps",
+            "timeout_seconds",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a value above 0")
-        for name in ("checkpoint_steps", "eval_steps", "max_skipped_steps", "batch_ramp_tokens"):
+        for name in (
+            "checkpoint_steps",
+            "eval_steps",
+            "max_skipped_steps",
+            "batch_ramp_tokens",
+            "fp8_skip_edge_layers",
+            "keep_every_steps",
+            "average_every_tokens",
+            "spike_window_steps",
+            "spike_min_rise",
+            "max_rewinds",
+            "norm_steps",
+            "warn_stall_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more")
         if not 0 <= self.heldout_fraction < 1:
@@ -216,6 +275,13 @@ class PretrainConfig:
             raise ValueError(f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens")
         if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
             raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
+        if self.average_every_tokens and not (
+            self.checkpoint_steps and self.keep_last >= self.average_checkpoints - 1
+        ):
+            raise ValueError(
+                f"a mean of {self.average_checkpoints} checkpoints needs checkpoint_steps above 0 and keep_last of "
+                f"{self.average_checkpoints - 1} or more, got {self.checkpoint_steps} and {self.keep_last}: raise them"
+            )
 
 
 def _mapping(name: str, value: dict | str | None) -> dict:

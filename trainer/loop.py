@@ -1,25 +1,30 @@
-"""The pre-training run: data, model and optimizer are put together, then step after step until the last token."""
+"""The pre-training run: data, model and optimizer are put together, then step after step until the last token.
+
+The parts come from `trainer/assemble.py`; what a step does is in `trainer/step.py`.
+"""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from torch import nn
+from accelerate.utils import broadcast_object_list, set_seed
 
 from kernels_hub import use_polynorm
+from trainer.assemble import build_optimizer, make_accelerator, open_heldout, open_loader, prepare_shards
+from trainer.averaging import average_with_checkpoints
 from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
-from trainer.data.loader import Batch, CurriculumLoader, heldout_batches
-from trainer.data.shards import TokenCorpus, build_shards, check_tokenizer, load_manifest
-from trainer.flops import training_flops
-from trainer.metrics import Metrics, peak_memory_bytes
+from trainer.data.loader import Batch
+from trainer.errors import LossSpikeError, LostRankError, RunStoppedError, is_lost_rank
+from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarning
+from trainer.measurements import Measurements
+from trainer.metrics import Metrics
 from trainer.model import build_model, load_tokenizer
-from trainer.optim import build_muon_clip
 from trainer.run_folder import CHECKPOINTS, METRICS, export_model, open_run_folder
+from trainer.spikes import SpikeDetector
 from trainer.step import NonFiniteLossError, StepOutcome, TrainStep
 
 
@@ -33,6 +38,8 @@ class PretrainResult:
         metrics_path: `metrics.jsonl`.
         steps, tokens: length of the run.
         first_eval, last_eval: held-out loss by domain before and after training; empty when eval_steps is 0.
+        padding_share: of all tokens, those that filled the ends of rows.
+        lost_share: of all tokens, those that nothing was learnt from: padding, and each packed piece's first token.
     """
 
     output_dir: Path
@@ -42,6 +49,8 @@ class PretrainResult:
     tokens: int
     first_eval: dict[str, float]
     last_eval: dict[str, float]
+    padding_share: float
+    lost_share: float
 
 
 @dataclass
@@ -50,7 +59,10 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    padding_tokens: int = 0
+    lost_tokens: int = 0
     skipped_steps: int = 0
+    rewinds: list[dict] = field(default_factory=list)
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -64,62 +76,16 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
     Raises:
         ValueError: the output folder, corpus, tokenizer or checkpoint does not fit the settings.
         NonFiniteLossError: more than `max_skipped_steps` steps had a non-finite loss or gradient.
+        LossSpikeError: the loss spiked more than `max_rewinds` times.
+        CheckpointError: a checkpoint could not be written.
+        LostRankError: another rank died or hangs.
+        RunStoppedError: the disk refused something else.
     """
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # an earlier run of this process may have used another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        cpu=not torch.accelerator.is_available(),  # else accelerate takes gloo ranks for single processes
-        log_with=config.trackers or None,
-        project_dir=config.output_dir,
-    )
+    accelerator = make_accelerator(config)
     try:
         return _Run(config, accelerator).train()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def prepare_shards(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> None:
-    """Tokenise the domains that `data_dir` lacks, on the main process, and refuse another tokenizer's shards.
-
-    Raises:
-        ValueError: a domain has neither shards nor sources, a source cannot be read, or the tokenizer differs.
-    """
-    with accelerator.main_process_first():
-        if accelerator.is_main_process and any(domain.get("sources") for domain in config.domains.values()):
-            sources = {name: domain["sources"] for name, domain in config.domains.items() if domain.get("sources")}
-            build_shards(
-                config.data_dir,
-                sources,
-                tokenizer,
-                heldout_fraction=config.heldout_fraction,
-                shard_tokens=config.shard_tokens,
-                seed=0,
-                progress=config.progress,
-            )
-    load_manifest(config.data_dir)
-    check_tokenizer(config.data_dir, tokenizer)
-
-
-def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """MuonClip over the model, or AdamW for all of it (then nothing is clipped).
-
-    Args:
-        config: of the run.
-        model: not yet prepared by accelerate.
-    """
-    options = {"lr": config.learning_rate, "adamw_lr": config.adamw_learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        decays = {"other": config.weight_decay}
-        return build_muon_clip(model, adamw_patterns=(".*",), weight_decays=decays, qk_clip_threshold=None, **options)
-    return build_muon_clip(
-        model,
-        momentum=config.momentum,
-        qk_clip_threshold=config.qk_clip_threshold,
-        qk_clip_rule=config.qk_clip_rule,
-        **options,
-    )
 
 
 class _Run:
@@ -128,12 +94,12 @@ class _Run:
         self.folder = open_run_folder(config, accelerator)
         self.tokenizer = load_tokenizer(config.tokenizer)
         prepare_shards(config, self.tokenizer, accelerator)
-        self.loader = self._open_loader()
-        self.heldout = self._open_heldout()
+        self.loader = open_loader(config, self.tokenizer, accelerator)
+        self.heldout = open_heldout(config, self.tokenizer)
         self.schedule = config.learning_rate_schedule()
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)
-        self.model_config = model.config
+        self.measurements = Measurements(config, accelerator, model.config)
         use_polynorm(model.to(accelerator.device), config.polynorm)  # refuses a kernel that does not run
         optimizer = build_optimizer(config, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -144,8 +110,21 @@ class _Run:
             list(config.domains),
             config.max_grad_norm,
             config.micro_batch_tokens,
+            config.loss,
         )
-        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, accelerator, config.keep_last)
+        self.checkpoints = Checkpoints(
+            self.folder / CHECKPOINTS,
+            accelerator,
+            config.keep_last,
+            config.keep_every_steps,
+            config.async_checkpoints,
+            config.timeout_seconds,
+        )
+        self.checkpoint_due = False
+        self.spikes = SpikeDetector(
+            config.spike_window_steps, config.spike_deviations, config.spike_min_rise, config.spike_patience_steps
+        )
+        self.signs = FailureSigns(config)
         self.progress = Progress()
 
     def train(self) -> PretrainResult:
@@ -156,14 +135,19 @@ class _Run:
         metrics_path = self.folder / METRICS
         self.metrics = Metrics(metrics_path, accelerator, config.total_tokens, config.log_steps, config.progress)
         try:
-            self._resume(metrics_path)
-            if not self.progress.step:
-                self._evaluate()
+            self._start()
             while self.progress.tokens < config.total_tokens:
                 self._train_step()
+            self.checkpoints.wait()
             model_dir = self._finish()
+        except (RuntimeError, OSError) as error:
+            explained = self._explain(error)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             self.loader.close()
+            self.checkpoints.close()
             self.metrics.close()
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -176,69 +160,125 @@ class _Run:
             progress.tokens,
             progress.first_eval,
             progress.last_eval,
+            progress.padding_tokens / progress.tokens,
+            progress.lost_tokens / progress.tokens,
         )
+
+    def _start(self) -> None:
+        """Go on from the last checkpoint, or evaluate the new model."""
+        path = self._last_checkpoint()
+        if path is None:
+            self.metrics.resume(-1, 0)
+            self._evaluate()
+            return
+        self._restore(path)
+        self.metrics.say(f"going on from {path}: step {self.progress.step}, {self.progress.tokens:,} tokens seen")
 
     def _train_step(self) -> None:
         config, progress = self.config, self.progress
         started = time.perf_counter()
         batch = self.loader.next_batch()
         waited = time.perf_counter() - started
-        progress.tokens += batch.nominal_tokens
+        tokens_before = progress.tokens
+        self._count_tokens(batch)
         factor = self.schedule.factor(progress.tokens)
-        outcome = self.step.run(batch, factor)
+        with self.measurements.norms(self.model, progress.step + 1):
+            outcome = self.step.run(batch, factor)
         progress.step += 1
-        self.metrics.step(self._describe(batch, outcome, factor, time.perf_counter() - started, waited))
+        limit = self.spikes.limit
+        spiked = not outcome.skipped and self.spikes.observe(outcome.loss)
+        self._report(batch, outcome, factor, time.perf_counter() - started, waited)
         if outcome.skipped:
             self._count_skipped(outcome)
+        if spiked and self._rewind(batch, outcome.loss, limit):
+            return
+        if config.average_every_tokens:
+            self._average(tokens_before)
         finished = progress.tokens >= config.total_tokens
         if config.eval_steps and (finished or progress.step % config.eval_steps == 0):
             self._evaluate()
-        if config.checkpoint_steps and (finished or progress.step % config.checkpoint_steps == 0):
-            state = {**vars(progress), "loader": batch.state}
-            self.checkpoints.save(self.model, self.optimizer, state)
+        if config.checkpoint_steps:
+            self._checkpoint(batch, finished)
 
-    def _describe(self, batch: Batch, outcome: StepOutcome, factor: float, seconds: float, waited: float) -> dict:
-        """A line of metrics.jsonl."""
-        config, progress = self.config, self.progress
-        real_tokens = sum(batch.tokens_by_domain.values())
-        entry = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": outcome.loss,
-            "loss_by_domain": outcome.loss_by_domain,
-            "learning_rate": config.learning_rate * factor,
-            "mixture": batch.weights,
-            "realised": {name: tokens / real_tokens for name, tokens in batch.tokens_by_domain.items()},
-            "epochs": {name: stream["next_document"] for name, stream in batch.state["streams"].items()},
-            "padding_share": 1 - real_tokens / batch.nominal_tokens,
-            "sequence_length": batch.input_ids.shape[1],
-            "grad_norm": outcome.grad_norm,
-            "max_logits": outcome.max_logits,
-            "lambdas": outcome.lambdas,
-            "clipped_heads": outcome.clipped_heads,
-            "skipped": outcome.skipped,
-            "seconds": seconds,
-            "data_wait_seconds": waited,
-            "tokens_per_second": batch.nominal_tokens / seconds,
-        }
-        for name, stream in self.loader.streams.items():
-            entry["epochs"][name] /= stream.corpus.num_documents
-        if config.peak_tflops:
-            flops = training_flops(self.model_config, batch.nominal_tokens, batch.attention_pairs)
-            entry["mfu"] = flops / seconds / (config.peak_tflops * 1e12 * self.accelerator.num_processes)
-        memory = peak_memory_bytes()
-        if memory is not None:
-            entry["peak_memory_bytes"] = memory
-        return entry
+    def _count_tokens(self, batch: Batch) -> None:
+        progress = self.progress
+        progress.tokens += batch.nominal_tokens
+        progress.padding_tokens += batch.nominal_tokens - sum(batch.tokens_by_domain.values())
+        progress.lost_tokens += batch.nominal_tokens - batch.predicted_tokens
+
+    def _report(self, batch: Batch, outcome: StepOutcome, factor: float, seconds: float, waited: float) -> None:
+        progress = self.progress
+        entry = {"step": progress.step, "tokens": progress.tokens, **asdict(outcome)}
+        entry["learning_rate"] = self.config.learning_rate * factor
+        entry["skipped_steps"] = progress.skipped_steps + outcome.skipped
+        entry |= self.measurements.of_batch(batch, self.loader) | self.measurements.of_time(batch, seconds, waited)
+        entry |= self.measurements.of_memory() | self.measurements.last_norms(outcome.lambdas)
+        rewinds = [rewind for rewind in progress.rewinds if rewind["to_step"] == progress.step - 1]
+        if rewinds:
+            entry["rewinds"] = rewinds
+        for warning in self.signs.read(entry):
+            self.metrics.warn(warning)
+        failure = self.checkpoints.failure()
+        if failure is not None:
+            self.metrics.warn(CheckpointWarning(f"step {progress.step}: {failure}"))
+        self.metrics.step(entry)
 
     def _count_skipped(self, outcome: StepOutcome) -> None:
         self.progress.skipped_steps += 1
         if self.progress.skipped_steps > self.config.max_skipped_steps:
+            self.checkpoints.wait()
             raise NonFiniteLossError(
                 f"step {self.progress.step} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, and "
                 f"max_skipped_steps is {self.config.max_skipped_steps}; the last checkpoint is "
                 f"{self.checkpoints.latest()}: lower learning_rate or lengthen warmup_tokens"
             )
+
+    def _rewind(self, batch: Batch, loss: float, limit: float) -> bool:
+        """After a spike: weights, optimizer and schedules of the last checkpoint, and the data after `batch`.
+
+        All ranks decide alike, because the loss is the same number on all. Nothing of it needs saving: a run that is
+        killed before its next checkpoint meets the same spike again, and rewinds again.
+
+        Returns:
+            bool: whether there was a checkpoint to go back to.
+        """
+        self.checkpoints.wait()
+        step, path = self.progress.step, self._last_checkpoint()
+        self.metrics.warn(LossSpikeWarning(f"step {step}: the loss spiked to {loss:.4f}, above {limit:.4f}"))
+        if path is None:
+            self.metrics.say("there is no checkpoint to go back to; training goes on")
+            self.spikes.high_steps = 0
+            return False
+        rewinds = self.progress.rewinds
+        if len(rewinds) == self.config.max_rewinds:
+            raise LossSpikeError(
+                f"the loss spiked to {loss:.4f} at step {step}, above {limit:.4f}, after max_rewinds "
+                f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: lower learning_rate, look at the "
+                "data, or raise max_rewinds and start the same command again"
+            )
+        self._restore(path, streams=batch.state["streams"])
+        rewind = {"from_step": step, "to_step": self.progress.step, "loss": loss, "limit": limit}
+        self.progress.rewinds = [*rewinds, rewind]
+        self.checkpoint_due = False
+        self.metrics.say(
+            f"back to {path}; the {step - self.progress.step} batches since are skipped "
+            f"(rewind {len(self.progress.rewinds)} of {self.config.max_rewinds})"
+        )
+        return True
+
+    def _average(self, tokens_before: int) -> None:
+        """Every `average_every_tokens`, go on from the mean of the last checkpoints and the current weights."""
+        every, others = self.config.average_every_tokens, self.config.average_checkpoints - 1
+        if self.progress.tokens // every == tokens_before // every:
+            return
+        self.checkpoints.wait()
+        paths = complete_checkpoints(self.folder / CHECKPOINTS)[-others:]
+        if len(paths) < others:
+            self.metrics.say(f"no averaging at step {self.progress.step}: {len(paths)} of {others} checkpoints exist")
+            return
+        average_with_checkpoints(self.model, paths)
+        names = ", ".join(path.name for path in paths)
+        self.metrics.say(f"step {self.progress.step}: going on from the mean of the weights and {names}")
 
     def _evaluate(self) -> None:
         if not self.heldout:
@@ -248,16 +288,26 @@ class _Run:
         self.progress.last_eval = losses
         self.metrics.evaluation({"step": self.progress.step, "tokens": self.progress.tokens, "eval": losses})
 
-    def _resume(self, metrics_path: Path) -> None:
-        path = self.checkpoints.latest()
-        if path is None:
-            self.metrics.resume(metrics_path, -1, 0)
-            return
+    def _checkpoint(self, batch: Batch, finished: bool) -> None:
+        """Save when it is time, but not while the loss is high: that may be a spike to rewind from."""
+        self.checkpoint_due |= finished or self.progress.step % self.config.checkpoint_steps == 0
+        if self.checkpoint_due and (finished or not self.spikes.high_steps):
+            state = {**vars(self.progress), "loader": batch.state, "spikes": self.spikes.state_dict()}
+            self.checkpoints.save(self.model, self.optimizer, state)
+            self.checkpoint_due = False
+
+    def _last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that the main process sees."""
+        return broadcast_object_list([self.checkpoints.latest()])[0]
+
+    def _restore(self, path: Path, streams: dict | None = None) -> None:
+        """Continue from a checkpoint; `streams` are positions in the data to take instead of its own."""
         state = self.checkpoints.load(path, self.model, self.optimizer)
-        self.loader.load_state_dict(state.pop("loader"))
+        loader_state = state.pop("loader")
+        self.loader.load_state_dict(loader_state | ({"streams": streams} if streams else {}))
+        self.spikes.load_state_dict(state.pop("spikes"))
         self.progress = Progress(**state)
-        self.metrics.resume(metrics_path, self.progress.step, self.progress.tokens)
-        self.metrics.say(f"going on from {path}: step {self.progress.step}, {self.progress.tokens:,} tokens seen")
+        self.metrics.resume(self.progress.step, self.progress.tokens)
 
     def _finish(self) -> Path:
         state_dict = self.accelerator.get_state_dict(self.model)
@@ -266,40 +316,12 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return self.folder / "model"
 
-    def _open_loader(self) -> CurriculumLoader:
-        config, ranks = self.config, self.accelerator.num_processes
-        plan = config.batch_plan()
-        if plan.shape(0)[1] % ranks or (config.batch_tokens_end and config.batch_rows_multiple % ranks):
-            raise ValueError(
-                f"a step of {plan.shape(0)[1]} rows cannot be shared evenly by {ranks} ranks: set batch_tokens or "
-                "batch_rows_multiple so that the number of ranks divides the rows"
-            )
-        corpora = {
-            name: TokenCorpus(
-                config.data_dir, name, verify=config.verify_checksums and self.accelerator.is_main_process
-            )
-            for name in config.domains
-        }
-        return CurriculumLoader(
-            corpora, config.mixture(), plan, config.seed, self._pad_token_id(), self.accelerator.process_index, ranks
-        )
-
-    def _open_heldout(self) -> dict[str, list[dict]]:
-        config = self.config
-        if not config.eval_steps:
-            return {}
-        rows = max(1, (config.micro_batch_tokens or config.batch_tokens) // config.sequence_length)
-        return {
-            name: heldout_batches(
-                TokenCorpus(config.data_dir, name, "heldout"),
-                config.sequence_length,
-                rows,
-                config.eval_tokens,
-                self._pad_token_id(),
-            )
-            for name in config.domains
-        }
-
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+    def _explain(self, error: Exception) -> RunStoppedError | None:
+        """What a person needs to know when the machine stops the run; None for other errors."""
+        where = f"at step {self.progress.step}; the last complete checkpoint is {self.checkpoints.latest()}"
+        if is_lost_rank(error):
+            rank = self.accelerator.process_index
+            return LostRankError(f"rank {rank} lost another rank {where}: start the same command again ({error})")
+        if isinstance(error, OSError):
+            return RunStoppedError(f"{error} {where}: mend it and start the same command again")
+        return None

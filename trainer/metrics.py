@@ -1,10 +1,11 @@
 """What a run tells: `metrics.jsonl`, one line a step in the terminal, a progress bar, and accelerate's trackers."""
 
+import contextlib
 import json
 import math
+import warnings
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -30,22 +31,27 @@ class Metrics:
             disable=not (progress and self.main),
             dynamic_ncols=True,
         )
+        self.path = path
         self.file = path.open("a") if self.main else None
+        self.warned: list[str] = []
 
-    def resume(self, path: Path, step: int, tokens: int) -> None:
+    def resume(self, step: int, tokens: int) -> None:
         """Drop what was written after `step`, so that the file has every step once."""
         self.bar.update(tokens - self.bar.n)
         if not self.main:
             return
         self.file.close()
-        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-        temporary = path.with_suffix(".tmp")
+        kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self.file = path.open("a")
+        temporary.replace(self.path)
+        self.file = self.path.open("a")
 
     def step(self, entry: dict) -> None:
-        """Record one step."""
+        """Record one step, and the names of the warnings since the last one."""
+        if self.warned:
+            entry = {**entry, "warnings": self.warned}
+            self.warned = []
         self._write(entry)
         self.bar.update(entry["tokens"] - self.bar.n)
         if entry["step"] % self.log_steps == 0:
@@ -59,6 +65,12 @@ class Metrics:
         self.say(f"step {entry['step']:>7}  held-out loss  {losses}")
         self.accelerator.log(_flatten(entry), step=entry["step"])
 
+    def warn(self, warning: Warning) -> None:
+        """Raise a named warning; its name goes into the next step's line."""
+        self.warned.append(type(warning).__name__)
+        if self.main:
+            warnings.warn(warning, stacklevel=2)
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.main:
@@ -68,7 +80,8 @@ class Metrics:
         """End bar and file."""
         self.bar.close()
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which stopped the run already
+                self.file.close()
 
     def _write(self, entry: dict) -> None:
         if self.file is not None:
@@ -83,16 +96,14 @@ def step_line(entry: dict) -> str:
     largest = max(entry["max_logits"], default=math.nan)
     speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
     speed += f"  MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
+    speed += f"  data wait {100 * entry['data_wait_share']:.1f}%"
+    speed += f"  memory {entry['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in entry else ""
+    speed += f"  noise {max(entry['noise_shares']):.2f}" if "noise_shares" in entry else ""
     return (
-        f"step {entry['step']:>7}  loss {entry['loss']:.4f} ({domains})  lr {entry['learning_rate']:.2e}  "
-        f"mixture {mixture}  grad {entry['grad_norm']:.2f}  logit {largest:.1f}  "
+        f"step {entry['step']:>7}  tokens {entry['tokens']:.4g}  loss {entry['loss']:.4f} ({domains})  "
+        f"lr {entry['learning_rate']:.2e}  mixture {mixture}  grad {entry['grad_norm']:.2f}  logit {largest:.1f}  "
         f"clipped {entry['clipped_heads']}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
     )
-
-
-def peak_memory_bytes() -> int | None:
-    """Largest memory that tensors took on this rank's accelerator so far; None on CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _step_of(line: str) -> float:

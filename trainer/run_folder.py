@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from trainer.checkpoint import complete_checkpoints
+from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
 
 MODEL, CHECKPOINTS, METRICS, CONFIG = "model", "checkpoints", "metrics.jsonl", "config.yaml"
@@ -22,10 +22,23 @@ FREE_SETTINGS = frozenset(
         "verify_checksums",
         "micro_batch_tokens",
         "gradient_checkpointing",
+        "gradient_checkpointing_every",
+        "compile_layers",
+        "loss",
         "max_skipped_steps",
+        "data_workers",
         "checkpoint_steps",
+        "async_checkpoints",
         "keep_last",
+        "keep_every_steps",
+        "max_rewinds",
+        "timeout_seconds",
         "log_steps",
+        "norm_steps",
+        "warn_noise_share",
+        "warn_memory_rise",
+        "warn_stall_steps",
+        "warn_stall_drop",
         "eval_steps",
         "eval_tokens",
         "trackers",

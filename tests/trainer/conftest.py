@@ -28,6 +28,7 @@ MINIATURE = {
     "eval_steps": 4,
     "eval_tokens": 256,
     "progress": False,
+    "trackers": [],
 }
 
 

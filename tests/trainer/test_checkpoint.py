@@ -2,9 +2,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from trainer.checkpoint import Checkpoints, complete_checkpoints, verify_checkpoint
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import complete_checkpoints, verify_checkpoint, write_synced
+from trainer.errors import CheckpointError
 from trainer.loop import run_pretraining
 
 
@@ -54,22 +56,33 @@ def test_a_model_of_another_shape_is_refused(finished, make_config):
     assert len(complete_checkpoints(folder)) == 2
 
 
-def test_a_write_that_fails_keeps_the_last_good_one(finished, monkeypatch):
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("file", ["trainer_state.pt", "__0_0.distcp"])
+def test_a_full_disk_keeps_the_last_good_one_and_the_run_says_so(finished, monkeypatch, asynchronous, file):
     folder, config = finished
+    config.async_checkpoints = asynchronous
     shutil.rmtree(folder / "step_00000008")
-    original = torch.save
-
-    def full_disk(value, path, *args, **kwargs):
-        if "trainer_state" in str(path):
-            raise OSError(28, "No space left on device")
-        return original(value, path, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(RuntimeError, match=r"No space left on device.*step_00000004.*free the disk"):
+        fill_disk(patch, file)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*step_00000004: free the disk"):
             run_pretraining(config)
-    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000004"]
+    assert [path.name for path in folder.iterdir()] == ["step_00000004"]
     assert run_pretraining(config).steps == 8
+
+
+def fill_disk(patch, file: str) -> None:
+    """Let no byte of `file` reach the disk."""
+
+    def after_checking(original, position):
+        def write(*args, **kwargs):
+            if f".tmp/{file}" in str(args[position]):
+                raise OSError(28, "No space left on device")
+            return original(*args, **kwargs)
+
+        return write
+
+    patch.setattr("trainer.checkpoint.write_synced", after_checking(write_synced, 0))
+    patch.setattr(FileSystem, "create_stream", after_checking(FileSystem.create_stream, 1))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.loop
 from tests.distributed import run_distributed
-from trainer.checkpoint import complete_checkpoints
+from trainer.checkpoint_files import complete_checkpoints
 from trainer.loop import NonFiniteLossError, run_pretraining
 from trainer.step import TrainStep
 

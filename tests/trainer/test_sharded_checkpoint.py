@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
-from trainer.checkpoint import Checkpoints, complete_checkpoints
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import complete_checkpoints
 from trainer.optim import build_muon_clip
 
 TOKENS = torch.arange(24).view(2, 12) % 40
@@ -106,7 +107,7 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path):
 def test_every_rank_writes_and_checks_its_own_files(tmp_path):
     run_distributed(save_after_three_steps, 2, 2, tmp_path)
     folder = tmp_path / "step_00000003"
-    assert {"__0_0.distcp", "__1_0.distcp", "checksums_0.json", "checksums_1.json"} <= {
+    assert {"__0_0.distcp", "__1_0.distcp", "random_0.pt", "random_1.pt", "checksums.json"} <= {
         p.name for p in folder.iterdir()
     }
     (folder / "__1_0.distcp").unlink()
