@@ -41,9 +41,7 @@ def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, confi
     """
     output_dir = Path(config.output_dir)
     model_dir = output_dir / MODEL_DIR
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is not None:  # sharded checkpoints are for going on; transformers writes no model from them
-        plugin.set_state_dict_type("FULL_STATE_DICT")
+    gather_whole_weights(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         model.config.use_cache = True
@@ -54,6 +52,12 @@ def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, confi
         merge_adapter(config.model_name_or_path, output_dir / ADAPTER_DIR, tokenizer, model_dir)
     trainer.accelerator.wait_for_everyone()
     return model_dir
+
+
+def gather_whole_weights(trainer: Trainer) -> None:
+    """Make `trainer.save_model` write a whole model under FSDP: with sharded checkpoints it would write none."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def merge_adapter(base: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None:

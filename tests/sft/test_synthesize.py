@@ -258,7 +258,7 @@ def test_synthesis_writes_verified_rows_and_a_report(config, capsys, tmp_path):
 
 def test_synthesis_goes_on_where_the_endpoint_failed(config, solver, tmp_path):
     solver.failing = 5
-    with pytest.raises(SystemExit, match="out of credit.* the same command goes on"):
+    with pytest.raises(SystemExit, match=r"out of credit.* the same command goes on"):
         main(words_of(config(workers=1)))
     journal = tmp_path / "synthetic" / JOURNAL_FILE
     done = len(journal.read_text().splitlines())

@@ -1,0 +1,85 @@
+"""TRL's own arguments drive our stage: the recipe loads, a run equals ours, and mistakes are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from sft.stage import run_stage
+from sft.trl_sft import Motif2Arguments, main
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "sft" / "trl_sft.yaml"
+
+
+@pytest.fixture
+def words(workplace, tmp_path) -> list[str]:
+    """A recipe with the data and TRL's words for the settings of the fixture `settings`."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"datasets: [{{path: json, data_files: {workplace / 'train.jsonl'}, columns: [messages]}}]\n"
+        "packing: true\nassistant_only_loss: true\nlearning_rate: 9.0\n"
+    )
+    text = f"--config {recipe} --model_name_or_path {workplace / 'base'} --output_dir {tmp_path / 'trl'} "
+    text += "--dtype float32 --attn_implementation sdpa --max_length 256 --max_steps 2 --learning_rate 5e-3 "
+    text += "--weight_decay 0.1 --lr_scheduler_type cosine --warmup_steps 0.3 --per_device_train_batch_size 1 "
+    text += "--gradient_accumulation_steps 2 --bf16 false --gradient_checkpointing false --use_cpu true --seed 0 "
+    text += "--save_strategy no --logging_steps 1 --report_to none --disable_tqdm true --kernels torch"
+    return text.split()
+
+
+def test_trl_arguments_train_as_ours_do(words, settings, workplace, tmp_path):
+    main([*words, "--qk_clip_threshold", "0.02"])
+    # The same rows in the same order: TRL reads the file as it lies, so ours does not shuffle it either.
+    from sft import stage
+
+    load = stage.load_conversations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "load_conversations", lambda *args, **options: load(*args, **(options | {"seed": None})))
+        ours = run_stage(settings("ours", max_steps=2, warmup_ratio=0.3, qk_clip_threshold=0.02))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trl").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(workplace / "base").state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(ours.model_dir).state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trl")
+    stops = json.loads((tmp_path / "trl" / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|endoftext|>", "<|endofturn|>"]
+
+
+def test_adapters_train_with_trls_optimizer(words, tmp_path):
+    adapters = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
+    with pytest.raises(SystemExit, match="set muon_clip: false"):
+        main([*words, *adapters])
+    main([*words, *adapters, "--muon_clip", "false", "--max_steps", "1"])
+    assert (tmp_path / "trl" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learning_rat", "1e-3", "--no_such_flag", "1"], "no_such_flag"),
+        (["--kernels", "fast"], "kernels is 'fast'; use one of auto"),
+        (["--qk_clip_threshold", "0"], "qk_clip_threshold is 0.0"),
+        (["--model_name_or_path", ""], "model_name_or_path is empty"),
+    ],
+)
+def test_mistakes_are_named(words, extra, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*words, *extra])
+
+
+def test_data_must_be_named(words):
+    with pytest.raises(SystemExit, match="no data is named; set dataset_name, or datasets"):
+        main(words[2:])
+
+
+def test_the_recipe_is_in_trls_words():
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Motif2Arguments))
+    words = ["--config", str(RECIPE), "--use_cpu", "true"]
+    _, arguments, model, mixture, motif2 = parser.parse_args_and_config(words)
+    assert (arguments.packing, arguments.assistant_only_loss, motif2.muon_clip) == (True, True, True)
+    assert mixture.datasets[0].columns == ["messages"]
+    assert model.model_name_or_path
