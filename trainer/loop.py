@@ -23,7 +23,7 @@ from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarn
 from trainer.measurements import Measurements
 from trainer.metrics import Metrics
 from trainer.model import build_model, load_tokenizer
-from trainer.run_folder import CHECKPOINTS, METRICS, export_model, open_run_folder
+from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, open_run_folder, save_whole
 from trainer.spikes import SpikeDetector
 from trainer.step import NonFiniteLossError, StepOutcome, TrainStep
 
@@ -312,9 +312,10 @@ class _Run:
     def _finish(self) -> Path:
         state_dict = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
-            export_model(self.accelerator.unwrap_model(self.model), state_dict, self.tokenizer, self.folder)
+            model = self.accelerator.unwrap_model(self.model)
+            save_whole(model, state_dict, self.tokenizer, self.folder / MODEL)
         self.accelerator.wait_for_everyone()
-        return self.folder / "model"
+        return self.folder / MODEL
 
     def _explain(self, error: Exception) -> RunStoppedError | None:
         """What a person needs to know when the machine stops the run; None for other errors."""

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
+from trainer.errors import RunStoppedError
 
 MODEL, CHECKPOINTS, METRICS, CONFIG = "model", "checkpoints", "metrics.jsonl", "config.yaml"
 # Settings that may change when a run goes on: they decide neither the weights nor the order of the data.
@@ -93,13 +95,30 @@ def _check_same_run(config: PretrainConfig, folder: Path) -> None:
         )
 
 
-def export_model(model, state_dict: dict, tokenizer, folder: Path) -> Path:
-    """Write `folder/model` with `save_pretrained`, complete or not at all; returns it."""
-    unfinished, target = folder / f"{MODEL}.tmp", folder / MODEL
+def save_whole(model, state_dict: dict, tokenizer, target: Path) -> Path:
+    """Write model and tokenizer with `save_pretrained`, complete or not at all.
+
+    Args:
+        model: whose class and configuration are saved.
+        state_dict: its weights.
+        tokenizer: saved beside them.
+        target: folder; must not exist.
+
+    Returns:
+        Path: `target`.
+
+    Raises:
+        RunStoppedError: the disk refused it.
+    """
+    unfinished = target.with_name(target.name + ".tmp")
     _delete(unfinished)
-    model.save_pretrained(unfinished, state_dict=state_dict)
-    tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, target)
+    try:
+        model.save_pretrained(unfinished, state_dict=state_dict)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        _delete(unfinished)
+        raise RunStoppedError(f"{target} could not be written: {error}; free the disk and start again") from error
     return target
 
 

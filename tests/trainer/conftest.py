@@ -5,6 +5,7 @@ import pytest
 from tests.trainer.data.conftest import make_documents, make_tokenizer
 from trainer.config import PretrainConfig
 from trainer.data.shards import build_shards
+from trainer.loop import run_pretraining
 
 MINIATURE = {
     "hidden_size": 32,
@@ -43,17 +44,30 @@ def corpus_folder(tmp_path_factory):
     return folder
 
 
+def miniature(corpus_folder, output_dir, **settings) -> PretrainConfig:
+    """A miniature run's settings."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "tokenizer": str(corpus_folder / "tokenizer"),
+        "data_dir": str(corpus_folder / "shards"),
+        "domains": {"a": {"start": 0.75, "end": 0.25}, "b": {"start": 0.25, "end": 0.75}},
+    }
+    return PretrainConfig(**{**MINIATURE, **defaults, **settings})
+
+
 @pytest.fixture
 def make_config(corpus_folder, tmp_path):
     """A function that gives a miniature `PretrainConfig`, with any setting replaced."""
 
-    def make(**settings) -> PretrainConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "tokenizer": str(corpus_folder / "tokenizer"),
-            "data_dir": str(corpus_folder / "shards"),
-            "domains": {"a": {"start": 0.75, "end": 0.25}, "b": {"start": 0.25, "end": 0.75}},
-        }
-        return PretrainConfig(**{**MINIATURE, **defaults, **settings})
+    def make(output_dir=tmp_path / "run", **settings) -> PretrainConfig:
+        return miniature(corpus_folder, output_dir, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(corpus_folder, tmp_path_factory):
+    """Folder of a finished run of 8 steps, with checkpoints at 4 and 8; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run_pretraining(miniature(corpus_folder, folder, eval_steps=0))
+    return folder

@@ -11,12 +11,10 @@ from trainer.loop import run_pretraining
 
 
 @pytest.fixture
-def finished(make_config):
-    """Folder of checkpoints of a run of 8 steps, at 4 and 8, and its configuration."""
-    config = make_config(eval_steps=0)
-    run_pretraining(config)
-    shutil.rmtree(Path(config.output_dir) / "model")
-    return Path(config.output_dir) / "checkpoints", config
+def finished(trained_run, make_config, tmp_path):
+    """Folder of checkpoints of a run of 8 steps, at 4 and 8, that lacks its model; and its configuration."""
+    shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    return tmp_path / "run/checkpoints", make_config(eval_steps=0)
 
 
 def test_only_the_last_ones_are_kept(make_config):
