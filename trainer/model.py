@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import modeling_motif2  # noqa: F401  registers the model with the Auto classes
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
+from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
 
 
 def load_tokenizer(name_or_path: str):
@@ -53,13 +54,23 @@ def model_config(config: PretrainConfig, tokenizer=None) -> Motif2Config:
 
 
 def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
-    """The run's model in float32, with random weights from the current seed or those of a checkpoint."""
+    """The run's model in float32, with random weights from the current seed or those of a checkpoint.
+
+    Its layers compute as the settings say: in FP8, recomputed, compiled.
+
+    Raises:
+        ValueError: the settings ask for what this machine or the model's sizes do not allow.
+    """
     architecture = model_config(config, tokenizer)
     options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.model_name_or_path is None:
         model = AutoModelForCausalLM.from_config(architecture, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.fp8 != "none":
+        convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
+    if config.gradient_checkpointing != "none":
+        recompute_layers(model, config.gradient_checkpointing, config.gradient_checkpointing_every)
+    if config.compile_layers:
+        compile_layers(model)
     return model

@@ -58,7 +58,9 @@ def describe_run(config: PretrainConfig) -> str:
     gpus, mfu, peak = config.dry_run_gpus, config.dry_run_mfu, config.peak_tflops or PEAK_TFLOPS_H100
     days = flops * config.total_tokens / (gpus * peak * 1e12 * mfu) / 86_400
     micro = config.micro_batch_tokens or max(length, rows * length // gpus)
-    memory = memory_by_rank(architecture, micro, gpus, config.gradient_checkpointing, config.mixed_precision == "bf16")
+    memory = memory_by_rank(
+        architecture, micro, gpus, config.gradient_checkpointing != "none", config.mixed_precision == "bf16"
+    )
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
     kinds = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total")
     return "\n".join(

@@ -4,18 +4,23 @@ Legend: R rows of this rank, T tokens of a row, V vocabulary, N domains.
 """
 
 import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from kernels_hub import assert_polynorm_runs, polynorm_in_use
 from modeling_motif2.diagnostics import attention_modules, reset_max_logits
 from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE_INDEX
+from trainer.head_loss import HeadLoss
 
 
 class NonFiniteLossError(RuntimeError):
@@ -55,6 +60,8 @@ class TrainStep:
         domains: names by domain number.
         max_grad_norm: clips the gradient norm; None is off.
         micro_batch_tokens: tokens of one forward; None takes all rows at once.
+        loss: how the head's loss is computed, see `HeadLoss`.
+        tensor_ranks: ranks that share a row's computation by tensor parallelism, and so have the same rows.
     """
 
     def __init__(
@@ -65,11 +72,18 @@ class TrainStep:
         domains: list[str],
         max_grad_norm: float | None,
         micro_batch_tokens: int | None,
+        loss: str = "auto",
+        tensor_ranks: int = 1,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.domains = domains
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
+        self.data_ranks = accelerator.num_processes // tensor_ranks
+        self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
+        self.head_loss = HeadLoss(accelerator.unwrap_model(model).get_output_embeddings(), loss)
+        compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
+        self._proven = compiled or polynorm_in_use(model).source == "torch"
         self.attentions = attention_modules(model)
         for attention in self.attentions:  # they are no buffers: moving the model left them behind
             if attention.max_logits is not None:
@@ -83,16 +97,17 @@ class TrainStep:
         Args:
             batch: this rank's rows.
             lr_factor: factor of every group's peak learning rate.
+
+        Raises:
+            AssertionError: the PolyNorm kernel in use did not run in the first step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.model.train()
-        sums = self._backward(batch)  # (2, N)
+        sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-        losses, counts = self.accelerator.reduce(sums, "sum").tolist()
-        loss = sum(losses) / batch.predicted_tokens
-        max_logits, lambdas = self._attention_state()
+        measured = self._measure(sums, _whole(grad_norm))
+        loss, grad_norm = sum(measured.losses) / batch.predicted_tokens, measured.grad_norm
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         clipped_heads = 0
         if skipped:
@@ -101,19 +116,30 @@ class TrainStep:
             self.optimizer.step()
             clipped_heads = int(self.optimizer.optimizer.clip_report()["clipped_heads"])
         self.optimizer.zero_grad()
-        by_domain = {name: losses[i] / counts[i] for i, name in enumerate(self.domains) if counts[i]}
-        return StepOutcome(loss, by_domain, grad_norm, max_logits, lambdas, clipped_heads, skipped)
+        counted = zip(self.domains, measured.losses, measured.counts, strict=True)
+        by_domain = {name: total / count for name, total, count in counted if count}
+        return StepOutcome(loss, by_domain, grad_norm, measured.max_logits, measured.lambdas, clipped_heads, skipped)
+
+    def _backward_with_proof(self, batch: Batch) -> torch.Tensor:
+        """`_backward`, and in the first step a proof that the PolyNorm kernels ran in it.
+
+        Compiled layers hide their operators; for them the proof is the one that `use_polynorm` made.
+        """
+        if self._proven:
+            return self._backward(batch)
+        self._proven, sums = True, []
+        assert_polynorm_runs(self.model, lambda: sums.append(self._backward(batch)))
+        return sums[0]
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Accumulate gradients of the step's mean loss; returns sums of losses and counts by domain, (2, N)."""
         rows, length = batch.input_ids.shape
         at_once = rows if self.micro_batch_tokens is None else max(1, self.micro_batch_tokens // length)
-        scale = self.accelerator.num_processes / batch.predicted_tokens  # ranks are averaged
+        scale = self.data_ranks / batch.predicted_tokens  # ranks are averaged
         sums = torch.zeros(2, len(self.domains), device=self.accelerator.device)  # (2, N)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            last = start + at_once >= rows
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self._gradient_sync(start + at_once >= rows):
                 losses, counted = self.token_losses(
                     batch.input_ids[part], batch.labels[part], batch.position_ids[part]
                 )
@@ -121,7 +147,17 @@ class TrainStep:
             domain_ids = batch.domain_ids[part].to(sums.device)
             member = F.one_hot(domain_ids, len(self.domains)).to(sums.dtype)  # (R, N)
             sums += torch.stack([losses.detach().sum(1), counted.sum(1).to(sums.dtype)]) @ member
-        return sums
+        return sums * self.data_ranks / self.accelerator.num_processes  # tensor parallel ranks count the same rows
+
+    @contextlib.contextmanager
+    def _gradient_sync(self, wanted: bool) -> Iterator[None]:
+        """Gradients go to the other ranks only in the last micro-batch of a step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(wanted)
+            yield
+        else:
+            with contextlib.nullcontext() if wanted else self.accelerator.no_sync(self.model):
+                yield
 
     def token_losses(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
@@ -138,17 +174,15 @@ class TrainStep:
         input_ids, labels, position_ids = (
             tensor.to(device, non_blocking=True) for tensor in (input_ids, labels, position_ids)
         )
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # (R, T, V)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (R, T)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.view_as(targets), targets != IGNORE_INDEX
+        with self.head_loss.targets(targets):
+            losses = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # (R, T)
+        return losses, targets != IGNORE_INDEX
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, torch.Tensor]]) -> float:
         """Mean held-out loss over `batches`, which all ranks give alike and share."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        rank, ranks = self.data_rank, self.data_ranks
         tracked = [attention.max_logits for attention in self.attentions]
         for attention in self.attentions:
             attention.max_logits = None
@@ -164,16 +198,32 @@ class TrainStep:
         return total / count
 
     @torch.no_grad()
-    def _attention_state(self) -> tuple[list[float], list[float]]:
-        """Largest logit and lambda of each layer."""
-        lambdas = torch.stack([_whole(attention.lambda_value()) for attention in self.attentions]).tolist()
+    def _measure(self, sums: torch.Tensor, grad_norm: torch.Tensor) -> "_Measured":
+        """Bring a step's numbers to the host at once, before the update: sums over ranks, maxima over ranks."""
         tracked = [attention.max_logits for attention in self.attentions if attention.max_logits is not None]
-        if not tracked:
-            return [], lambdas
-        largest = torch.stack([logits.amax() for logits in tracked])
-        if self.accelerator.num_processes > 1:
+        largest = torch.stack([logits.amax() for logits in tracked]) if tracked else sums.new_empty(0)
+        if tracked and self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return largest.tolist(), lambdas
+        lambdas = [_whole(attention.lambda_value()) for attention in self.attentions]
+        sums = self.accelerator.reduce(sums, "sum")
+        parts = [sums.flatten(), grad_norm.reshape(1), torch.stack(lambdas), largest]
+        values = torch.cat([part.float() for part in parts]).tolist()
+        ends = [*itertools.accumulate([len(self.domains), len(self.domains), 1, len(lambdas)])]
+        losses, counts, (norm,), lambda_values, max_logits = (
+            values[start:stop] for start, stop in zip([0, *ends], [*ends, None], strict=True)
+        )
+        return _Measured(losses, counts, norm, lambda_values, max_logits)
+
+
+@dataclass
+class _Measured:
+    """A step's numbers on the host: sums of losses and counts by domain, the norm, and each layer's two."""
+
+    losses: list[float]
+    counts: list[float]
+    grad_norm: float
+    lambdas: list[float]
+    max_logits: list[float]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

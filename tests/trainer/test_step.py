@@ -1,0 +1,202 @@
+"""One step on several layouts of ranks: FSDP2, HSDP and tensor parallelism, by torch's own functions on gloo."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+import kernels_hub
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from tests.distributed import run_distributed
+from trainer.data.loader import Batch
+from trainer.optim import build_muon_clip
+from trainer.step import TrainStep
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS, LENGTH, STEPS = 8, 16, 3
+# Losses and norms of layouts differ by the order of float32 sums alone; three steps of MuonClip amplify it.
+BOUND = 2e-4
+
+
+def build(layout: str) -> Motif2ForCausalLM:
+    """A small model, the same on all ranks, then laid out over them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    model = Motif2ForCausalLM(
+        Motif2Config(
+            vocab_size=48,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=4,
+            num_noise_heads=2,
+            head_dim=8,
+        )
+    )
+    if layout == "tensor":
+        return apply_tensor_parallelism(model, init_device_mesh("cpu", (2,)))
+    if layout != "one":
+        shape, names = {"fsdp": ((2,), ("shard",)), "hsdp": ((2, 2), ("replicate", "shard"))}[layout]
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def make_step(layout: str, micro_batch_tokens: int | None = None, **options) -> TrainStep:
+    model = build(layout)
+    optimizer = build_muon_clip(model, lr=0.02, adamw_lr=0.005, qk_clip_threshold=0.02)
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(optimizer)
+    tensor_ranks = 2 if layout == "tensor" else 1
+    return TrainStep(
+        accelerator, model, optimizer, ["a", "b"], 1.0, micro_batch_tokens, **options, tensor_ranks=tensor_ranks
+    )
+
+
+def batch(step: TrainStep, number: int) -> Batch:
+    """This rank's rows of a step; each row is two packed documents."""
+    ids = torch.randint(0, 48, (ROWS, LENGTH), generator=torch.Generator().manual_seed(number))
+    labels = ids.clone()
+    labels[:, 10] = -100  # the second document's first token
+    positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)]).expand(ROWS, -1)
+    own = slice(step.data_rank, None, step.data_ranks)
+    return Batch(
+        ids[own],
+        labels[own],
+        positions[own],
+        (torch.arange(ROWS) % 2)[own],
+        weights={},
+        tokens_by_domain={},
+        predicted_tokens=ROWS * (LENGTH - 2),
+        attention_pairs=0,
+        nominal_tokens=ROWS * LENGTH,
+        state={},
+    )
+
+
+def curve(layout: str, **options) -> list:
+    step = make_step(layout, **options)
+    outcomes = [step.run(batch(step, number), 1.0) for number in range(STEPS)]
+    held_out = batch(step, 99)
+    inputs = {name: getattr(held_out, name) for name in ("input_ids", "labels", "position_ids")}
+    return [
+        [o.loss, o.grad_norm, *o.loss_by_domain.values(), *o.max_logits, *o.lambdas, o.clipped_heads] for o in outcomes
+    ] + [[step.evaluate([inputs] if step.data_ranks == 1 else _whole_rows(step))]]
+
+
+def _whole_rows(step: TrainStep) -> list[dict]:
+    """The held-out rows that one rank alone has, cut as evaluation shares batches out."""
+    one = TrainStep.__new__(TrainStep)
+    one.data_rank, one.data_ranks = 0, 1
+    rows = batch(one, 99)
+    per_rank = ROWS // step.data_ranks
+    return [
+        {name: getattr(rows, name)[start : start + per_rank] for name in ("input_ids", "labels", "position_ids")}
+        for start in range(0, ROWS, per_rank)
+    ]
+
+
+def assert_same(found: list, wanted: list) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=BOUND, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list:
+    found = curve("one")
+    assert all(outcome[-1] > 0 for outcome in found[:STEPS])  # some heads are clipped in each step
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), ("hsdp", 4), ("tensor", 2)])
+def test_every_layout_gives_the_curve_of_one_rank(alone, layout, ranks):
+    for found in run_distributed(lambda rank: curve(layout), ranks):
+        assert_same(found, alone)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["one", "fsdp"])
+def test_chunked_loss_and_accumulation_give_the_same_curve(alone, layout):
+    def run(rank=0):
+        return curve(layout, loss="chunked", micro_batch_tokens=2 * LENGTH)
+
+    for found in [run()] if layout == "one" else run_distributed(run, 2):
+        assert_same(found, alone)
+
+
+@pytest.mark.distributed
+def test_tensor_parallelism_refuses_a_chunked_loss():
+    def run(rank):
+        step = make_step("tensor", loss="chunked")
+        with pytest.raises(ValueError, match="tensor parallelism splits the head's words"):
+            step.run(batch(step, 0), 1.0)
+
+    run_distributed(run, 2)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes between ranks, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), ("hsdp", 4)])
+def test_accumulation_reduces_gradients_once(layout, ranks):
+    def collectives(rank, micro_batch_tokens):
+        step = make_step(layout, micro_batch_tokens=micro_batch_tokens)
+        rows = batch(step, 0)
+        with Collectives() as seen:
+            step._backward(rows)
+        return seen.counts
+
+    whole = run_distributed(collectives, ranks, None)[0]
+    parts = run_distributed(collectives, ranks, LENGTH)[0]
+    reductions = {name for name in whole if "reduce" in name}
+    assert any("reduce_scatter" in name for name in reductions)
+    assert any("allreduce" in name for name in reductions) == (layout == "hsdp")
+    assert parts.keys() == whole.keys()
+    assert {name: parts[name] for name in reductions} == {name: whole[name] for name in reductions}
+
+
+def test_the_first_step_proves_that_the_polynorm_kernel_runs():
+    step = make_step("one")
+    kernels_hub.use_polynorm(step.model, "local")
+    proven = TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], None, None)
+    proven.run(batch(proven, 0), 1.0)
+    replaced = TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], None, None)
+    for layer in step.model.model.layers:
+        layer.mlp.forward = lambda hidden, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(hidden) * mlp.up_proj(hidden))
+    with pytest.raises(AssertionError, match="0 ran: something replaced the forward"):
+        replaced.run(batch(replaced, 0), 1.0)
+
+
+def test_step_and_optimizer_need_no_library_that_they_do_not_use():
+    program = """
+import sys
+for name in ("trl", "datasets", "kernels", "lm_eval", "torchao", "liger_kernel"):
+    sys.modules[name] = None
+import trainer.step, trainer.optim, trainer.execution, trainer.flops
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
