@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 INVALID = "[invalid]"
+THINKING_END = "</think>"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"(?<![\w)\]}}])(?P<minus>[-−–]\s?)?(?:\\?[$€£]\s?(?P<inner>[-−])?)?(?P<digits>{_DIGITS})")
 _FRACTION = re.compile(
@@ -21,7 +22,7 @@ _HASHES = re.compile(r"####[ \t]*(?P<rest>[^\n]*)")
 
 def after_thinking(text: str) -> str:
     """What follows the model's thinking; everything when it did not think aloud."""
-    return text.rsplit("</think>", 1)[-1]
+    return text.rsplit(THINKING_END, 1)[-1]
 
 
 def number_after_hashes(text: str) -> str:

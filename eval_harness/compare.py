@@ -1,22 +1,70 @@
 """`motif2-eval compare A B`: whether the second run is really better, row by row.
 
 Only rows that both runs scored are compared, each with itself: much of a benchmark's spread is rows that are hard for
-everyone, and it cancels.
+everyone, and it cancels. A group (MATH, MMLU) is compared over the rows of all its parts.
 """
 
-import argparse
+import itertools
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval_harness.evaluate import RESULTS_FILE
+from eval_harness.evaluate import RESULTS_FILE, file_name
 from eval_harness.statistics import PairedDifference, paired_difference
+from trainer.cli import parse_recipe
+
+USAGE = """Compare two finished runs row by row: `motif2-eval compare runs/eval_a runs/eval_b`.
+
+For each benchmark: the difference of the second run to the first with its paired bootstrap interval, how many rows
+became right and wrong, and the p-value of the exact sign test on those.
+"""
 
 
-def compare(first: str | Path, second: str | Path) -> dict[tuple[str, str], PairedDifference]:
-    """Paired differences of every task and metric that both runs hold.
+@dataclass
+class CompareConfig:
+    """One comparison."""
+
+    first: str = field(default="", metadata={"help": "output folder of a run (the first word will do)"})
+    second: str = field(default="", metadata={"help": "output folder of the run that may be better (the second word)"})
+    parts: bool = field(default=False, metadata={"help": "also compare each part of a group, such as MMLU's subjects"})
+    output: str | None = field(default=None, metadata={"help": "also write the comparison as JSON to this file"})
+
+    def __post_init__(self):
+        for name in ("first", "second"):
+            if not getattr(self, name):
+                raise ValueError(f"the {name} run is not given; write `motif2-eval compare FOLDER FOLDER`")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a finished run scored.
+
+    Attributes:
+        rows: (task or group, metric) -> row -> score, of the metrics that are a number a row. A row's name is made of
+            its number and its content.
+        prompts: task or group -> row -> digest of its prompt.
+        groups: names of groups, and of tasks that are in none.
+    """
+
+    rows: dict[tuple[str, str], dict[str, float]]
+    prompts: dict[str, dict[str, str]]
+    groups: set[str]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One line of a comparison: the paired difference, and rows whose prompts differ between the runs."""
+
+    paired: PairedDifference
+    other_prompts: int
+
+
+def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[tuple[str, str], Compared]:
+    """Paired differences of every task, group and metric that both runs hold.
 
     Args:
         first, second: output folders of finished runs.
+        parts: also the parts of groups.
 
     Returns:
         dict: (task, metric) -> second minus first.
@@ -27,55 +75,85 @@ def compare(first: str | Path, second: str | Path) -> dict[tuple[str, str], Pair
     """
     left, right = read_scores(first), read_scores(second)
     found = {}
-    for key in left.keys() & right.keys():
-        shared = sorted(left[key].keys() & right[key].keys())
-        if shared:
-            found[key] = paired_difference([left[key][r] for r in shared], [right[key][r] for r in shared])
+    for key in sorted(left.rows.keys() & right.rows.keys()):
+        shared = sorted(left.rows[key].keys() & right.rows[key].keys())
+        if shared and (parts or key[0] in left.groups):
+            paired = paired_difference([left.rows[key][r] for r in shared], [right.rows[key][r] for r in shared])
+            found[key] = Compared(paired, sum(left.prompts[key[0]][r] != right.prompts[key[0]][r] for r in shared))
     if not found:
         raise ValueError(f"{first} and {second} share no row: they ran {_tasks(left)} and {_tasks(right)}")
-    return dict(sorted(found.items()))
+    return found
 
 
-def read_scores(folder: str | Path) -> dict[tuple[str, str], dict[str, float]]:
-    """(task, metric) -> row -> score, of the metrics that are a number a row. A row is its number and its content."""
+def read_scores(folder: str | Path) -> Scores:
+    """Scores of a finished run, row by row.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
     folder = Path(folder)
     if not (folder / RESULTS_FILE).exists():
         raise FileNotFoundError(
             f"{folder} holds no finished run: {RESULTS_FILE} is missing; run motif2-eval --output {folder}"
         )
+    raw = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["raw"]
+    members = {group: _leaves(raw.get("group_subtasks", {}), group) for group in raw.get("group_subtasks", {})}
+    owners = {file_name(part): file_name(group) for group, parts in members.items() for part in parts if part != group}
     scores: dict[tuple[str, str], dict[str, float]] = {}
+    prompts: dict[str, dict[str, str]] = {}
     for path in sorted((folder / "samples").glob("*.jsonl")):
+        owner = owners.get(path.stem)
         for row in map(json.loads, path.open(encoding="utf-8")):
-            for metric in row["metrics"]:
-                if isinstance(row[metric], float | int):
-                    name = metric if row["filter"] in ("none", "answer") else f"{metric},{row['filter']}"
-                    scores.setdefault((path.stem, name), {})[f"{row['doc_id']}:{row['doc_hash']}"] = float(row[metric])
-    return scores
+            for task, name in ((path.stem, ""), (owner, f"{path.stem}/")) if owner else ((path.stem, ""),):
+                row_name = f"{name}{row['doc_id']}:{row['doc_hash']}"
+                prompts.setdefault(task, {})[row_name] = row["prompt_hash"]
+                for metric in row["metrics"]:
+                    if isinstance(row[metric], float | int):
+                        full = metric if row["filter"] in ("none", "answer") else f"{metric},{row['filter']}"
+                        scores.setdefault((task, full), {})[row_name] = float(row[metric])
+    return Scores(scores, prompts, {task for task, _ in scores} - set(owners))
 
 
-def as_markdown(found: dict[tuple[str, str], PairedDifference]) -> str:
+def as_markdown(found: dict[tuple[str, str], Compared]) -> str:
     """The comparison as a table; scores in percent."""
     lines = [
         "| task | metric | rows | difference | 95% interval | better | worse | p |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, metric), paired in found.items():
+    for (task, metric), compared in found.items():
+        paired = compared.paired
         interval = f"{100 * paired.low:+.2f} to {100 * paired.high:+.2f}"
         lines.append(
             f"| {task} | {metric} | {paired.rows} | {100 * paired.difference:+.2f} | {interval} | {paired.better} "
             f"| {paired.worse} | {paired.p_value:.3g} |"
         )
+    other = sorted({task for (task, _), compared in found.items() if compared.other_prompts})
+    if other:
+        lines.append(f"\nThe runs asked differently in {', '.join(other)}: the difference is the protocol's as well.")
     return "\n".join(lines)
 
 
-def _tasks(scores: dict) -> str:
-    return ", ".join(sorted({task for task, _ in scores})) or "nothing"
+def _leaves(groups: dict[str, list[str]], name: str) -> list[str]:
+    children = groups.get(name) or []
+    return [leaf for child in children for leaf in _leaves(groups, child)] if children else [name]
+
+
+def _tasks(scores: Scores) -> str:
+    return ", ".join(sorted(scores.groups)) or "nothing"
 
 
 def main(argv: list[str]) -> None:
     """Print the comparison of two finished runs."""
-    parser = argparse.ArgumentParser(prog="motif2-eval compare", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("first", help="output folder of a run")
-    parser.add_argument("second", help="output folder of the run that may be better")
-    options = parser.parse_args(argv)
-    print(as_markdown(compare(options.first, options.second)))
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if len(folders) > 2:
+        raise ValueError(f"{len(folders)} folders are given ({', '.join(folders)}); two are compared")
+    named = [word for pair in zip(("--first", "--second"), folders, strict=False) for word in pair]
+    (config,) = parse_recipe(CompareConfig, description=USAGE, argv=[*named, *argv[len(folders) :]])
+    found = compare(config.first, config.second, config.parts)
+    print(as_markdown(found))
+    if config.output:
+        lines = [
+            {"task": task, "metric": metric, **vars(compared.paired), "other_prompts": compared.other_prompts}
+            for (task, metric), compared in found.items()
+        ]
+        Path(config.output).write_text(json.dumps(lines, indent=1), encoding="utf-8")

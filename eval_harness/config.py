@@ -35,6 +35,10 @@ class EvalConfig:
     tokenizer: str | None = field(default=None, metadata={"help": "where the tokenizer lies, if not with the model"})
     dtype: str = field(default="auto", metadata={"help": "weights' type; auto takes the checkpoint's"})
     chat: bool = field(default=False, metadata={"help": "without a suite: apply the tokenizer's chat template"})
+    repeats: int = field(default=1, metadata={"help": "programs a problem of HumanEval and MBPP; 10 gives pass@10"})
+    temperature: float | None = field(
+        default=None, metadata={"help": "sample at this temperature, 0 is greedy (the protocol's own by default)"}
+    )
     weak_sandbox: bool = field(default=False, metadata={"help": "run generated programs without bubblewrap (unsafe)"})
     seed: int = field(default=1234, metadata={"help": "of few-shot draws and sampling"})
     dry_run: bool = field(default=False, metadata={"help": "print the resolved settings and the rows, and exit"})
@@ -50,10 +54,17 @@ class EvalConfig:
             )
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; use one of {', '.join(BACKENDS)}")
-        for name in ("batch_size", "limit", "max_gen_toks"):
+        for name in ("batch_size", "limit", "max_gen_toks", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding, or more")
+        if self.repeats > 1 and self.suite != "instruct" and not self.temperature:
+            raise ValueError(
+                f"repeats is {self.repeats} with greedy decoding, which writes the same program each time; "
+                "add --temperature 0.8"
+            )
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ValueError(f"data_dir {self.data_dir!r} is no folder; give the folder that holds gsm8k, mmlu, …")
         if not self.output and not self.dry_run:
@@ -80,6 +91,8 @@ class EvalConfig:
         options = dict(suite.generation) if suite is not None else {}
         if self.max_gen_toks is not None:
             options["max_gen_toks"] = self.max_gen_toks
+        if self.temperature is not None:
+            options |= {"do_sample": self.temperature > 0, "temperature": self.temperature}
         return options or None
 
     def lm_eval_options(self) -> dict:

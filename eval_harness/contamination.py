@@ -1,18 +1,18 @@
 """`motif2-eval contamination`: which evaluation rows a training corpus holds, by shared runs of 13 words.
 
-    motif2-eval contamination --corpus pretrain/math.jsonl.zst --data_dir DIR [--tasks gsm8k,math] [--output FILE]
+    motif2-eval contamination --corpus pretrain/*.jsonl.zst --data_dir DIR [--tasks gsm8k,math] [--output FILE]
 
 Words are lower-cased runs of letters and digits. A row shorter than 13 words counts as one run of its own length, but
 not below 8 words: so short a text is in every corpus (both numbers as in GPT-3's check, arXiv 2005.14165, appendix C).
 """
 
-import argparse
 import io
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet
@@ -20,7 +20,8 @@ import zstandard
 from lm_eval.api.group import Group
 from tqdm import tqdm
 
-from eval_harness.loading import load_tasks
+from eval_harness.loading import load_tasks, nearest
+from trainer.cli import parse_recipe
 
 RUN_WORDS = 13
 SHORTEST_WORDS = 8
@@ -32,6 +33,30 @@ TASKS = {
     "mmlu": ("motif2_mmlu_5shot", "question"),
 }
 _WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass
+class ContaminationConfig:
+    """One check."""
+
+    corpus: list[str] = field(
+        default_factory=list, metadata={"help": ".jsonl, .jsonl.zst, .parquet or text files, or folders of them"}
+    )
+    column: str = field(default="text", metadata={"help": "column that holds the text"})
+    data_dir: str | None = field(default=None, metadata={"help": "local folder with the rows; the hub by default"})
+    tasks: str = field(default=",".join(TASKS), metadata={"help": "benchmarks to look for, by commas"})
+    output: str | None = field(default=None, metadata={"help": "write the rows that were found as JSON to this file"})
+
+    def __post_init__(self):
+        if not self.corpus:
+            raise ValueError("corpus is empty; give --corpus with the files of a training corpus")
+        for name in self.task_names:
+            if name not in TASKS:
+                raise ValueError(f"unknown benchmark {name!r}{nearest(name, list(TASKS))}; known: {', '.join(TASKS)}")
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -95,15 +120,18 @@ def check(corpus: Iterable[str], benchmarks: dict[str, dict[str, str]]) -> dict[
 
 
 def read_corpus(path: str | Path, column: str = "text") -> Iterator[str]:
-    """Texts of a corpus file: `.jsonl`, `.jsonl.zst`, `.parquet` (their `column`), or plain text as one.
+    """Texts of a corpus: `.jsonl`, `.jsonl.zst`, `.parquet` (their `column`), plain text as one, or a folder of them.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a row without the column.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"corpus {path} does not exist; give a .jsonl, .jsonl.zst, .parquet or text file")
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if {".jsonl", ".parquet", ".txt"} & set(file.suffixes):
+                yield from read_corpus(file, column)
+        return
     if path.suffix == ".parquet":
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
@@ -120,15 +148,9 @@ def read_corpus(path: str | Path, column: str = "text") -> Iterator[str]:
 
 
 def benchmark_texts(names: list[str], data_dir: str | None) -> dict[str, dict[str, str]]:
-    """Texts of the evaluation rows: benchmark -> row -> question.
-
-    Raises:
-        ValueError: an unknown benchmark.
-    """
+    """Texts of the evaluation rows: benchmark (a key of `TASKS`) -> row -> question."""
     texts: dict[str, dict[str, str]] = {}
     for name in names:
-        if name not in TASKS:
-            raise ValueError(f"unknown benchmark {name!r}; use some of {', '.join(TASKS)}")
         task_name, column = TASKS[name]
         _, loaded, _ = load_tasks([task_name], data_dir, skip_missing=data_dir is not None)
         members = [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
@@ -142,20 +164,18 @@ def benchmark_texts(names: list[str], data_dir: str | None) -> dict[str, dict[st
 
 def main(argv: list[str]) -> None:
     """Check one corpus and print the contaminated share of each benchmark."""
-    parser = argparse.ArgumentParser(prog="motif2-eval contamination", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--corpus", required=True, help=".jsonl, .jsonl.zst, .parquet or text file")
-    parser.add_argument("--column", default="text", help="column that holds the text")
-    parser.add_argument("--data_dir", help="local folder with the benchmarks' rows; the hub by default")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
-    parser.add_argument("--output", help="write the rows that were found as JSON")
-    options = parser.parse_args(argv)
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    corpus = tqdm(read_corpus(options.corpus, options.column), desc="reading the corpus", unit="text")
-    results = check(corpus, benchmark_texts(names, options.data_dir))
+    (config,) = parse_recipe(ContaminationConfig, description=__doc__, argv=argv)
+    for path in config.corpus:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"corpus {path} does not exist; give a .jsonl, .jsonl.zst, .parquet or text file")
+    texts = chain.from_iterable(read_corpus(path, config.column) for path in config.corpus)
+    corpus = tqdm(texts, desc="reading the corpus", unit="text")
+    results = check(corpus, benchmark_texts(config.task_names, config.data_dir))
     for name, result in results.items():
         share = len(result.found) / max(result.rows, 1)
         print(
             f"{name:10} {len(result.found):6} of {result.rows} ({100 * share:.2f}%) share {RUN_WORDS} words in a row"
         )
-    if options.output:
-        Path(options.output).write_text(json.dumps({name: result.found for name, result in results.items()}, indent=1))
+    if config.output:
+        found = {name: result.found for name, result in results.items()}
+        Path(config.output).write_text(json.dumps(found, indent=1), encoding="utf-8")

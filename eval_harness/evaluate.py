@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_motif2  # noqa: F401  (registers Motif-2 with the Auto classes)
+from eval_harness.answers import THINKING_END
 from eval_harness.loading import load_tasks, quiet_lm_eval
 from eval_harness.responses import RecordedLM
 
@@ -24,10 +25,22 @@ RESULTS_FILE = "results.json"
 
 
 class QuietHFLM(HFLM):
-    """lm-eval's transformers model without a progress bar a batch; `RecordedLM` shows one over all requests."""
+    """lm-eval's transformers model, with two changes.
+
+    No progress bar a batch: `RecordedLM` shows one over all requests. And the end of thinking stays in the text where
+    it is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer.
+    """
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        mark = self.tokenizer.convert_tokens_to_ids(THINKING_END)
+        if not skip_special_tokens or not isinstance(tokens, list) or mark not in tokens:
+            return super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
+        end = len(tokens) - tokens[::-1].index(mark)
+        thoughts, answer = (super(QuietHFLM, self).tok_decode(part) for part in (tokens[: end - 1], tokens[end:]))
+        return f"{thoughts}{THINKING_END}{answer}"
 
 
 @dataclass
@@ -78,7 +91,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: PreTrainedModel | LM | str,
+    model: PreTrainedModel | LM | str | Callable[[], LM],
     tokenizer_or_path: PreTrainedTokenizerBase | str | None,
     tasks: Sequence[str],
     *,
@@ -89,6 +102,8 @@ def evaluate(
     apply_chat_template: bool = False,
     generation_options: dict | None = None,
     shots: dict[str, int] | None = None,
+    task_generation: dict[str, dict] | None = None,
+    repeats: int = 1,
     skip_missing: bool = False,
     seed: int = SEED,
     identity: dict | None = None,
@@ -96,7 +111,8 @@ def evaluate(
     """Score a model on tasks.
 
     Args:
-        model: a transformers model on its device, a path or hub name, or an lm-eval model.
+        model: a transformers model on its device, a path or hub name, an lm-eval model, or a function that loads one
+            (called once the tasks are there).
         tokenizer_or_path: its tokenizer or where to load it; None with a path (the same place) or an lm-eval model.
         tasks: names of our tasks (the YAML files in `eval_harness/tasks`) or of lm-eval's.
         data_dir: local folder with the tasks' rows; None reads from the hub.
@@ -104,9 +120,11 @@ def evaluate(
             writes nothing.
         limit: rows a task at most, from the top; None scores all.
         batch_size: sequences at a time; changes speed, not greedy answers.
-        apply_chat_template: wrap every prompt into the tokenizer's chat template.
-        generation_options: override the tasks' own, for example `{"max_gen_toks": 64}`.
+        apply_chat_template: wrap every prompt into the tokenizer's chat template, and score what follows the thinking.
+        generation_options: override every task's own, for example `{"max_gen_toks": 64}`.
         shots: worked examples for lm-eval's own tasks by name; our tasks state theirs.
+        task_generation: override one task's own, by name.
+        repeats: programs a problem of HumanEval and MBPP, for pass@k.
         skip_missing: leave out parts of a group whose rows are missing (the result names them).
         seed: of few-shot draws and sampling.
         identity: what else must agree for the responses in `output_dir` to be used again.
@@ -121,13 +139,16 @@ def evaluate(
     """
     folder = Path(output_dir) if output_dir is not None else None
     refuse_finished(folder)
-    manager, loaded, skipped = load_tasks(tasks, data_dir, apply_chat_template, skip_missing, shots)
+    manager, loaded, skipped = load_tasks(
+        tasks, data_dir, apply_chat_template, skip_missing, shots, task_generation, repeats
+    )
+    if callable(model) and not isinstance(model, PreTrainedModel | LM):
+        model = model()
     lm = wrap_model(model, tokenizer_or_path, batch_size)
     if apply_chat_template and not isinstance(model, LM):
         require_chat_template(lm.tokenizer)
-    recorded = RecordedLM(
-        lm, folder, {**_identity(model, lm, apply_chat_template, seed), **(identity or {})}, batch_size
-    )
+    named = {**_identity(model, lm, apply_chat_template, seed), **(identity or {})}
+    recorded = RecordedLM(lm, folder, named, batch_size, cut_thinking=apply_chat_template)
     started = time.time()
     try:
         with quiet_lm_eval():
@@ -147,9 +168,10 @@ def evaluate(
             )
     finally:
         recorded.close()
+    cost = _cost(recorded, time.time() - started)
     if results is None:
         return None
-    result = _collect(results, skipped, _cost(results, recorded, time.time() - started))
+    result = _collect(results, skipped, cost)
     if folder is not None:
         result.save(folder)
     return result
@@ -211,17 +233,18 @@ def _identity(model, lm: LM, chat: bool, seed: int) -> dict:
     return {"model": name or type(model).__name__, "dtype": str(getattr(lm, "dtype", "")), "chat": chat, "seed": seed}
 
 
-def _cost(results: dict, recorded: RecordedLM, seconds: float) -> dict:
-    """What the run took; tokens are counted in the responses that this run generated or found on file."""
+def _cost(recorded: RecordedLM, seconds: float) -> dict:
+    """What the run took, over all processes; tokens are counted in this run's responses, new or found on file."""
     tokenizer = getattr(recorded.inner, "tokenizer", None)
-    texts = [text for text in recorded.responses.values() if isinstance(text, str)]
+    texts = [text for text in recorded.used.values() if isinstance(text, str)]
     tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) if tokenizer is not None and texts else 0
     on_gpu = torch.cuda.is_available() and "cuda" in str(getattr(recorded.inner, "_device", ""))
+    counts = torch.tensor([len(recorded.used), recorded.num_reused, tokens])
+    if recorded.world_size > 1:
+        counts = recorded.all_gather(counts.to(recorded.device)).view(-1, len(counts)).sum(0)
     return {
         "seconds": seconds,
-        "responses": len(recorded.responses),
-        "responses_reused": recorded.num_reused,
-        "generated_tokens": tokens,
+        **dict(zip(("responses", "responses_reused", "generated_tokens"), counts.tolist(), strict=True)),
         "processes": recorded.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

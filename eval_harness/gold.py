@@ -7,7 +7,6 @@ that knows each row's solution. A row on which this fails is a defect of the tas
 datasets are listed in `gold_exceptions.csv`, row by row, and any other makes the command fail.
 """
 
-import argparse
 import csv
 import os
 import re
@@ -15,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,10 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from eval_harness.code_tasks import humaneval_program, mbpp_program, sandbox
 from eval_harness.evaluate import evaluate
+from eval_harness.loading import nearest
 from eval_harness.near_misses import continuation, differs, mutants, near_expression, near_number
+from eval_harness.sandbox import SandboxUnavailable
+from trainer.cli import parse_recipe
 
 EXCEPTIONS_FILE = Path(__file__).with_name("gold_exceptions.csv")
 TASKS = {
@@ -37,6 +39,29 @@ TASKS = {
 MUTANT_ROUNDS = 40
 # CPython before 3.13 counts the depth of syntax trees once for all threads: one thread at a time may build them.
 _SYNTAX_TREES = threading.Lock()
+
+
+@dataclass
+class GoldConfig:
+    """One replay."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "local folder with the rows; the hub by default"})
+    near_miss: bool = field(default=False, metadata={"help": "answer almost right; the score must be 0"})
+    tasks: str = field(default=",".join(TASKS), metadata={"help": "benchmarks to replay, by commas"})
+    limit: int | None = field(default=None, metadata={"help": "rows a task at most, from the top"})
+
+    def __post_init__(self):
+        for name in self.benchmarks:
+            if name not in TASKS:
+                raise ValueError(f"unknown task {name!r}{nearest(name, list(TASKS))}; known: {', '.join(TASKS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; use 1 or more")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise ValueError(f"data_dir {self.data_dir!r} is no folder; give the folder that holds gsm8k, mmlu, …")
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -79,12 +104,12 @@ class SolutionLM(LM):
         raise ValueError("no task with a reference solution asks for the likelihood of a whole text")
 
 
-def replay(benchmark: str, data_dir: str | Path, near_miss: bool = False, limit: int | None = None) -> Replay:
+def replay(benchmark: str, data_dir: str | Path | None, near_miss: bool = False, limit: int | None = None) -> Replay:
     """Run one benchmark with solutions, or near misses, in the model's place.
 
     Args:
         benchmark: a key of `TASKS`.
-        data_dir: local folder with the rows.
+        data_dir: local folder with the rows; None reads from the hub.
         near_miss: answer almost right instead.
         limit: rows a task at most.
     """
@@ -95,7 +120,7 @@ def replay(benchmark: str, data_dir: str | Path, near_miss: bool = False, limit:
         [TASKS[benchmark]],
         data_dir=data_dir,
         limit=limit,
-        skip_missing=True,
+        skip_missing=data_dir is not None,
         batch_size=10_000,
     )
     wrong, rows = {}, 0
@@ -180,19 +205,14 @@ def read_exceptions(near_miss: bool) -> dict[str, dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Replay and print a table; 1 when a row fails that is not listed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="local folder with the benchmarks' rows")
-    parser.add_argument("--near_miss", action="store_true", help="answer almost right; the score must be 0")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=int, help="rows a task at most")
-    options = parser.parse_args(argv)
-    benchmarks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    if unknown := [name for name in benchmarks if name not in TASKS]:
-        parser.error(f"unknown task {unknown[0]!r}; use some of {', '.join(TASKS)}")
-    listed, failures = read_exceptions(options.near_miss), 0
-    for benchmark in benchmarks:
-        found = replay(benchmark, options.data_dir, options.near_miss, options.limit)
-        failures += _print(found, listed[benchmark], options.near_miss)
+    (config,) = parse_recipe(GoldConfig, description=__doc__, argv=argv)
+    listed, failures = read_exceptions(config.near_miss), 0
+    try:
+        for benchmark in config.benchmarks:
+            found = replay(benchmark, config.data_dir, config.near_miss, config.limit)
+            failures += _print(found, listed[benchmark], config.near_miss)
+    except (FileNotFoundError, SandboxUnavailable) as error:
+        sys.exit(f"gold replay: {error}")
     return int(failures > 0)
 
 

@@ -23,6 +23,8 @@ def load_tasks(
     apply_chat_template: bool = False,
     skip_missing: bool = False,
     shots: dict[str, int] | None = None,
+    generation: dict[str, dict] | None = None,
+    repeats: int = 1,
 ) -> tuple[TaskManager, list[Task | Group], list[str]]:
     """Build tasks by name, with their rows.
 
@@ -33,6 +35,8 @@ def load_tasks(
         apply_chat_template: use a task's `chat_prompt` (in its metadata) instead of its raw prompt where it has one.
         skip_missing: leave out those parts of a group whose rows are missing, instead of refusing.
         shots: worked examples for lm-eval's tasks and groups by name; ours state their own.
+        generation: changes to the generation settings of tasks and groups by name.
+        repeats: programs a problem, for tasks that run them.
 
     Returns:
         tuple: lm-eval's manager, the tasks and groups in order, and the parts that were left out.
@@ -40,6 +44,7 @@ def load_tasks(
     Raises:
         ValueError: no name, or an unknown one; the nearest known one is named.
         MissingDataset: the rows of a task are not where they should be.
+        ModuleNotFoundError: one of lm-eval's tasks needs a package that is not installed.
     """
     if not names:
         raise ValueError("no task is named; give at least one")
@@ -48,7 +53,7 @@ def load_tasks(
     with quiet_lm_eval():
         manager = _manager_for(names, metadata)
         heads = _narrow_groups(manager, names, metadata, skipped if skip_missing else None)
-        loaded = manager.load(heads)
+        loaded = _load(manager, heads)
     if not loaded["tasks"]:
         raise MissingDataset(
             f"no rows are left of {', '.join(names)}: {', '.join(skipped)} are missing from {data_dir}"
@@ -57,8 +62,15 @@ def load_tasks(
         prompt = (task.config.metadata or {}).get("chat_prompt")
         if apply_chat_template and prompt:
             task.set_config("doc_to_text", prompt)
+        if repeats > 1 and (task.config.metadata or {}).get("runs_programs"):
+            task.set_config("repeats", repeats)
     for name, number in (shots or {}).items():
-        _set_shots(loaded, name, number)
+        if not name.startswith(OUR_PREFIX):
+            for task in _members(loaded, name):
+                task.set_config("num_fewshot", number)
+    for name, changes in (generation or {}).items():
+        for task in _members(loaded, name):
+            task.set_config("generation_kwargs", {**(task.config.generation_kwargs or {}), **changes})
     inside = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     nested = {
         child.name for group in loaded["groups"].values() for child in group.get_all_groups() if child is not group
@@ -107,12 +119,30 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def _set_shots(loaded: dict, name: str, number: int) -> None:
-    if name.startswith(OUR_PREFIX):
-        return
-    tasks = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
-    for task in tasks:
-        task.set_config("num_fewshot", number)
+def _load(manager: TaskManager, heads: list[str]) -> dict:
+    """Build tasks; what goes wrong inside lm-eval's own is named with the mend."""
+    try:
+        return manager.load(heads)
+    except MissingDataset:
+        raise
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"a task of {', '.join(heads)} needs a package that is not installed ({error}); "
+            "lm-eval's extras hold them, for example `pip install lm-eval[ifeval]`"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        theirs = [head for head in heads if not head.startswith(OUR_PREFIX)]
+        if not theirs:
+            raise
+        raise MissingDataset(
+            f"the rows of {', '.join(theirs)} could not be read ({error}); lm-eval's own tasks read the hub, not "
+            "data_dir: run once where it is reachable, or copy its cache (HF_HOME) here; a gated set also needs "
+            "`hf auth login`"
+        ) from error
+
+
+def _members(loaded: dict, name: str) -> list[Task]:
+    return loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
 
 
 def _narrow_groups(manager: TaskManager, names: Sequence[str], metadata: dict, skipped: list[str] | None) -> list[str]:

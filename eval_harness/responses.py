@@ -1,8 +1,9 @@
 """Put every response of a model on disk as soon as it is there, and never ask for the same one twice.
 
-Requests are sorted by length and asked for in chunks; a chunk's responses are appended to `responses.jsonl` before
-the next chunk starts. After an interruption the same run skips what is on file. Sampling is seeded by chunk, and the
-chunks do not depend on what is on file, so a resumed run gives what an uninterrupted one gives.
+Requests are sorted by length and asked for in chunks, a batch of generations each; a chunk's responses are appended to
+`responses.jsonl` before the next chunk starts. After an interruption the same run asks only for what is not on file.
+Sampling is seeded by chunk, and the chunks do not depend on what is on file, so a resumed run gives what an
+uninterrupted one gives.
 """
 
 import hashlib
@@ -16,7 +17,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
-CHUNK_BATCHES = 4
+from eval_harness.answers import after_thinking
+
+# A context's choices are scored in one pass, so a batch of them takes several batches of requests.
+CHUNK_BATCHES = {"generate_until": 1, "loglikelihood": 4, "loglikelihood_rolling": 1}
 LABELS = {"generate_until": "generating", "loglikelihood": "scoring choices", "loglikelihood_rolling": "scoring text"}
 
 
@@ -28,17 +32,20 @@ class RecordedLM(LM):
         folder: where `responses.jsonl` goes (`responses.rank1.jsonl` on the second process, …); None keeps no file.
         identity: what must agree for responses to be used again (model, tokenizer, seed).
         batch_size: sequences at a time inside; a chunk is `CHUNK_BATCHES` of them.
+        cut_thinking: hand on only what follows a model's thinking; the file keeps all.
 
     Raises:
         ValueError: the folder holds responses of another identity, or a line that is no response.
     """
 
-    def __init__(self, inner: LM, folder: Path | None, identity: dict, batch_size: int):
+    def __init__(self, inner: LM, folder: Path | None, identity: dict, batch_size: int, cut_thinking: bool = False):
         super().__init__()
         self.inner = inner
         self.seed = int(identity.get("seed", 0))
-        self.chunk_size = CHUNK_BATCHES * batch_size
+        self.batch_size = batch_size
+        self.cut_thinking = cut_thinking
         self.responses: dict[str, object] = {}
+        self.used: dict[str, object] = {}
         self.num_reused = 0
         self.file = None
         if folder is not None:
@@ -49,7 +56,8 @@ class RecordedLM(LM):
             self.file = _open_for_append(folder / name, identity)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self._ask("generate_until", requests)
+        texts = self._ask("generate_until", requests)
+        return [after_thinking(text).lstrip() for text in texts] if self.cut_thinking else texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return [tuple(response) for response in self._ask("loglikelihood", requests)]
@@ -59,9 +67,12 @@ class RecordedLM(LM):
 
     def _ask(self, kind: str, requests: list[Instance]) -> list:
         keys = request_keys(kind, requests)
-        order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].args[0]), keys[index]))
-        chunks = [order[start : start + self.chunk_size] for start in range(0, len(order), self.chunk_size)]
-        unfinished = [chunk for chunk in chunks if any(keys[index] not in self.responses for index in chunk)]
+        contexts = [request.args[0] for request in requests]
+        order = sorted(range(len(requests)), key=lambda index: (-len(contexts[index]), contexts[index], keys[index]))
+        size = CHUNK_BATCHES[kind] * self.batch_size
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        missing = [[index for index in chunk if keys[index] not in self.responses] for chunk in chunks]
+        unfinished = [chunk for chunk in missing if chunk]
         done = len(requests) - sum(map(len, unfinished))
         self.num_reused += done
         bar = tqdm(total=len(requests), initial=done, desc=LABELS[kind], unit="row", disable=self.rank != 0)
@@ -74,6 +85,7 @@ class RecordedLM(LM):
             bar.update(len(chunk))
         bar.close()
         self._wait_for_slower_ranks(kind, requests, keys, len(unfinished))
+        self.used |= {key: self.responses[key] for key in keys}
         return [self.responses[key] for key in keys]
 
     def _ask_chunk(self, kind: str, requests: list[Instance], keys: list[str]) -> list:

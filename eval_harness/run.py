@@ -11,46 +11,44 @@ from dataclasses import asdict
 
 import yaml
 
+from eval_harness.code_tasks import WEAK_VARIABLE, sandbox
+from eval_harness.compare import main as compare_runs
 from eval_harness.config import EvalConfig
+from eval_harness.contamination import main as check_corpus
+from eval_harness.loading import count_rows, nearest
+from eval_harness.sandbox import WEAK_LACKS, SandboxUnavailable
 from trainer.cli import parse_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; see `--help`."""
+    """Run the command; see `--help`.
+
+    Raises:
+        SystemExit: with the mend, for everything that a user can mistake.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["compare"]:
-        from eval_harness.compare import main as command
-    elif argv[:1] == ["contamination"]:
-        from eval_harness.contamination import main as command
-    else:
-        _run(argv)
-        return
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    if name not in COMMANDS:
+        sys.exit(f"motif2-eval: unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
     try:
-        command(argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"motif2-eval {argv[0]}: {error}")
+        COMMANDS[name](argv)
+    except (ValueError, OSError, ImportError, NotImplementedError, SandboxUnavailable) as error:
+        sys.exit(f"motif2-eval{' ' * bool(name)}{name}: {error}")
 
 
 def _run(argv: list[str]) -> None:
     (config,) = parse_recipe(EvalConfig, description=__doc__, argv=argv)
     if config.weak_sandbox:
-        from eval_harness.code_tasks import WEAK_VARIABLE
-        from eval_harness.sandbox import WEAK_LACKS
-
         os.environ[WEAK_VARIABLE] = "1"
         print(f"weak sandbox: {WEAK_LACKS}", file=sys.stderr)
-    from eval_harness.sandbox import SandboxUnavailable
+    _dry_run(config) if config.dry_run else _evaluate(config)
 
-    try:
-        _dry_run(config) if config.dry_run else _evaluate(config)
-    except (ValueError, FileNotFoundError, SandboxUnavailable) as error:
-        sys.exit(f"motif2-eval: {error}")
+
+COMMANDS = {"": _run, "compare": compare_runs, "contamination": check_corpus}
 
 
 def _dry_run(config: EvalConfig) -> None:
     """Print the settings, and each row's task with the number of problems."""
-    from eval_harness.loading import count_rows
-
     print(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), end="")
     suite = config.loaded_suite()
     if suite is not None:
@@ -63,7 +61,6 @@ def _dry_run(config: EvalConfig) -> None:
 
 
 def _evaluate(config: EvalConfig) -> None:
-    from eval_harness.code_tasks import sandbox
     from eval_harness.evaluate import evaluate, refuse_finished
     from eval_harness.report import write_report
 
@@ -74,7 +71,7 @@ def _evaluate(config: EvalConfig) -> None:
     suite = config.loaded_suite()
     chat = suite.chat if suite is not None else config.chat
     result = evaluate(
-        _load_model(config, chat),
+        lambda: _load_model(config, chat),
         None,
         names,
         data_dir=config.data_dir,
@@ -84,9 +81,11 @@ def _evaluate(config: EvalConfig) -> None:
         apply_chat_template=chat,
         generation_options=config.generation_options(),
         shots={row.task: row.shots for row in config.rows()},
+        task_generation={row.task: row.generation for row in config.rows() if row.generation},
+        repeats=config.repeats,
         skip_missing=config.skip_missing,
         seed=config.seed,
-        identity={"model": config.model, "model_args": config.model_args, "dtype": config.dtype},
+        identity={"model": config.model, "model_args": config.model_args, "dtype": config.dtype, "chat": chat},
     )
     if result is not None:
         print(write_report(config.output, asdict(config), config.rows()))
@@ -100,30 +99,45 @@ def _load_model(config: EvalConfig, chat: bool):
     """lm-eval's model for the chosen backend; a missing chat template is refused before any weight is read.
 
     Raises:
-        ValueError: the suite asks in chat and the tokenizer has no chat template, or a backend is not installed.
+        ValueError: no such model, chat is asked for and the tokenizer has no chat template, or a backend is not
+            installed.
     """
-    from lm_eval.api.registry import get_model
     from transformers import AutoTokenizer
 
     from eval_harness.evaluate import require_chat_template, wrap_model
 
     options = config.lm_eval_options()
-    if config.backend != "hf":
-        key = "pretrained" if config.backend == "vllm" else "model"
-        try:
-            model = get_model(config.backend)
-            return model.create_from_arg_obj({key: config.model, **options}, {"batch_size": config.batch_size})
-        except ModuleNotFoundError as error:
-            extra = "vllm" if config.backend == "vllm" else "api"
-            raise ValueError(f"backend {config.backend!r} needs `pip install lm-eval[{extra}]` ({error})") from error
-    if chat and "gguf_file" not in options:
-        require_chat_template(AutoTokenizer.from_pretrained(config.tokenizer or config.model))
-    if chat:
-        options.setdefault("think_end_token", "</think>")
-    lm = wrap_model(config.model, config.tokenizer, config.batch_size, dtype=config.dtype, **options)
-    if chat:
-        require_chat_template(lm.tokenizer)
+    local = config.backend in ("hf", "vllm")
+    if local and config.model.startswith(("/", ".", "~")) and not os.path.isdir(config.model):
+        raise ValueError(f"model {config.model!r} is no folder; give a checkpoint's folder, or a name on the hub")
+    try:
+        if chat and local and "gguf_file" not in options:
+            require_chat_template(AutoTokenizer.from_pretrained(config.tokenizer or config.model))
+        if config.backend == "hf":
+            lm = wrap_model(config.model, config.tokenizer, config.batch_size, dtype=config.dtype, **options)
+        else:
+            lm = _backend_model(config, options)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"model {config.model!r} could not be loaded ({error}); give a folder with config.json, weights and "
+            f"tokenizer, or a name on the hub, and check model_args {config.model_args!r}"
+        ) from error
+    if chat and "chat-completions" not in config.backend:  # there the server applies its own
+        require_chat_template(getattr(lm, "tokenizer", None))
     return lm
+
+
+def _backend_model(config: EvalConfig, options: dict):
+    """One of lm-eval's models that are not transformers."""
+    from lm_eval.api.registry import get_model
+
+    key = "pretrained" if config.backend == "vllm" else "model"
+    try:
+        model = get_model(config.backend)
+        return model.create_from_arg_obj({key: config.model, **options}, {"batch_size": config.batch_size})
+    except ModuleNotFoundError as error:
+        extra = "vllm" if config.backend == "vllm" else "api"
+        raise ValueError(f"backend {config.backend!r} needs `pip install lm-eval[{extra}]` ({error})") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Row:
         prompting: how the model is asked.
         task: ours or lm-eval's; empty where the row cannot be run.
         metric: which of the task's metrics the table shows.
+        generation: what the row changes in the task's generation settings.
         why_not: why the row cannot be run.
         assumption: a choice that the report leaves open.
         published: model -> score in percent.
@@ -35,6 +36,7 @@ class Row:
     prompting: str
     task: str
     metric: str
+    generation: dict
     why_not: str
     assumption: str
     published: dict[str, float]
@@ -97,6 +99,7 @@ def load_suite(name: str) -> Suite:
             prompting=row["prompting"],
             task=row.get("task", ""),
             metric=row.get("metric", ""),
+            generation=row.get("generation", {}),
             why_not=row.get("why_not", ""),
             assumption=row.get("assumption", ""),
             published=published.get(row["name"], {}),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.data.tokenizer import train_tokenizer
 
 DOMAIN_TEXTS = {
@@ -24,16 +24,21 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = Motif2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=6,
+        num_key_value_heads=4,
+        num_noise_heads=2,
+        head_dim=8,
         max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config).double().eval()
+    return Motif2ForCausalLM(config).double().eval()
 
 
 @pytest.fixture(scope="session")

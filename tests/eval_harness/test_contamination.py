@@ -67,12 +67,26 @@ def test_the_command_names_the_rows(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--tasks", "gsm9k"], "gsm9k"), (["--corpus", "no.jsonl"], "does not exist")]
+    ("words", "message"),
+    [
+        (["--corpus", "no.jsonl", "--tasks", "gsm9k"], "did you mean 'gsm8k'"),
+        (["--corpus", "no.jsonl", "--colum", "x"], "did you mean 'column'"),
+        (["--corpus", "no.jsonl"], "does not exist"),
+        ([], "corpus is empty"),
+    ],
 )
-def test_mistakes_are_explained(tmp_path, words, message):
+def test_mistakes_are_explained(tmp_path, capsys, words, message):
     data = write_benchmarks(tmp_path / "data")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        main(["--corpus", "no.jsonl", "--data_dir", str(data), "--tasks", "gsm8k", *words])
+    with pytest.raises((SystemExit, FileNotFoundError)) as stopped:
+        main(["--data_dir", str(data), *words])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_several_files_and_folders_are_one_corpus(tmp_path):
+    (tmp_path / "a.part.jsonl").write_text(json.dumps({"text": "eins"}) + "\n")
+    (tmp_path / "b.txt").write_text("zwei")
+    (tmp_path / "notes.md").write_text("drei")
+    assert list(read_corpus(tmp_path)) == ["eins", "zwei"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lm_eval.api.model import LM
 
-from eval_harness.evaluate import evaluate, load_tasks
+from eval_harness.evaluate import evaluate, load_tasks, wrap_model
+from tests.eval_harness.benchmark_sets import write_benchmarks
 
 TASKS = ["motif2_arithmetic", "motif2_heldout_general", "motif2_heldout_code", "motif2_heldout_math"]
 
@@ -81,6 +82,29 @@ def test_batch_size_changes_no_answer(demo_data, tiny_model, tokenizer):
     for task in TASKS[1:]:
         for metric, score in results[0].metrics[task].items():
             assert [result.metrics[task][metric] for result in results[1:]] == pytest.approx([score, score], rel=1e-9)
+
+
+def test_batch_size_changes_no_choice(tmp_path, tiny_model, tokenizer):
+    data = write_benchmarks(tmp_path)
+    found = []
+    for size in (1, 3):
+        result = evaluate(tiny_model, tokenizer, ["motif2_mmlu_5shot::anatomy"], data_dir=data, batch_size=size)
+        found.append([row["resps"] for row in result.samples["motif2_mmlu_5shot::anatomy"]])
+    likelihoods = [[float(choice[0][0]) for row in rows for choice in row] for rows in found]
+    assert len(set(likelihoods[0])) == len(likelihoods[0]) == 8
+    assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-9)
+
+
+def test_the_end_of_thinking_is_seen_though_it_is_a_special_token(tiny_model, tokenizer):
+    lm = wrap_model(tiny_model, tokenizer, 1)
+    ids = tokenizer("<think>4</think>5<|endofturn|>", add_special_tokens=False)["input_ids"]
+    assert lm.tok_decode(ids) == "4</think>5"
+    assert lm.tok_decode(ids[:1]) == ""
+
+
+def test_a_model_is_loaded_only_once_the_rows_are_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"arithmetic\.jsonl"):
+        evaluate(lambda: pytest.fail("loaded too early"), None, TASKS[:1], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

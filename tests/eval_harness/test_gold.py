@@ -45,7 +45,12 @@ def test_exceptions_name_their_defect():
 def test_an_unknown_task_is_refused(data_dir, capsys):
     with pytest.raises(SystemExit):
         main(["--data_dir", str(data_dir), "--tasks", "gms8k"])
-    assert "gms8k" in capsys.readouterr().err
+    assert "did you mean 'gsm8k'" in capsys.readouterr().err
+
+
+def test_missing_rows_are_explained(tmp_path):
+    with pytest.raises(SystemExit, match="hf download openai/gsm8k"):
+        main(["--data_dir", str(tmp_path), "--tasks", "gsm8k"])
 
 
 @needs_bubblewrap

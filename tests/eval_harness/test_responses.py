@@ -49,9 +49,44 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path)
     inner = CountingLM()
     resumed = RecordedLM(inner, tmp_path / "broken", IDENTITY, batch_size=1)
     assert resumed.generate_until(asked(*PROMPTS)) == whole
-    assert (len(inner.calls), resumed.num_reused) == (2, 12)
+    assert (len(inner.calls), resumed.num_reused) == (17, 3)
     again = RecordedLM(CountingLM(breaks_after=0), tmp_path / "broken", IDENTITY, batch_size=1)
     assert again.generate_until(asked(*PROMPTS)) == whole
+
+
+def test_no_finished_response_is_asked_for_again_whatever_the_batch_size(tmp_path):
+    broken = RecordedLM(CountingLM(breaks_after=3), tmp_path, IDENTITY, batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        broken.generate_until(asked(*PROMPTS))
+    broken.close()
+    finished = {prompt for call in broken.inner.calls for prompt in call}
+    inner = CountingLM()
+    resumed = RecordedLM(inner, tmp_path, IDENTITY, batch_size=4)
+    resumed.generate_until(asked(*PROMPTS))
+    assert len(finished) == resumed.num_reused == 9
+    assert sorted(prompt for call in inner.calls for prompt in call) == sorted(set(PROMPTS) - finished)
+
+
+def test_thinking_is_kept_on_file_and_cut_from_what_is_scored(tmp_path):
+    class Thinking(CountingLM):
+        def generate_until(self, requests, disable_tqdm=False):
+            return ["<think>4</think>\n\n5" for _ in requests]
+
+    for _ in range(2):
+        recorded = RecordedLM(Thinking(), tmp_path, IDENTITY, batch_size=1, cut_thinking=True)
+        assert recorded.generate_until(asked("a")) == ["5"]
+        recorded.close()
+    assert "<think>4</think>" in (tmp_path / "responses.jsonl").read_text()
+
+
+def test_choices_of_one_context_are_asked_for_together():
+    inner = CountingLM()
+    groups = []
+    inner.loglikelihood = lambda requests, disable_tqdm=False: groups.append(requests) or [(0.0, True)] * len(requests)
+    contexts = [f"context {number}" for number in range(8)]
+    requests = [Instance("loglikelihood", {}, (context, letter), 0) for letter in "ABCD" for context in contexts]
+    RecordedLM(inner, None, IDENTITY, batch_size=2).loglikelihood(requests)
+    assert [len({request.args[0] for request in group}) for group in groups] == [2, 2, 2, 2]
 
 
 def test_a_torn_last_line_is_asked_for_again(tmp_path):
@@ -63,7 +98,7 @@ def test_a_torn_last_line_is_asked_for_again(tmp_path):
     inner = CountingLM()
     resumed = RecordedLM(inner, tmp_path, IDENTITY, batch_size=1)
     assert resumed.generate_until(asked(*PROMPTS[:4])) == answers
-    assert len(inner.calls) == 1
+    assert inner.calls == [[PROMPTS[0]]]
     resumed.close()
     assert all(json.loads(line) for line in path.read_text().splitlines())
 

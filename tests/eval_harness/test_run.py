@@ -74,6 +74,12 @@ def test_dry_run_lists_rows_and_what_cannot_be_run(checkpoint, data_dir, capsys)
         (["--suite", "base", "--batch_size", "0"], "batch_size is 0"),
         (["--suite", "base", "--backend", "tpu"], "backend is 'tpu'"),
         (["--suite", "base", "--sute", "x"], "did you mean 'suite'"),
+        (["--suite", "base", "--repeats", "4"], "add --temperature"),
+        (["--suite", "base", "--temperature", "-1"], "temperature is -1"),
+        (["--tasks", "motif2_gsm8k_4shot", "--model", "/nope"], "model '/nope' is no folder"),
+        (["--tasks", "motif2_gsm8k_4shot", "--model", "no/such"], "model 'no/such' could not be loaded"),
+        (["--tasks", "motif2_gsm8k_4shot", "--model_args", "colour=3"], "colour"),
+        (["--suite", "base", "--tasks", "arc_easy"], "arc_easy could not be read"),
     ],
 )
 def test_mistakes_are_explained(checkpoint, data_dir, tmp_path, capsys, more, message):
@@ -91,9 +97,61 @@ def test_a_folder_without_rows_and_a_model_without_name_are_explained(checkpoint
     assert "model is empty" in capsys.readouterr().err
 
 
-def test_comparing_what_is_no_run_is_explained(tmp_path):
-    with pytest.raises(SystemExit, match="holds no finished run"):
-        main(["compare", str(tmp_path), str(tmp_path)])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["compare", "a", "b"], "a holds no finished run"),
+        (["compare", "a"], "the second run is not given"),
+        (["compare", "a", "b", "c"], "3 folders are given"),
+        (["compare", "a", "b", "--part"], "did you mean 'parts'"),
+        (["comprae", "a", "b"], "did you mean 'compare'"),
+        (["contamination", "--corpus", "no.jsonl"], "no.jsonl does not exist"),
+    ],
+)
+def test_mistakes_in_commands_are_explained(capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["contamination"]])
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert " ".join(["motif2-eval", *command]) in printed
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason=INSTALL)
+def test_several_programs_a_problem_give_pass_at_10(checkpoint, data_dir, tmp_path, capsys):
+    chosen = ["--suite", "base", "--tasks", "humaneval", "--max_gen_toks", "4", "--repeats", "10"]
+    main(words(checkpoint, data_dir, *chosen, "--temperature", "0.8", "--output", str(tmp_path / "run")))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metrics"]["motif2_humaneval"] == {"pass@1": 0.0, "pass@10": 0.0}
+    assert results["cost"]["responses"] == 20
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples" / "motif2_humaneval.jsonl").open()]
+    assert all(len(set(row["resps"][0])) > 1 for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason=INSTALL)
+def test_groups_are_compared_over_all_their_rows(checkpoint, data_dir, tmp_path, capsys):
+    chosen = ("--tasks", "motif2_math_4shot,motif2_gsm8k_4shot", "--max_gen_toks", "4", "--skip_missing")
+    for name in ("first", "second"):
+        main(words(checkpoint, data_dir, *chosen, "--output", str(tmp_path / name)))
+    path = tmp_path / "second" / "samples" / "motif2_math_4shot.algebra.jsonl"
+    rows = [json.loads(line) | {"math_verify": 1.0, "prompt_hash": "other"} for line in path.open()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    runs = [str(tmp_path / "first"), str(tmp_path / "second")]
+    main(["compare", *runs, "--output", str(tmp_path / "found.json")])
+    printed = capsys.readouterr().out
+    assert "| motif2_math_4shot | math_verify | 2 | +100.00 |" in printed
+    assert "algebra" not in printed
+    assert "asked differently in motif2_math_4shot:" in printed
+    assert json.loads((tmp_path / "found.json").read_text())[-1]["other_prompts"] == 2
+    main(["compare", *runs, "--parts"])
+    assert "| motif2_math_4shot.algebra | math_verify | 2 | +100.00 |" in capsys.readouterr().out
 
 
 class CompletionsServer(BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval_harness.loading import TASKS_DIR
 from eval_harness.suites import REPORT_MODEL, SUITES_DIR, load_suite, suite_names
@@ -50,12 +51,60 @@ def test_our_tasks_of_the_suites_exist():
     assert {row.task for row in rows if row.task.startswith("motif2_")} <= set(ours)
 
 
+def settings_of(manager: TaskManager, name: str) -> dict:
+    """A task's settings as lm-eval states them; of a group, with the settings of its first task under `first`."""
+    entry = manager.task_index[name]
+    settings = load_yaml(entry.yaml_path, resolve_func=False)
+    part = settings.get("task")
+    while isinstance(part, list):
+        part = part[0]["task"] if isinstance(part[0], dict) else part[0]
+        if isinstance(part, str) and manager.task_index[part].yaml_path != entry.yaml_path:
+            settings["first"] = settings_of(manager, part)
+            part = None
+    return settings
+
+
 @pytest.mark.slow
-def test_lm_eval_knows_the_other_tasks():
-    known = TaskManager().all_tasks
-    assert {row.task for name in suite_names() for row in load_suite(name).rows if row.task} <= set(known) | {
-        row.task for name in suite_names() for row in load_suite(name).rows if row.task.startswith("motif2_")
-    }
+def test_lm_eval_has_the_other_tasks_with_these_metrics_and_decoding():
+    manager = TaskManager()
+    rows = [(name, row) for name in suite_names() for row in load_suite(name).rows]
+    rows = [(name, row) for name, row in rows if row.task and not row.task.startswith("motif2_")]
+    assert len(rows) > 15
+    for suite, row in rows:
+        settings = settings_of(manager, row.task)
+        task = settings
+        while "first" in task:
+            task = task["first"]
+        metric, _, chosen = row.metric.partition(",")
+        assert metric in [entry["metric"] for entry in task["metric_list"]], row.name
+        if chosen:
+            assert chosen in [entry["name"] for entry in task["filter_list"]], row.name
+        if "aggregate_metric_list" in settings:
+            assert (metric, chosen) in [
+                (entry["metric"], entry["filter_list"]) for entry in settings["aggregate_metric_list"]
+            ], row.name
+        generation = {**task.get("generation_kwargs", {}), **load_suite(suite).generation, **row.generation}
+        if suite == "base" and task["output_type"] == "generate_until":
+            assert not generation.get("do_sample"), row.name
+            assert generation.get("max_gen_toks", 256) >= (1024 if row.prompting == "chain of thought" else 1), (
+                row.name
+            )
+        if suite == "instruct":
+            assert (generation["temperature"], generation["max_gen_toks"]) == (0.6, 32768), row.name
+
+
+def test_our_tasks_decode_and_prompt_as_their_rows_say():
+    for name in suite_names():
+        suite = load_suite(name)
+        for row in suite.rows:
+            if not row.task.startswith("motif2_"):
+                continue
+            (path,) = [path for path in TASKS_DIR.glob("*.yaml") if f": {row.task}\n" in path.read_text()]
+            settings = load_yaml(path, resolve_func=False)
+            assert settings["num_fewshot"] == row.shots, row.name
+            generation = {**settings.get("generation_kwargs", {}), **suite.generation}
+            assert bool(generation.get("do_sample")) == (name == "instruct"), row.name
+            assert row.metric in [entry["metric"] for entry in settings["metric_list"]], row.name
 
 
 def test_rows_are_chosen_by_name_or_benchmark():
