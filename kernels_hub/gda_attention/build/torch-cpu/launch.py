@@ -1,0 +1,227 @@
+"""Launches of the Triton kernels: tile sizes, grids, strides and the tensors between the passes.
+
+Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import backward_kernels, decode_kernels, forward_kernels
+
+INTERPRETED = triton.knobs.runtime.interpret
+LOG2_E = math.log2(math.e)
+EPILOGUE_ROWS = 16
+
+
+class Tiles(NamedTuple):
+    """Tile of one kernel.
+
+    Args:
+        queries: queries a tile.
+        keys: keys a tile.
+        warps: warps a program.
+        stages: depth of the prefetch into shared memory.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Tiles of every kernel."""
+
+    forward: Tiles
+    key_value: Tiles
+    query: Tiles
+    decode: Tiles
+
+
+SMALL = Tiles(16, 16, 4, 1)  # a few values a program: for the interpreter
+# Not measured yet; sized by registers and shared memory as the compiler reports them for compute capability 9.0.
+HOPPER = Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3))
+# For 64 KiB to 164 KiB of shared memory, or 32-bit elements.
+MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 2))
+INTERPRETER = Plan(SMALL, SMALL, SMALL, SMALL)
+
+
+@cache
+def plan(dim: int, element_size: int, device: torch.device) -> Plan:
+    """Chooses the tiles for heads of `dim` elements of `element_size` bytes.
+
+    Args:
+        dim: D.
+        element_size: bytes.
+        device: where the kernels run.
+    """
+    if INTERPRETED:
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    if element_size == 2 and dim <= 128 and shared_bytes >= 220 * 1024:
+        return HOPPER
+    if element_size == 4 and dim > 64:
+        return Plan(*(Tiles(16 if each is MODEST.key_value else 32, 16, 4, 1) for each in MODEST))
+    return MODEST
+
+
+@cache
+def num_splits(rows_and_groups: int, num_keys: int, tile: int, device: torch.device) -> int:
+    """Splits of the cache, a power of 2: about two programs a multiprocessor, none shorter than two tiles of keys."""
+    multiprocessors = 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = max(1, 2 * multiprocessors // rows_and_groups)
+    possible = max(1, num_keys // (2 * tile))
+    return min(64, 2 ** int(math.log2(min(wanted, possible))))
+
+
+def _precision(tensor: torch.Tensor) -> str:
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+
+
+def _unit_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with unit stride along their last dimension; copies only where it is not."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _intervals(first, last, fill: torch.Tensor):
+    """Pointers to pass for `first` and `last`, whether there are any, and their stride along rows."""
+    if first is None:
+        return fill, fill, False, 0
+    first, last = first.to(torch.int32).contiguous(), last.to(torch.int32).contiguous()
+    return first, last, True, first.shape[1] if first.shape[0] > 1 else 0
+
+
+def forward(
+    signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training, tiles=None
+):
+    """out (B, T, G, r, 2D), raw (B, T, G, r + 1 or 1, 2D), lse (B, G, r + 1, T) in base 2, max_logits (G, r + 1)."""
+    batch, tokens, groups, ratio, dim = signal_query.shape
+    signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
+    raw_heads = ratio + 1 if training else 1
+    out = signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim))
+    raw = signal_query.new_empty((batch, tokens, groups, raw_heads, 2 * dim))
+    lse = signal_query.new_empty((batch, groups, ratio + 1, tokens), dtype=torch.float32)
+    if signal_query.numel() == 0:
+        return out, raw, lse, lse.new_full((groups, ratio + 1), -torch.inf)
+    tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
+    num_tiles = triton.cdiv(tokens, tiles.queries)
+    largest = lse.new_empty((batch, groups, ratio + 1, num_tiles))
+    first, last, has_intervals, interval_stride = _intervals(first, last, lse)
+    with torch.cuda.device_of(key):
+        for noise in (True, False):
+            query = noise_query[:, :, :, None] if noise else signal_query
+            forward_kernels.forward_kernel[(batch * groups * num_tiles * query.shape[3],)](
+                query, key, value, lambda_, weight, first, last, raw, out, lse, largest,
+                *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
+                tokens, key.shape[1], groups, interval_stride, raw_heads, scaling * LOG2_E, eps, out_scale,
+                RATIO=ratio, NOISE=noise, SAVE_RAW=training, HAS_INTERVALS=has_intervals, DIM=dim,
+                BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=_precision(query),
+                num_warps=tiles.warps,
+            )  # fmt: skip
+    return out, raw, lse, largest.amax(dim=(0, 3)) / LOG2_E
+
+
+def _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
+    """draw like raw, delta like lse, and the gradients of lambda and of the weight."""
+    batch, tokens, groups, ratio, width = dout.shape
+    (dout,) = _unit_rows(dout)
+    draw, delta = torch.empty_like(raw), torch.empty_like(lse)
+    grid = (triton.cdiv(tokens, EPILOGUE_ROWS), batch * groups)
+    dlambda = lse.new_empty((grid[0] * grid[1],))
+    dweight = lse.new_empty((grid[0] * grid[1], width))
+    backward_kernels.epilogue_kernel[grid](
+        dout, raw, lambda_, weight, draw, delta, dlambda, dweight, *dout.stride()[:4],
+        tokens, groups, eps, out_scale, RATIO=ratio, DIM=width // 2, BLOCK=EPILOGUE_ROWS, num_warps=4,
+    )  # fmt: skip
+    return draw, delta, dlambda.sum(), dweight.sum(0)
+
+
+def _runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> torch.Tensor:
+    """Which queries see a tile of keys: start, middle (they see all of it), middle's end, end; (B or 1, 4, tiles)."""
+    starts = torch.arange(0, num_keys, tile, device=first.device, dtype=torch.int32).expand(first.shape[0], -1)
+    ends = (starts + tile).clamp(max=num_keys) - 1
+    starts, ends = starts.contiguous(), ends.contiguous()
+    bounds = (
+        torch.searchsorted(last, starts, out_int32=True),
+        torch.searchsorted(last, ends, out_int32=True),
+        torch.searchsorted(first, starts, right=True, out_int32=True),
+        torch.searchsorted(first, ends, right=True, out_int32=True),
+    )
+    return torch.stack(bounds, dim=1)
+
+
+def backward(
+    dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale,
+    tiles=None,
+):  # fmt: skip
+    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs."""
+    batch, tokens, groups, ratio, dim = signal_query.shape
+    num_keys = key.shape[1]
+    signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
+    gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (
+        signal_query, noise_query, key, value)]  # fmt: skip
+    if dout.numel() == 0:
+        return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
+    dsignal, dnoise, dkey, dvalue = gradients
+    tiles = tiles or plan(dim, key.element_size(), key.device)
+    first, last, has_intervals, interval_stride = _intervals(first, last, lse)
+    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "DIM": dim, "PRECISION": _precision(key)}
+    with torch.cuda.device_of(key):
+        draw, delta, dlambda, dweight = _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
+        chosen = tiles.key_value
+        runs = _runs(first, last, num_keys, chosen.keys) if has_intervals else lse
+        backward_kernels.key_value_kernel[(batch * groups * triton.cdiv(num_keys, chosen.keys),)](
+            signal_query, noise_query, key, value, draw, lse, delta, first, last, runs, dkey, dvalue,
+            *signal_query.stride()[:4], *noise_query.stride()[:3], *key.stride()[:4], *value.stride()[:4],
+            tokens, num_keys, groups, interval_stride, scaling * LOG2_E, scaling,
+            BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+        )  # fmt: skip
+        chosen = tiles.query
+        for noise, query, dquery in ((False, signal_query, dsignal), (True, noise_query[:, :, :, None], dnoise)):
+            programs = batch * groups * triton.cdiv(tokens, chosen.queries) * query.shape[3]
+            backward_kernels.query_kernel[(programs,)](
+                query, key, value, draw, lse, delta, first, last, dquery,
+                *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
+                tokens, num_keys, groups, interval_stride, scaling * LOG2_E, scaling, NOISE=noise,
+                BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps,
+                **constants,
+            )  # fmt: skip
+    return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
+
+
+def decode(
+    signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, tiles=None,
+    splits=None,
+):  # fmt: skip
+    """out (B, 1, G, r, 2D) of one token a row."""
+    batch, _, groups, ratio, dim = signal_query.shape
+    num_keys = key.shape[1]
+    signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
+    out = signal_query.new_empty((batch, 1, groups, ratio, 2 * dim))
+    if signal_query.numel() == 0:
+        return out
+    tiles = tiles or plan(dim, key.element_size(), key.device).decode
+    splits = splits or num_splits(batch * groups, num_keys, tiles.keys, key.device)
+    rows = max(16, triton.next_power_of_2(ratio + 1))
+    partial = out.new_empty((batch, groups, splits, rows, 2 * dim), dtype=torch.float32)
+    largest, total = out.new_empty((2, batch, groups, splits, rows), dtype=torch.float32)
+    first, last, has_intervals, _ = _intervals(first, last, largest)
+    with torch.cuda.device_of(key):
+        decode_kernels.split_kernel[(splits, groups, batch)](
+            signal_query, noise_query, key, value, first, last, partial, largest, total,
+            signal_query.stride(0), *signal_query.stride()[2:4], noise_query.stride(0), noise_query.stride(2),
+            *key.stride()[:4], *value.stride()[:4],
+            num_keys, groups, int(has_intervals and first.shape[0] > 1), scaling * LOG2_E,
+            RATIO=ratio, HAS_INTERVALS=has_intervals, SPLITS=splits, ROWS=rows, DIM=dim, BLOCK_N=tiles.keys,
+            STAGES=tiles.stages, PRECISION=_precision(key), num_warps=tiles.warps,
+        )  # fmt: skip
+        decode_kernels.join_kernel[(ratio, groups, batch)](
+            partial, largest, total, lambda_, weight, out, groups, eps, out_scale,
+            RATIO=ratio, SPLITS=splits, ROWS=rows, BLOCK=triton.next_power_of_2(splits), DIM=dim, num_warps=4,
+        )  # fmt: skip
+    return out

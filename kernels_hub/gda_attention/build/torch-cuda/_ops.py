@@ -1,0 +1,10 @@
+"""Namespace of this build's operators (generated)."""
+
+import torch
+
+ops = torch.ops._gda_attention_cuda_21a7886
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    """Full name of an operator of this build."""
+    return f"_gda_attention_cuda_21a7886::{op_name}"

@@ -1,0 +1,254 @@
+"""The kernels against a float64 reference written from the definition: values, gradients, masks, compilation."""
+
+import pytest
+import torch
+
+from .conftest import INTERPRETED
+from .definition import EPS, OUT_SCALE, causal, definition, in_float64, make, relative_error
+
+pytestmark = pytest.mark.kernels_ci
+
+# Relative error of the whole tensor. The interpreter multiplies bfloat16 wrongly: it is tested on a GPU and in torch.
+LIMITS = {torch.float32: 3e-6, torch.float16: 2e-3} | ({} if INTERPRETED else {torch.bfloat16: 1.5e-2})
+NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda_", "weight")
+ON_GPU = torch.cuda.is_available()
+
+
+def values_and_gradients(function, inputs, dout):
+    out, max_logits = function(inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)], max_logits
+
+
+def assert_matches(kernel, inputs, first=None, last=None, limit=None):
+    """Value, all gradients and the largest logits against the definition in float64."""
+    device, dtype = inputs.key.device, inputs.key.dtype
+    limit = LIMITS[dtype] if limit is None else limit
+    batch, tokens, keys = *inputs.signal_query.shape[:2], inputs.key.shape[1]
+
+    def ours(leaves):
+        return kernel.gda_attention(*leaves, out_scale=OUT_SCALE, eps=EPS, first=first, last=last)
+
+    bounds = causal(batch, tokens, keys, device) if first is None else (first, last)
+    dout = torch.randn(*inputs.signal_query.shape[:-1], 2 * inputs.key.shape[-1], dtype=torch.float64).to(device)
+    got, max_logits = values_and_gradients(ours, inputs, dout.to(dtype))
+    want, largest = values_and_gradients(lambda leaves: definition(leaves, *bounds), in_float64(inputs), dout)
+    for name, one, other in zip(NAMES, got, want, strict=True):
+        # lambda's gradient is one number left of many terms, which are those of the value's gradient.
+        size = other.norm() if name != "lambda_" else torch.maximum(other.norm(), want[4].norm())
+        assert torch.isfinite(one).all(), f"{name} is not finite"
+        error = float((one.double() - other).norm() / size) if size > 0 else float(one.double().norm())
+        assert error <= limit, f"{name}: relative error {error:.1e}"
+    torch.testing.assert_close(max_logits.cpu().double(), largest, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("head_first", [False, True], ids=["tokens first", "heads first"])
+def test_values_and_gradients(kernel, device, poisoned, dtype, head_first):
+    assert_matches(kernel, make(2, 37, 37, 2, 2, 16, dtype, device, head_first=head_first))
+
+
+@pytest.mark.parametrize("ratio", range(1, 9))
+def test_ratios(kernel, device, poisoned, ratio):
+    assert_matches(kernel, make(1, 19, 19, 1, ratio, 16, torch.float32, device, seed=ratio))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_head_dimensions(kernel, device, poisoned, dim):
+    assert_matches(kernel, make(1, 33, 33, 1, 2, dim, torch.float32, device))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65])
+def test_lengths(kernel, device, poisoned, tokens):
+    assert_matches(kernel, make(2, tokens, tokens, 1, 2, 16, torch.float32, device))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [127, 128, 129, 255, 511, 1000, 1024, 2047, 2048, 2049])
+@pytest.mark.parametrize("dim", [64, 128] if ON_GPU else [16])
+def test_long_lengths(kernel, device, poisoned, tokens, dim):
+    assert_matches(kernel, make(1, tokens, tokens, 1, 2, dim, torch.float32, device), limit=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the tiles that a GPU takes")
+@pytest.mark.parametrize("ratio", [1, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 100, 128, 700, 2049])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_a_gpu(kernel, device, poisoned, dtype, dim, tokens, ratio):
+    assert_matches(kernel, make(2, tokens, tokens, 2, ratio, dim, dtype, device))
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 40), (5, 40), (20, 37), (9, 4)])
+def test_fewer_or_more_queries_than_keys(kernel, device, poisoned, tokens, keys):
+    assert_matches(kernel, make(2, tokens, keys, 2, 2, 16, torch.float32, device))
+
+
+def padded(batch_lengths, width, side, device):
+    """Intervals of rows with padding; a padding query sees nothing."""
+    index = torch.arange(width, dtype=torch.int32, device=device)
+    firsts, lasts = [], []
+    for length in batch_lengths:
+        start = width - length if side == "left" else 0
+        valid = (index >= start) & (index < start + length)
+        firsts.append(torch.where(valid, start, index + 1) if side == "right" else torch.full_like(index, start))
+        lasts.append(index)
+    return torch.stack(firsts).int(), torch.stack(lasts).int()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(kernel, device, poisoned, side):
+    inputs = make(4, 50, 50, 1, 2, 16, torch.float32, device)
+    first, last = padded((50, 17, 1, 0), 50, side, device)
+    assert_matches(kernel, inputs, first, last)
+    out, _ = kernel.gda_attention(*inputs, out_scale=OUT_SCALE, first=first, last=last)
+    assert not out[first > last].any()
+
+
+@pytest.mark.parametrize("lengths", [(5, 11, 1, 30, 3), (16, 16, 16), (1,) * 20, (49,)], ids=str)
+def test_packs(kernel, device, poisoned, lengths):
+    tokens = sum(lengths)
+    cumulative = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    inputs = make(1, tokens, tokens, 2, 2, 16, torch.float32, device)
+    first, last = kernel.packed_intervals(cumulative, tokens)
+    assert_matches(kernel, inputs, first, last)
+    out, _ = kernel.gda_attention(*inputs, out_scale=OUT_SCALE, first=first, last=last)
+    start, end = int(cumulative[-2]), tokens
+    alone = [each[:, start:end] if each.dim() > 2 else each for each in inputs]
+    expected, _ = kernel.gda_attention(*alone, out_scale=OUT_SCALE)
+    torch.testing.assert_close(out[:, start:end], expected)
+
+
+def test_packs_that_differ_by_row(kernel, device, poisoned):
+    bounds = [kernel.packed_intervals(torch.tensor([0, *ends], device=device), 40) for ends in ((7, 40), (20, 21, 33))]
+    first, last = (torch.cat(each) for each in zip(*bounds, strict=True))
+    assert first[1].tolist()[33:] == list(range(33, 40))
+    assert_matches(kernel, make(2, 40, 40, 1, 2, 16, torch.float32, device), first, last)
+
+
+@pytest.mark.parametrize("window", [1, 5, 20])
+def test_windows(kernel, device, poisoned, window):
+    last = torch.arange(45, dtype=torch.int32, device=device)[None]
+    first = (last - window + 1).clamp(min=0)
+    assert_matches(kernel, make(2, 45, 45, 1, 2, 16, torch.float32, device), first, last)
+
+
+def test_a_cache_of_which_a_part_is_filled(kernel, device, poisoned):
+    inputs = make(2, 6, 40, 1, 3, 16, torch.float32, device)
+    last = torch.arange(20, 26, dtype=torch.int32, device=device)[None]
+    assert_matches(kernel, inputs, torch.zeros_like(last), last)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_flat_and_sharp_maps(kernel, device, poisoned, scale):
+    inputs = make(1, 40, 40, 1, 2, 16, torch.float32, device)
+    with torch.no_grad():
+        inputs.signal_query.mul_(scale)
+        inputs.noise_query.mul_(scale)
+    # Gradients of nearly one-hot maps are small rests of larger terms.
+    assert_matches(kernel, inputs, limit=3e-6 if scale < 1 else 1e-4)
+
+
+def test_inference_gives_the_same_and_keeps_less(kernel, device, poisoned):
+    inputs = make(2, 37, 37, 2, 2, 16, torch.float32, device)
+    out, largest = kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    with torch.no_grad():
+        alone, alone_largest = kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    assert torch.equal(out, alone)
+    assert torch.equal(largest, alone_largest)
+    assert kernel.ops._forward(*inputs, None, None, 0.25, EPS, OUT_SCALE, False)[1].shape[3] == 1
+
+
+def test_two_runs_are_equal(kernel, device):
+    inputs = make(2, 50, 50, 2, 3, 16, torch.float16, device)
+    dout = torch.randn(2, 50, 2, 3, 32, device=device).half()
+    runs = [
+        values_and_gradients(lambda leaves: kernel.gda_attention(*leaves, out_scale=OUT_SCALE), inputs, dout)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(runs[0][0], runs[1][0], strict=True))
+    assert [each.dtype for each in runs[0][0]] == [torch.float16] * 5 + [torch.float32] * 2
+
+
+def test_nan_stays_in_its_row(kernel, device):
+    inputs = make(3, 20, 20, 2, 2, 16, torch.float32, device)
+    with torch.no_grad():
+        inputs.value[1, 0] = float("nan")
+    out, _ = kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5)])
+def test_empty(kernel, device, shape):
+    inputs = make(*shape, 2, 2, 16, torch.float32, device)
+    out, max_logits = kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    assert out.shape == (*shape[:2], 2, 2, 32)
+    assert (max_logits == -torch.inf).all()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
+def test_torch_checks_the_operators(kernel, device):
+    inputs = make(1, 18, 18, 1, 2, 16, torch.float32, device)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True)
+    torch.library.opcheck(kernel.ops._forward, arguments, test_utils=checks)
+    token = [each[:, :1].detach() if index < 2 else each.detach() for index, each in enumerate(inputs)]
+    torch.library.opcheck(
+        kernel.ops._decode, (*token, None, None, 0.25, EPS, OUT_SCALE), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiled graph calls the same operators")
+def test_compile_without_a_break(kernel, device):
+    def step(*leaves):
+        out, max_logits = kernel.gda_attention(*leaves, out_scale=OUT_SCALE)
+        return out.square(), max_logits
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 21):
+        inputs = make(2, tokens, tokens, 2, 2, 16, torch.float32, device)
+        (out, largest), (want, want_largest) = compiled(*inputs), step(*inputs)
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(largest, want_largest)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(want.sum(), inputs))
+
+
+def test_double_backward_says_no(kernel, device):
+    inputs = make(1, 5, 5, 1, 1, 16, torch.float32, device)
+    out, _ = kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs.key, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_query": torch.zeros(1, 5, 2, 16)}, r"noise_query must be \(1, 5, 1, 16\)"),
+        ({"value": torch.zeros(1, 4, 1, 2, 16)}, r"value must be .* and 5 keys"),
+        ({"weight": torch.ones(16)}, r"weight must be \(32,\)"),
+        ({"lambda_": torch.zeros(2)}, "one number"),
+        ({"key": torch.zeros(1, 5, 1, 2, 16).half()}, "must have one type"),
+        ({"first": torch.zeros(1, 5)}, "both first and last"),
+        ({"first": torch.zeros(1, 4), "last": torch.zeros(1, 4)}, r"first must be \(1 or 1, 5\)"),
+        ({"signal_query": torch.zeros(1, 5, 1, 16, 16)}, "from 1 to 15"),
+    ],
+)
+def test_wrong_inputs_are_named(kernel, change, message):
+    arguments = make(1, 5, 5, 1, 2, 16, torch.float32, "cpu")._asdict() | change
+    with pytest.raises(ValueError, match=message):
+        kernel.gda_attention(**arguments, out_scale=OUT_SCALE)
+
+
+def test_the_reference_is_exact_in_float64(kernel):
+    if INTERPRETED or ON_GPU:
+        pytest.skip("runs where the operators are plain torch")
+    for first, last in ((None, None), padded((11, 4), 11, "left", "cpu")):
+        assert_matches(kernel, make(2, 11, 11, 2, 3, 8, torch.float64, "cpu"), first, last, limit=1e-12)
+
+
+def test_what_is_supported(kernel, device):
+    assert kernel.supports(128, torch.bfloat16, 4, torch.device(device))
+    assert not kernel.supports(128, torch.bfloat16, 16, torch.device(device))
+    assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
