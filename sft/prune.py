@@ -3,7 +3,7 @@
 `python -m sft.prune --config recipes/sft/prepare_stage3.yaml`. Every decision is written with its reason, and a page
 shows what went and what stayed. Rows that people wrote are kept.
 
-Shapes: T tokens of a conversation, H hidden size, V vocabulary.
+Shapes: N conversations, B of them at a time, T tokens of a conversation, H hidden size, V vocabulary.
 Source: arXiv 2511.07464, section 4, stage 3, names the aims; the measures and thresholds are an assumption. Utility is
 the ratio of the answer's loss with and without its instruction (arXiv 2308.12032).
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.chat import REPLY_HEADER, encode_conversations
-from sft.data import DataReport, load_rows
+from sft.data import DataReport, load_rows, row_tools
 from sft.examples import worked_solution_problem, write_conversations
 from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
 from sft.prune_page import render_page
@@ -50,6 +51,7 @@ class PruneConfig:
     keep_share: float = field(default=0.7, metadata={"help": "share of each domain and skill kept, by utility"})
     min_per_skill: int = field(default=20, metadata={"help": "utility takes no skill below so many rows"})
     max_length: int = field(default=2048, metadata={"help": "tokens of a conversation that the model reads"})
+    batch_size: int = field(default=16, metadata={"help": "conversations that it reads at a time"})
 
     def __post_init__(self):
         for name in ("train_files", "output_dir"):
@@ -58,7 +60,7 @@ class PruneConfig:
         for name in ("duplicate_threshold", "embedding_threshold", "keep_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a number above 0 and up to 1")
-        for name in ("min_per_skill", "max_length"):
+        for name in ("min_per_skill", "max_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
 
@@ -87,7 +89,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads conversations: losses (N,) with and without the instruction, and embeddings (N, H)."""
+    """How a model reads conversations: losses (N,) with and without the instruction, and embeddings (N, H).
+
+    Losses are NaN, and embeddings 0, where the instruction alone was too long to be read.
+    """
 
     loss: numpy.ndarray
     loss_alone: numpy.ndarray
@@ -99,9 +104,12 @@ class Reading:
         return 1 - self.loss / numpy.maximum(self.loss_alone, 1e-9)
 
 
-@torch.no_grad()
 def read_conversations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    max_length: int,
+    batch_size: int = 16,
 ) -> Reading:
     """Losses and embeddings of conversations.
 
@@ -109,38 +117,52 @@ def read_conversations(
         model: a causal LM in evaluation mode.
         tokenizer: with the chat template.
         rows: conversations; the last turn is the answer.
-        max_length: longer ones are cut.
+        max_length: answers are cut there; where the instruction alone is longer, losses are NaN.
+        batch_size: conversations at a time.
 
     Returns:
         Reading: mean loss an answer token, with and without what comes before; mean final hidden state.
     """
-    losses, alone, embeddings = [], [], []
-    backbone, head = model.base_model, model.get_output_embeddings()
     header = tokenizer(REPLY_HEADER, add_special_tokens=False)["input_ids"]
-
-    def answer_loss(ids: list[int], start: int) -> tuple[float, torch.Tensor]:
-        tokens = torch.tensor([ids], device=model.device)  # (1, T)
-        hidden = backbone(tokens, use_cache=False).last_hidden_state[0]  # (T, H)
-        logits = head(hidden[start - 1 : -1]).float()  # (T - start, V)
-        return cross_entropy(logits, tokens[0, start:]).item(), hidden.float().mean(0)
-
+    whole, answers = [], []  # token ids and where the answer starts
     for row in rows:
-        (ids,), (marks,) = encode_conversations(tokenizer, [row["messages"]])
-        start = len(marks) - marks[::-1].index(0)  # first token of the last answer
-        ids = ids[:max_length]
-        if start >= len(ids):
-            raise ValueError(f"the instruction alone fills max_length {max_length}: {conversation_text(row)!r:.200}")
-        loss, embedding = answer_loss(ids, start)
-        losses.append(loss)
-        embeddings.append(embedding.cpu().numpy())
-        alone.append(answer_loss(header + ids[start:], len(header))[0])
-    return Reading(numpy.array(losses), numpy.array(alone), numpy.stack(embeddings))
+        (ids,), (marks,) = encode_conversations(tokenizer, [row["messages"]], [row_tools(row)])
+        start = len(marks) - marks[::-1].index(0)
+        whole.append((ids[:max_length], start))
+        answers.append((header + ids[start:max_length], len(header)))
+    loss, embeddings = _answer_losses(model, whole, batch_size)
+    loss_alone, _ = _answer_losses(model, answers, batch_size)
+    return Reading(loss, loss_alone, embeddings)
+
+
+@torch.no_grad()
+def _answer_losses(
+    model: PreTrainedModel, sequences: Sequence[tuple[list[int], int]], batch_size: int
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Mean loss from each start on, (N,), and mean hidden state, (N, H); NaN and 0 where nothing is left."""
+    losses = numpy.full(len(sequences), numpy.nan)
+    embeddings = numpy.zeros((len(sequences), model.config.hidden_size), numpy.float32)
+    backbone, head = model.base_model, model.get_output_embeddings()
+    readable = [index for index, (ids, start) in enumerate(sequences) if start < len(ids)]
+    readable.sort(key=lambda index: len(sequences[index][0]))  # little padding
+    for first in range(0, len(readable), batch_size):
+        batch = readable[first : first + batch_size]
+        rows = [torch.tensor(sequences[index][0], device=model.device) for index in batch]
+        tokens = pad_sequence(rows, batch_first=True)  # (B, T)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, T)
+        hidden = backbone(tokens, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
+        for row, index in enumerate(batch):
+            ids, start = sequences[index]
+            logits = head(hidden[row, start - 1 : len(ids) - 1]).float()  # (answer, V)
+            losses[index] = cross_entropy(logits, tokens[row, start : len(ids)]).item()
+            embeddings[index] = hidden[row, : len(ids)].float().mean(0).cpu().numpy()
+    return losses, embeddings
 
 
 def prune(
     places: Sequence[str], rows: Sequence[dict], config: PruneConfig, reading: Reading | None = None
 ) -> list[Decision]:
-    """Decide on every row, in this order: malformed, incoherent, near-duplicate, same meaning, low utility.
+    """Decide on every row, in this order: malformed, incoherent, near-duplicate, unread, same meaning, low utility.
 
     Args:
         places: names of the rows.
@@ -155,7 +177,8 @@ def prune(
     duplicates = NearDuplicates(min(config.duplicate_threshold, 0.999))
     for index, (place, row) in enumerate(zip(places, rows, strict=True)):
         decision = Decision(place, True, "kept", row.get("domain") or "unknown", row.get("skill") or "none")
-        if reading is not None:
+        unread = reading is not None and numpy.isnan(reading.loss[index])
+        if reading is not None and not unread:
             decision.loss, decision.utility = float(reading.loss[index]), float(reading.utility[index])
         repeated = duplicates.add(place, conversation_text(row))
         if row.get("origin") == HUMAN:
@@ -164,6 +187,8 @@ def prune(
             decision.kept, decision.reason = False, problem
         elif repeated is not None:
             decision.kept, decision.reason = False, f"near-duplicate of {repeated}"
+        elif unread:
+            decision.kept, decision.reason = False, f"instruction longer than {config.max_length} tokens"
         decisions.append(decision)
     if reading is not None:
         _drop_same_meaning(decisions, reading, config)
@@ -185,8 +210,9 @@ def _answer_problem(row: dict, config: PruneConfig) -> str | None:
 
 def _drop_same_meaning(decisions: list[Decision], reading: Reading, config: PruneConfig) -> None:
     """Within a domain and skill: rows of other skills are never each other's duplicates."""
+    mean = reading.embeddings[~numpy.isnan(reading.loss)].mean(0)  # (H,)
     for members in _groups(decisions).values():
-        centred = reading.embeddings[members] - reading.embeddings.mean(0)  # (members, H)
+        centred = reading.embeddings[members] - mean  # (members, H)
         for repeat, original in nearest_by_embedding(centred, config.embedding_threshold).items():
             decision = decisions[members[repeat]]
             if decision.reason == "kept":
@@ -265,7 +291,7 @@ def _read_with_model(config: PruneConfig, rows: Sequence[dict]) -> Reading:
     tokenizer = load_tokenizer(config.model_name_or_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path).to(device).eval()
-    return read_conversations(model, tokenizer, rows, config.max_length)
+    return read_conversations(model, tokenizer, rows, config.max_length, config.batch_size)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from datasets import DatasetDict, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -82,12 +82,6 @@ def build_trl_trainer(
             "set muon_clip: false to train with optim"
         )
     data = _load_data(script, mixture)
-    options = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    arguments.model_init_kwargs = options | (arguments.model_init_kwargs or {})
     muon_clip = {
         "lr": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
@@ -95,20 +89,33 @@ def build_trl_trainer(
         "adamw_lr": motif2.adamw_learning_rate or None,
     }
     tokenizer = _load_tokenizer(model, arguments)
-    trainer = StageTrainer(
-        model=model.model_name_or_path,
+    return StageTrainer(
+        model=_load_model(model, arguments, motif2, tokenizer),
         args=arguments,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MuonClipFactory, muon_clip) if motif2.muon_clip else None,
-        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    whole = trainer.model.get_base_model() if model.use_peft else trainer.model
-    set_stop_tokens(whole, tokenizer)
-    use_polynorm(whole, source=motif2.kernels, training=True)
-    return trainer
+
+
+def _load_model(
+    model: ModelConfig, arguments: SFTConfig, motif2: Motif2Arguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model as `trl sft` loads it, with kernels and stop tokens."""
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "quantization_config": get_quantization_config(model),
+    }
+    options |= arguments.model_init_kwargs or {}
+    arguments.model_init_kwargs = None  # used up: the trainer gets a model, not a name
+    loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
+    set_stop_tokens(loaded, tokenizer)
+    use_polynorm(loaded, source=motif2.kernels, training=True)
+    return loaded
 
 
 def _load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:

@@ -75,18 +75,38 @@ def test_same_meaning_goes_within_a_skill_only():
 
 def test_losses_with_and_without_the_instruction_are_those_of_the_model(workplace, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
-    rows = [solved(10), solved(23)]
-    reading = read_conversations(model, tokenizer, rows, max_length=512)
+    rows = [solved(23), row("What is 1 + 1?", "1 + 1 = 2.\n#### 2"), solved(10)]
+    reading = read_conversations(model, tokenizer, rows, max_length=512, batch_size=2)
+    header = tokenizer("<|beginoftext|><|startofturn|><|assistant|>\n", add_special_tokens=False)["input_ids"]
     for index, item in enumerate(rows):
         (ids,), (marks,) = encode_conversations(tokenizer, [item["messages"]])
         labels = [token if mark else -100 for token, mark in zip(ids, marks, strict=True)]
         with torch.no_grad():
             loss = model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
+            answer = [token for token in labels if token != -100]
+            alone = torch.tensor([[*header, *answer]])
+            targets = torch.tensor([[-100] * len(header) + answer])
+            loss_alone = model(alone, labels=targets, use_cache=False).loss
+            hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0].mean(0)
         assert reading.loss[index] == pytest.approx(loss.item(), rel=1e-5)
-    assert reading.embeddings.shape == (2, 32)
-    assert (reading.loss != reading.loss_alone).all()
-    with pytest.raises(ValueError, match="the instruction alone fills max_length 5"):
-        read_conversations(model, tokenizer, rows, max_length=5)
+        assert reading.loss_alone[index] == pytest.approx(loss_alone.item(), rel=1e-5)
+        torch.testing.assert_close(torch.tensor(reading.embeddings[index]), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_the_model_cannot_read_are_decided_too(workplace, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
+    long = "What is 1 + 1, and " * 40 + "so on?"
+    rows = [solved(11), row(long, "1 + 1 = 2.\n#### 2"), row("Now, " + long, "1 + 1 = 2.\n#### 2", origin="human")]
+    reading = read_conversations(model, tokenizer, rows, max_length=120)
+    assert numpy.isnan(reading.loss).tolist() == [False, True, True]
+    decisions = prune(["a", "b", "c"], rows, config(max_length=120, keep_share=1.0), reading)
+    assert [decision.reason for decision in decisions] == [
+        "kept",
+        "instruction longer than 120 tokens",
+        "written by a person",
+    ]
+    write_pruned(rows, decisions, tmp_path)
+    assert json.loads((tmp_path / "decisions.jsonl").read_text().splitlines()[1])["utility"] is None
 
 
 class Words(HTMLParser):
