@@ -6,7 +6,7 @@ everyone, and it cancels. A group (MATH, MMLU) is compared over the rows of all 
 
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from eval_harness.evaluate import RESULTS_FILE, file_name
@@ -51,15 +51,7 @@ class Scores:
     groups: set[str]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One line of a comparison: the paired difference, and rows whose prompts differ between the runs."""
-
-    paired: PairedDifference
-    other_prompts: int
-
-
-def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[tuple[str, str], Compared]:
+def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[tuple[str, str], PairedDifference]:
     """Paired differences of every task, group and metric that both runs hold.
 
     Args:
@@ -78,11 +70,20 @@ def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[
     for key in sorted(left.rows.keys() & right.rows.keys()):
         shared = sorted(left.rows[key].keys() & right.rows[key].keys())
         if shared and (parts or key[0] in left.groups):
-            paired = paired_difference([left.rows[key][r] for r in shared], [right.rows[key][r] for r in shared])
-            found[key] = Compared(paired, sum(left.prompts[key[0]][r] != right.prompts[key[0]][r] for r in shared))
+            found[key] = paired_difference([left.rows[key][r] for r in shared], [right.rows[key][r] for r in shared])
     if not found:
         raise ValueError(f"{first} and {second} share no row: they ran {_tasks(left)} and {_tasks(right)}")
     return found
+
+
+def asked_differently(first: str | Path, second: str | Path) -> dict[str, int]:
+    """Task or group -> rows that both runs scored and asked with another prompt."""
+    left, right = read_scores(first).prompts, read_scores(second).prompts
+    counts = {
+        task: sum(left[task][row] != right[task][row] for row in left[task].keys() & right[task].keys())
+        for task in left.keys() & right.keys()
+    }
+    return {task: count for task, count in sorted(counts.items()) if count}
 
 
 def read_scores(folder: str | Path) -> Scores:
@@ -114,22 +115,21 @@ def read_scores(folder: str | Path) -> Scores:
     return Scores(scores, prompts, {task for task, _ in scores} - set(owners))
 
 
-def as_markdown(found: dict[tuple[str, str], Compared]) -> str:
+def as_markdown(found: dict[tuple[str, str], PairedDifference], differently: dict[str, int]) -> str:
     """The comparison as a table; scores in percent."""
     lines = [
         "| task | metric | rows | difference | 95% interval | better | worse | p |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, metric), compared in found.items():
-        paired = compared.paired
+    for (task, metric), paired in found.items():
         interval = f"{100 * paired.low:+.2f} to {100 * paired.high:+.2f}"
         lines.append(
             f"| {task} | {metric} | {paired.rows} | {100 * paired.difference:+.2f} | {interval} | {paired.better} "
             f"| {paired.worse} | {paired.p_value:.3g} |"
         )
-    other = sorted({task for (task, _), compared in found.items() if compared.other_prompts})
-    if other:
-        lines.append(f"\nThe runs asked differently in {', '.join(other)}: the difference is the protocol's as well.")
+    others = [f"{task} ({count} rows)" for task, count in differently.items() if any(task == key[0] for key in found)]
+    if others:
+        lines.append(f"\nAsked with different prompts, so that the protocol differs too: {', '.join(others)}.")
     return "\n".join(lines)
 
 
@@ -150,10 +150,11 @@ def main(argv: list[str]) -> None:
     named = [word for pair in zip(("--first", "--second"), folders, strict=False) for word in pair]
     (config,) = parse_recipe(CompareConfig, description=USAGE, argv=[*named, *argv[len(folders) :]])
     found = compare(config.first, config.second, config.parts)
-    print(as_markdown(found))
+    differently = asked_differently(config.first, config.second)
+    print(as_markdown(found, differently))
     if config.output:
         lines = [
-            {"task": task, "metric": metric, **vars(compared.paired), "other_prompts": compared.other_prompts}
-            for (task, metric), compared in found.items()
+            {"task": task, "metric": metric, **asdict(paired), "other_prompts": differently.get(task, 0)}
+            for (task, metric), paired in found.items()
         ]
         Path(config.output).write_text(json.dumps(lines, indent=1), encoding="utf-8")

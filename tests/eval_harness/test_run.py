@@ -148,7 +148,7 @@ def test_groups_are_compared_over_all_their_rows(checkpoint, data_dir, tmp_path,
     printed = capsys.readouterr().out
     assert "| motif2_math_4shot | math_verify | 2 | +100.00 |" in printed
     assert "algebra" not in printed
-    assert "asked differently in motif2_math_4shot:" in printed
+    assert "protocol differs too: motif2_math_4shot (2 rows)." in printed
     assert json.loads((tmp_path / "found.json").read_text())[-1]["other_prompts"] == 2
     main(["compare", *runs, "--parts"])
     assert "| motif2_math_4shot.algebra | math_verify | 2 | +100.00 |" in capsys.readouterr().out
