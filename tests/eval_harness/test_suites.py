@@ -51,17 +51,17 @@ def test_our_tasks_of_the_suites_exist():
     assert {row.task for row in rows if row.task.startswith("motif2_")} <= set(ours)
 
 
-def settings_of(manager: TaskManager, name: str) -> dict:
-    """A task's settings as lm-eval states them; of a group, with the settings of its first task under `first`."""
+def settings_of(manager: TaskManager, name: str) -> tuple[dict, dict]:
+    """Settings of a task or group as lm-eval states them, and those of its first task (its own for a task)."""
     entry = manager.task_index[name]
+    if entry.yaml_path is None:  # a tag: tasks that name it
+        tagged = next(other for other in manager.task_index.values() if name in other.tags and other.yaml_path)
+        return {}, settings_of(manager, tagged.name)[1]
     settings = load_yaml(entry.yaml_path, resolve_func=False)
-    part = settings.get("task")
+    part = settings["task"]
     while isinstance(part, list):
         part = part[0]["task"] if isinstance(part[0], dict) else part[0]
-        if isinstance(part, str) and manager.task_index[part].yaml_path != entry.yaml_path:
-            settings["first"] = settings_of(manager, part)
-            part = None
-    return settings
+    return settings, settings if part == name else settings_of(manager, part)[1]
 
 
 @pytest.mark.slow
@@ -71,10 +71,7 @@ def test_lm_eval_has_the_other_tasks_with_these_metrics_and_decoding():
     rows = [(name, row) for name, row in rows if row.task and not row.task.startswith("motif2_")]
     assert len(rows) > 15
     for suite, row in rows:
-        settings = settings_of(manager, row.task)
-        task = settings
-        while "first" in task:
-            task = task["first"]
+        settings, task = settings_of(manager, row.task)
         metric, _, chosen = row.metric.partition(",")
         assert metric in [entry["metric"] for entry in task["metric_list"]], row.name
         if chosen:
