@@ -59,6 +59,7 @@ def tokenise_sources(config: PretrainConfig, tokenizer) -> dict:
         heldout_fraction=config.heldout_fraction,
         shard_tokens=config.shard_tokens,
         seed=0,
+        num_workers=config.data_workers,
         progress=config.progress,
     )
 

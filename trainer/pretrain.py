@@ -11,6 +11,7 @@ import yaml
 
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
+from trainer.errors import RunStoppedError
 from trainer.flops import count_parameters, flops_per_token, memory_by_rank
 from trainer.loop import run_pretraining
 from trainer.model import load_tokenizer, model_config
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_run(config))
             return
         result = run_pretraining(config)
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError, RunStoppedError) as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
     finally:
         if torch.distributed.is_initialized():
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     print(f"{result.steps} steps, {result.tokens:,} tokens; model in {result.model_dir}")
+    print(f"  padding took {result.padding_share:.2%} of them, {result.lost_share:.2%} were not learnt from in all")
     for name, loss in result.last_eval.items():
         print(f"  held-out loss {name}: {result.first_eval[name]:.4f} -> {loss:.4f}")
 

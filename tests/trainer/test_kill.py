@@ -13,23 +13,39 @@ import torch.distributed as dist
 
 from tests.distributed import _free_port
 from tests.trainer.test_loop import curve
+from trainer.data.shards import file_checksum
 from trainer.loop import run_pretraining
 
-NUM_KILLS = 20
+slow = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_twenty_random_kills_do_not_change_the_curve(make_config, tmp_path, num_ranks):
-    settings = {"total_tokens": 128 * 60, "checkpoint_steps": 2, "eval_steps": 20}
+@pytest.mark.parametrize(
+    ("num_ranks", "num_kills", "asynchronous"),
+    [
+        (1, 3, True),
+        pytest.param(1, 20, True, marks=slow),
+        pytest.param(2, 20, True, marks=slow),
+        pytest.param(1, 20, False, marks=slow),
+        pytest.param(2, 20, False, marks=slow),
+    ],
+)
+def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch, num_ranks, num_kills, asynchronous):
+    steps = 12 + 3 * num_kills
+    settings = {
+        "total_tokens": 128 * steps,
+        "checkpoint_steps": 2,
+        "eval_steps": 20,
+        "async_checkpoints": asynchronous,
+    }
     whole = make_config(output_dir=str(tmp_path / "whole"), **settings)
     killed = make_config(output_dir=str(tmp_path / "killed"), **settings)
     for rank in start(whole, num_ranks):
         rank.join()
-    moments = random.Random(0)
-    steps_at_kills = []
-    for _ in range(NUM_KILLS):
+    linger_in_writing(monkeypatch)
+    moments = random.Random(num_kills)
+    steps_at_kills, killed_in_writing = [], 0
+    for _ in range(num_kills):
         ranks = start(killed, num_ranks)
         wait_for_lines(tmp_path / "killed/metrics.jsonl", moments.randint(1, 5), ranks)
         time.sleep(moments.uniform(0, 0.3))  # anywhere: in a step, in writing a checkpoint, in renaming it
@@ -37,12 +53,25 @@ def test_twenty_random_kills_do_not_change_the_curve(make_config, tmp_path, num_
         for rank in ranks:
             os.kill(rank.pid, signal.SIGKILL)
             rank.join()
+        killed_in_writing += bool(list((tmp_path / "killed/checkpoints").glob("*.tmp")))
         steps_at_kills.append(len((tmp_path / "killed/metrics.jsonl").read_text().splitlines()))
     for rank in start(killed, num_ranks):
         rank.join()
         assert rank.exitcode == 0
-    assert max(steps_at_kills) > 10
+    assert max(steps_at_kills) > num_kills / 2
+    assert killed_in_writing or num_kills < 20
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def linger_in_writing(monkeypatch) -> None:
+    """Spend a random while between the writes of a checkpoint, so that steps, and kills, fall in between."""
+    moments = random.Random(os.getpid())
+
+    def slow_checksum(path: Path) -> str:
+        time.sleep(moments.uniform(0, 0.05))
+        return file_checksum(path)
+
+    monkeypatch.setattr("trainer.checkpoint.file_checksum", slow_checksum)
 
 
 def start(config, num_ranks: int) -> list:

@@ -19,6 +19,7 @@ class Source:
         text_field: field that holds the text.
         license: licence of the documents, kept in the manifest; a document's own `license` wins.
         max_documents: stop after so many documents.
+        streaming: read a Hub dataset as it is transferred; otherwise it is downloaded first.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Source:
     text_field: str = "text"
     license: str | None = None
     max_documents: int | None = None
+    streaming: bool = True
 
     @classmethod
     def parse(cls, source: "Source | str | dict") -> "Source":
@@ -139,7 +141,7 @@ def _hub_documents(source: Source) -> Iterator[dict]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
+        dataset = datasets.load_dataset(source.path, source.name, split=source.split, streaming=source.streaming)
     except Exception as error:
         raise ValueError(
             f"{source.path!r} is neither a local file or folder nor a dataset that can be opened ({error}); "

@@ -203,10 +203,16 @@ class CurriculumLoader:
         """Continue after the batch whose `state` this is.
 
         Raises:
-            ValueError: the state belongs to other domains.
+            ValueError: the state belongs to other domains or other shards.
         """
         if list(state["streams"]) != self.names:
             raise ValueError(f"the checkpoint's domains are {list(state['streams'])}, the recipe's {self.names}")
+        for name, stream in self.streams.items():
+            if state["fingerprints"][name] != stream.corpus.fingerprint:
+                raise ValueError(
+                    f"the checkpoint was trained on other shards of {name!r} than those in data_dir "
+                    f"{stream.corpus.folder.parent}: give the data_dir it was trained on, or another output_dir"
+                )
         if self._ahead is not None:
             self._ahead.result()
             self._ahead = None
@@ -220,6 +226,7 @@ class CurriculumLoader:
         return {
             "tokens_seen": self.tokens_seen,
             "deficit_tokens": dict(self.allocator.deficit_tokens),
+            "fingerprints": {name: stream.corpus.fingerprint for name, stream in self.streams.items()},
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
         }
 

@@ -1,7 +1,7 @@
 """Token shards on disk: written once from documents, then read through memory maps.
 
 Layout of a folder of shards:
-    manifest.json                      tokenizer, counts, sources, licences and checksums
+    manifest.json                      tokenizer, counts, sources, licences and checksums, its own included
     <domain>/train_00000.tokens.npy    tokens of the shard's documents, end to end, each closed by end-of-text
     <domain>/train_00000.ends.npy      where each document ends (exclusive), int64
     <domain>/heldout_00000.*           the same for held-out documents, and their text as .jsonl
@@ -20,8 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.data.corpus import Source, chain_documents
+from trainer.data.encoding import Encode, encoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 BATCH_DOCUMENTS = 512
 
@@ -35,6 +37,7 @@ def build_shards(
     heldout_fraction: float = 0.01,
     shard_tokens: int = 100_000_000,
     seed: int = 0,
+    num_workers: int = 1,
     progress: bool = True,
 ) -> dict:
     """Tokenise documents into shards by domain; complete domains and shards of an earlier call are kept.
@@ -48,6 +51,7 @@ def build_shards(
         heldout_fraction: share of documents that a hash of their text holds out, where `heldout` has no entry.
         shard_tokens: tokens at which a shard is closed.
         seed: changes which documents are held out.
+        num_workers: processes that tokenise; the shards are the same with any number.
         progress: show a bar.
 
     Returns:
@@ -66,31 +70,29 @@ def build_shards(
         "seed": seed,
     }
     manifest = _open_manifest(output_dir, settings)
-    for name, documents in domains.items():
-        if name in manifest["domains"]:
-            continue
-        writer = _DomainWriter(output_dir / name, tokenizer, settings, name in (heldout or {}), progress)
-        sources, documents = _resolve_documents(documents)
-        explicit = ({**document, "heldout": True} for document in (heldout or {}).get(name, ()))
-        manifest["domains"][name] = writer.write(itertools.chain(explicit, documents)) | {"sources": sources}
-        _write_json(output_dir / "manifest.json", manifest)
-        (output_dir / name / "progress.json").unlink(missing_ok=True)
+    missing = {name: documents for name, documents in domains.items() if name not in manifest["domains"]}
+    with encoder(tokenizer, num_workers if missing else 1) as encode:
+        for name, documents in missing.items():
+            writer = _DomainWriter(output_dir / name, tokenizer, encode, settings, name in (heldout or {}), progress)
+            sources, documents = _resolve_documents(documents)
+            explicit = ({**document, "heldout": True} for document in (heldout or {}).get(name, ()))
+            manifest["domains"][name] = writer.write(itertools.chain(explicit, documents)) | {"sources": sources}
+            _write_manifest(output_dir, manifest)
+            (output_dir / name / "progress.json").unlink(missing_ok=True)
     return manifest
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """SHA-256 over everything that decides which tokens a text becomes."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return _json_checksum({key: value for key, value in state.items() if key not in ("truncation", "padding")})
 
 
 def _open_manifest(output_dir: Path, settings: dict) -> dict:
     output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / "manifest.json"
-    if not path.is_file():
-        _write_json(path, {**settings, "domains": {}})
-    manifest = _read_json(path)
+    if not (output_dir / MANIFEST).is_file():
+        _write_manifest(output_dir, {**settings, "domains": {}})
+    manifest = load_manifest(output_dir)
     differing = [key for key, value in settings.items() if manifest.get(key) != value]
     if differing:
         changes = ", ".join(f"{key} {manifest.get(key)!r} -> {settings[key]!r}" for key in differing)
@@ -111,11 +113,13 @@ def _resolve_documents(documents: Iterable) -> tuple[list[dict] | None, Iterable
 class _DomainWriter:
     """Writes one domain's documents as shards and remembers after each shard how far it came."""
 
-    def __init__(self, folder: Path, tokenizer, settings: dict, explicit_heldout: bool, progress: bool):
+    def __init__(
+        self, folder: Path, tokenizer, encode: Encode, settings: dict, explicit_heldout: bool, progress: bool
+    ):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token: set `eos_token` before tokenising")
         self.folder = folder
-        self.tokenizer = tokenizer
+        self.encode, self.eos_token_id = encode, tokenizer.eos_token_id
         self.dtype = np.uint16 if settings["vocab_size"] <= 2**16 else np.uint32
         self.shard_tokens = settings["shard_tokens"]
         self.seed = settings["seed"]
@@ -137,8 +141,8 @@ class _DomainWriter:
         bar = tqdm(desc=f"tokenise {self.folder.name}", unit=" documents", disable=not self.progress)
         with bar:
             bar.update(self.entry["documents_read"])
-            for batch in _batches(rest, BATCH_DOCUMENTS):
-                self._add(batch, licenses)
+            for batch, encoded in self.encode(_batches(rest, BATCH_DOCUMENTS)):
+                self._add(batch, encoded, licenses)
                 bar.update(len(batch))
                 if self.num_buffered >= self.shard_tokens:
                     self._flush(licenses)
@@ -148,16 +152,14 @@ class _DomainWriter:
             raise ValueError(f"domain {self.folder.name!r} has no training document: check its sources")
         return {key: value for key, value in self.entry.items() if key != "documents_read"}
 
-    def _add(self, batch: list[dict], licenses: Counter) -> None:
-        texts = [document["text"] for document in batch]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    def _add(self, batch: list[dict], encoded: list[list[int]], licenses: Counter) -> None:
         for document, tokens in zip(batch, encoded, strict=True):
             self.num_read += 1
             if not tokens:
                 continue
             licenses[document.get("license") or "unknown"] += 1
             split = "heldout" if document.get("heldout") or self._is_held_out(document["text"]) else "train"
-            self.buffers[split].append(np.array([*tokens, self.tokenizer.eos_token_id], self.dtype))
+            self.buffers[split].append(np.array([*tokens, self.eos_token_id], self.dtype))
             self.num_buffered += len(tokens) + 1
             if split == "heldout":
                 self.heldout_texts.append(document["text"])
@@ -220,6 +222,7 @@ class TokenCorpus:
             raise ValueError(f"domain {domain!r} is not in {folder}; it has {known}: tokenise it first")
         shards = entry[split]["shards"]
         self.num_documents, self.num_tokens = entry[split]["documents"], entry[split]["tokens"]
+        self.fingerprint = _json_checksum({"shards": [shard["files"] for shard in shards]})
         for shard in shards:
             self._check_shard(shard, verify)
         self._tokens = [np.load(self.folder / f"{shard['name']}.tokens.npy", mmap_mode="r") for shard in shards]
@@ -270,14 +273,16 @@ def load_manifest(folder: str | Path) -> dict:
     """Read a folder's manifest.
 
     Raises:
-        ValueError: there is none, it is not readable, or its format is another.
+        ValueError: there is none, it is not readable, its checksum differs, or its format is another.
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} holds no token shards (no manifest.json): set `sources` so that they can be built")
+        raise ValueError(f"{folder} holds no token shards (no {MANIFEST}): set `sources` so that they can be built")
     manifest = _read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format {manifest.get('format_version')!r}, not {FORMAT_VERSION}: tokenise again")
+    if manifest.pop("checksum", None) != _json_checksum(manifest):
+        raise ValueError(f"{path} is corrupted (its checksum differs): restore it, or tokenise again")
     return manifest
 
 
@@ -331,6 +336,14 @@ def _atomic_write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _json_checksum(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    _write_json(folder / MANIFEST, {"checksum": _json_checksum(manifest), **manifest})
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -67,3 +67,20 @@ def test_an_unknown_dataset_and_an_empty_folder_are_named(tmp_path):
 def test_unknown_source_keys_are_refused():
     with pytest.raises(ValueError, match="textfield"):
         Source.parse({"path": "x", "textfield": "y"})
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_datasets_are_read_streaming_or_not(monkeypatch, streaming):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name=None, **options):
+        asked.append((path, name, options))
+        dataset = datasets.Dataset.from_list(DOCUMENTS)
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("somebody/something", name="part", split="test", streaming=streaming, max_documents=3)
+    assert list(read_documents(source)) == DOCUMENTS[:3]
+    assert asked == [("somebody/something", "part", {"split": "test", "streaming": streaming})]

@@ -70,6 +70,21 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_files(tmp_path, tokeniz
     assert not (tmp_path / "x/a/progress.json").exists()
 
 
+def test_workers_write_the_same_shards_and_go_on_where_another_stopped(tmp_path, tokenizer):
+    documents = make_documents(1800)
+
+    def broken():
+        yield from itertools.islice(documents, 1500)
+        raise KeyboardInterrupt
+
+    build_shards(tmp_path / "alone", {"a": documents}, tokenizer, **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(tmp_path / "shared", {"a": broken()}, tokenizer, **SETTINGS)
+    assert (tmp_path / "shared/a/progress.json").exists()
+    build_shards(tmp_path / "shared", {"a": documents}, tokenizer, num_workers=2, **SETTINGS)
+    assert load_manifest(tmp_path / "shared") == load_manifest(tmp_path / "alone")  # checksums of every file
+
+
 def test_complete_domains_are_not_read_again(tmp_path, tokenizer):
     build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
 
@@ -124,6 +139,13 @@ def test_a_missing_or_damaged_manifest_is_named(tmp_path, tokenizer):
     build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
     with pytest.raises(ValueError, match="it has \\['a'\\]"):
         TokenCorpus(tmp_path, "b")
+    manifest = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace('"documents": 4', '"documents": 5', 1))
+    with pytest.raises(ValueError, match=r"manifest\.json is corrupted \(its checksum differs\)"):
+        load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest.replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(ValueError, match="has format 1, not 2: tokenise again"):
+        load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is corrupted"):
         load_manifest(tmp_path)
