@@ -146,6 +146,10 @@ class PretrainConfig:
     log_steps: int = setting(1, "steps between lines in the terminal and the trackers; metrics.jsonl gets every step")
     eval_steps: int = setting(1000, "steps between held-out evaluations, one at the start and end; 0 is off")
     eval_tokens: int = setting(1_000_000, "held-out tokens of each domain to evaluate on")
+    exact_logit_steps: int = setting(
+        10,
+        "steps between exact maximum logits; in others only those above qk_clip_threshold are exact; 0 is never",
+    )
     norm_steps: int = setting(100, "steps between measurements of the signal and noise outputs' norms; 0 is off")
     warn_noise_share: float = setting(
         0.95, "warn when lambda times the noise outputs reaches this share of the signal outputs (assumption)"
@@ -255,6 +259,7 @@ class PretrainConfig:
             "spike_window_steps",
             "spike_min_rise",
             "max_rewinds",
+            "exact_logit_steps",
             "norm_steps",
             "warn_stall_steps",
         ):

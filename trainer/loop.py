@@ -182,12 +182,14 @@ class _Run:
         tokens_before = progress.tokens
         self._count_tokens(batch)
         factor = self.schedule.factor(progress.tokens)
+        logits = self.measurements.of_logits(self.model, progress.step + 1)
         with self.measurements.norms(self.model, progress.step + 1):
             outcome = self.step.run(batch, factor)
         progress.step += 1
         limit = self.spikes.limit
         spiked = not outcome.skipped and self.spikes.observe(outcome.loss)
-        self._report(batch, outcome, factor, time.perf_counter() - started, waited)
+        times = self.measurements.of_time(batch, time.perf_counter() - started, waited)
+        self._report(batch, outcome, factor, logits | times)
         if outcome.skipped:
             self._count_skipped(outcome)
         if spiked and self._rewind(batch, outcome.loss, limit):
@@ -206,12 +208,12 @@ class _Run:
         progress.padding_tokens += batch.nominal_tokens - sum(batch.tokens_by_domain.values())
         progress.lost_tokens += batch.nominal_tokens - batch.predicted_tokens
 
-    def _report(self, batch: Batch, outcome: StepOutcome, factor: float, seconds: float, waited: float) -> None:
+    def _report(self, batch: Batch, outcome: StepOutcome, factor: float, measured: dict) -> None:
         progress = self.progress
         entry = {"step": progress.step, "tokens": progress.tokens, **asdict(outcome)}
         entry["learning_rate"] = self.config.learning_rate * factor
         entry["skipped_steps"] = progress.skipped_steps + outcome.skipped
-        entry |= self.measurements.of_batch(batch, self.loader) | self.measurements.of_time(batch, seconds, waited)
+        entry |= measured | self.measurements.of_batch(batch, self.loader)
         entry |= self.measurements.of_memory() | self.measurements.last_norms(outcome.lambdas)
         rewinds = [rewind for rewind in progress.rewinds if rewind["to_step"] == progress.step - 1]
         if rewinds:

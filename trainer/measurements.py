@@ -66,6 +66,18 @@ class Measurements:
         torch.cuda.reset_peak_memory_stats()
         return {"peak_memory_bytes": peak}
 
+    def of_logits(self, model: nn.Module, step: int) -> dict:
+        """Set up how this step takes its maximum logits, and say which; before the forward pass.
+
+        They are exact every `exact_logit_steps` steps, from the first. Else a cheap bound stands for those that
+        QK-clip leaves alone, and only logits above its threshold are exact.
+        """
+        every = self.config.exact_logit_steps
+        exact = self.config.qk_clip_threshold is None or (every > 0 and (step - 1) % every == 0)
+        for attention in attention_modules(model):
+            attention.max_logits_gate = None if exact else self.config.qk_clip_threshold
+        return {"max_logits_exact": exact}
+
     @contextlib.contextmanager
     def norms(self, model: nn.Module, step: int) -> Iterator[None]:
         """Measure the maps' outputs inside the block, if it is this step's turn; otherwise nothing is computed."""

@@ -94,6 +94,7 @@ def step_line(entry: dict) -> str:
     domains = " ".join(f"{name} {loss:.3f}" for name, loss in entry["loss_by_domain"].items())
     mixture = "/".join(f"{100 * weight:.0f}" for weight in entry["mixture"].values())
     largest = max(entry["max_logits"], default=math.nan)
+    logit = f"logit {'' if entry['max_logits_exact'] else '<='}{largest:.1f}"
     speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
     speed += f"  MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
     speed += f"  data wait {100 * entry['data_wait_share']:.1f}%"
@@ -101,7 +102,7 @@ def step_line(entry: dict) -> str:
     speed += f"  noise {max(entry['noise_shares']):.2f}" if "noise_shares" in entry else ""
     return (
         f"step {entry['step']:>7}  tokens {entry['tokens']:.4g}  loss {entry['loss']:.4f} ({domains})  "
-        f"lr {entry['learning_rate']:.2e}  mixture {mixture}  grad {entry['grad_norm']:.2f}  logit {largest:.1f}  "
+        f"lr {entry['learning_rate']:.2e}  mixture {mixture}  grad {entry['grad_norm']:.2f}  {logit}  "
         f"clipped {entry['clipped_heads']}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
     )
 

@@ -128,7 +128,7 @@ def _plot_learning_rate(steps: list[dict], path: Path) -> Path:
 
 def _plot_layers(steps: list[dict], key: str, ylabel: str, title: str, path: Path) -> Path:
     figure, axes = _axes(title, "tokens seen", ylabel)
-    rows = [row for row in steps if row.get(key)]
+    rows = [row for row in steps if row.get(key) and (key != "max_logits" or row.get("max_logits_exact", True))]
     num_layers = len(rows[0][key]) if rows else 0
     colors = plt.get_cmap(_LAYER_COLORS)
     for layer in range(num_layers):

@@ -36,6 +36,7 @@ FREE_SETTINGS = frozenset(
         "max_rewinds",
         "timeout_seconds",
         "log_steps",
+        "exact_logit_steps",
         "norm_steps",
         "warn_noise_share",
         "warn_memory_rise",

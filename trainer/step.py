@@ -20,6 +20,7 @@ from kernels_hub import assert_polynorm_runs, polynorm_in_use
 from modeling_motif2.diagnostics import attention_modules, reset_max_logits
 from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE_INDEX
+from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
 
 
@@ -35,7 +36,7 @@ class StepOutcome:
         loss: mean over the predicted tokens, nats.
         loss_by_domain: the same for each domain that had rows in the step.
         grad_norm: gradient norm before clipping.
-        max_logits: largest attention logit of each layer; empty when not tracked.
+        max_logits: largest attention logit of each layer, behind a gate an upper bound; empty when not tracked.
         lambdas: lambda of each layer, before the update.
         clipped_heads: heads that QK-clip scaled down.
         skipped: the update was left out because loss or gradient were not finite.
@@ -175,7 +176,7 @@ class TrainStep:
             tensor.to(device, non_blocking=True) for tensor in (input_ids, labels, position_ids)
         )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (R, T)
-        with self.head_loss.targets(targets):
+        with fast_attention(), self.head_loss.targets(targets):
             losses = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # (R, T)
         return losses, targets != IGNORE_INDEX
 

@@ -100,7 +100,8 @@ def test_a_step_is_one_line():
     entry = json.loads(
         '{"step": 12, "tokens": 1536, "loss": 3.25, "loss_by_domain": {"a": 3.0, "b": 3.5}, "learning_rate": 0.001, '
         '"mixture": {"a": 0.7, "b": 0.3}, "grad_norm": 0.5, "max_logits": [1.0, 42.0], "clipped_heads": 3, '
-        '"tokens_per_second": 1000.0, "mfu": 0.5, "data_wait_share": 0.002, "peak_memory_bytes": 1073741824, '
+        '"max_logits_exact": true, "tokens_per_second": 1000.0, "mfu": 0.5, "data_wait_share": 0.002, '
+        '"peak_memory_bytes": 1073741824, '
         '"noise_shares": [0.2, 0.4], "skipped": true}'
     )
     line = step_line(entry)
@@ -116,3 +117,18 @@ def test_a_step_is_one_line():
         assert part in line
     for part in ("MFU 50.0%", "data wait 0.2%", "memory 1.00 GiB", "noise 0.40", "SKIPPED"):
         assert part in line
+
+
+def test_maximum_logits_are_exact_in_some_steps_and_bounds_in_the_others(make_config, tmp_path):
+    settings = {"eval_steps": 0, "checkpoint_steps": 0, "total_tokens": 128 * 7}
+    exact = make_config(output_dir=str(tmp_path / "exact"), exact_logit_steps=1, **settings)
+    gated = make_config(output_dir=str(tmp_path / "gated"), exact_logit_steps=3, **settings)
+    truth, found = (read_metrics(run_pretraining(config).metrics_path)[0] for config in (exact, gated))
+    assert [entry["max_logits_exact"] for entry in found] == [True, False, False, True, False, False, True]
+    for true, entry in zip(truth, found, strict=True):
+        assert entry["loss"] == true["loss"]
+        if entry["max_logits_exact"]:
+            assert entry["max_logits"] == true["max_logits"]
+        else:
+            pairs = zip(true["max_logits"], entry["max_logits"], strict=True)
+            assert all(largest < bound < gated.qk_clip_threshold for largest, bound in pairs)
