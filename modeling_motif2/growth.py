@@ -10,89 +10,41 @@ two models on text.
 Source: arXiv 2511.07464, section 2.
 """
 
-import difflib
-import json
+import errno
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from .configuration_motif2 import Motif2Config
-from .growth_files import DTYPES, MANIFEST, CheckpointReader, GrowthFolder, file_sha256, plan_shards
+from .growth_files import (
+    INCOMPLETE,
+    MANIFEST,
+    CheckpointReader,
+    GrowthFolder,
+    file_sha256,
+    one_line,
+    plan_shards,
+    read_json,
+)
+from .growth_options import GrowthOptions, parse_options
 from .growth_plan import Growth, schedule, tensor_shapes
 from .growth_rules import growth_rules
-from .growth_verify import Verification, verify_growth
+from .growth_verify import Verification, read_token_ids, verify_growth
 
 FLOPS_CONTEXT_TOKENS = 4096
-
-
-@dataclass
-class GrowthOptions:
-    """Settings of `motif2-grow`; only the two folders are needed, and one thing that grows."""
-
-    source: str = field(
-        metadata={
-            "help": "folder of the parent: a Motif-2 checkpoint in safetensors, in our layout or the official one"
-        }
-    )
-    output: str = field(
-        metadata={"help": "folder of the grown checkpoint; an interrupted growth with the same settings goes on in it"}
-    )
-    width: int = field(default=1, metadata={"help": "factor on the hidden and intermediate sizes"})
-    signal_ratio: int | None = field(
-        default=None,
-        metadata={"help": "signal heads a group of the grown model: any number from the source's own up is exact"},
-    )
-    insert_every: int | None = field(
-        default=None, metadata={"help": "after every so many blocks insert a copy that adds nothing yet"}
-    )
-    insert_after: list[int] | None = field(
-        default=None,
-        metadata={"help": "or: source layers, from 0, after which a copy is inserted; twice the same inserts two"},
-    )
-    untie: bool = field(
-        default=False, metadata={"help": "give a tied head its own weight (growing wider does so in any case)"}
-    )
-    noise_snr_db: float | None = field(
-        default=None,
-        metadata={
-            "help": "signal-to-noise ratio in decibels of noise that tells copies apart and cancels in the output; no "
-            "noise by default (assumption: 20 to 40 suit; the report gives no figure)"
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "of the noise"})
-    dtype: str | None = field(
-        default=None, metadata={"help": f"stored dtype, one of {', '.join(DTYPES)}; the source's by default"}
-    )
-    max_shard_gb: float = field(default=4.0, metadata={"help": "largest file in gigabytes (10^9 bytes)"})
-    verify: bool = field(
-        default=False,
-        metadata={"help": "then compare both models in float64, a layer at a time, and say where they first differ"},
-    )
-    verify_text: str | None = field(
-        default=None, metadata={"help": "text file to compare on; a built-in sample by default"}
-    )
-    verify_tokens: int = field(default=64, metadata={"help": "length of the comparison in tokens"})
-    dry_run: bool = field(default=False, metadata={"help": "print what would be written, with its size, and stop"})
-
-    def __post_init__(self):
-        if not Path(self.source).is_dir():
-            raise ValueError(
-                f"source={self.source!r} is not a folder: give a local checkpoint (`hf download` makes one)"
-            )
-        if Path(self.source).resolve() == Path(self.output).resolve():
-            raise ValueError(f"output={self.output!r} is the source: choose another folder")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if not self.max_shard_gb > 0:
-            raise ValueError(f"max_shard_gb={self.max_shard_gb} must be above 0")
-        if self.verify_tokens < 2:
-            raise ValueError(f"verify_tokens={self.verify_tokens} must be 2 or more")
-        if self.verify_text is not None and not Path(self.verify_text).is_file():
-            raise ValueError(f"verify_text={self.verify_text!r} is not a file")
+MENDS = {
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "give --source a folder that you may read and --output one that you may write",
+    ),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "make room and give the same command again; finished files are kept"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -120,8 +72,10 @@ def grow(options: GrowthOptions) -> GrowthResult:
         GrowthResult: with `verification` when `options.verify`.
 
     Raises:
-        ValueError: the parent does not fit, nothing would grow, the output folder holds something else or a finished
-            growth, or the disk has too little room. Nothing was written then.
+        ValueError: the parent does not fit, nothing would grow, the text to compare on cannot be read, the output
+            folder holds something else or a finished growth, or the disk has too little room. Nothing was written
+            then.
+        OSError: the disk failed or may not be written; finished files are kept.
     """
     source_config = read_source_config(options.source)
     reader = CheckpointReader(options.source)
@@ -144,6 +98,9 @@ def grow(options: GrowthOptions) -> GrowthResult:
     print(
         f"{len(rules)} tensors in {len(shards)} files, {sum(shard.num_bytes for shard in shards):,} bytes as {dtype}"
     )
+    token_ids = None
+    if options.verify:
+        token_ids = read_token_ids(reader.folder, source_config.vocab_size, options.verify_text, options.verify_tokens)
     folder = GrowthFolder(options.output, _settings(options, growth, dtype, reader), shards)
     if folder.is_complete and not options.verify:
         raise ValueError(
@@ -158,11 +115,9 @@ def grow(options: GrowthOptions) -> GrowthResult:
     if not folder.is_complete:
         folder.write(reader)
         folder.finish(written_config, Path(options.source), with_code="auto_map" in written_config)
-    if not options.verify:
+    if token_ids is None:
         return GrowthResult(target_config, written)
-    verification = verify_growth(
-        growth, reader, target_config, CheckpointReader(options.output), options.verify_text, options.verify_tokens
-    )
+    verification = verify_growth(growth, reader, target_config, CheckpointReader(options.output), token_ids)
     print(verification.report())
     return GrowthResult(target_config, written, verification)
 
@@ -176,12 +131,18 @@ def read_source_config(folder: str | Path) -> Motif2Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: a checkpoint folder is needed")
-    model_type = json.loads(path.read_text()).get("model_type")
+    written = read_json(path, INCOMPLETE)
+    model_type = written.get("model_type")
     if model_type not in ("motif2", "Motif", "motif"):
         raise ValueError(
             f"{folder} holds a {model_type!r}: only Motif-2 checkpoints (motif2, Motif, motif) can be grown"
         )
-    return AutoConfig.from_pretrained(folder)
+    if written.get("quantization_config"):
+        raise ValueError(f"{path} has a quantization_config: growth needs whole weights; dequantise the checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise ValueError(f"{path} does not describe a Motif-2 ({one_line(error)}): correct that value") from error
 
 
 def check_source(reader: CheckpointReader, config: Motif2Config) -> None:
@@ -210,7 +171,7 @@ def grown_config_dict(source: str | Path, growth: Growth, dtype: torch.dtype) ->
 
     Remote code of the official layout is left out: that of Motif-2.6B knows no groups. This package loads the folder.
     """
-    written = json.loads((Path(source) / "config.json").read_text()) | growth.config_changes()
+    written = read_json(Path(source) / "config.json", INCOMPLETE) | growth.config_changes()
     written["dtype"] = str(dtype).removeprefix("torch.")
     if written.pop("torch_dtype", None) is not None:
         written["torch_dtype"] = written.pop("dtype")
@@ -230,8 +191,12 @@ def describe(source: Motif2Config, target: Motif2Config) -> str:
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
+        "num_noise_heads",
+        "head_dim",
+        "vocab_size",
     ):
-        rows.append((name, f"{getattr(source, name):,}", f"{getattr(target, name):,}"))
+        values = (getattr(config, name) for config in (source, target))
+        rows.append((name, *("none" if value is None else f"{value:,}" for value in values)))
     rows.append(
         ("signal heads a group", f"{source.num_signal_heads_per_group}", f"{target.num_signal_heads_per_group}")
     )
@@ -295,34 +260,19 @@ def _settings(options: GrowthOptions, growth: Growth, dtype: torch.dtype, reader
     }
 
 
-def parse_options(argv: list[str] | None = None) -> GrowthOptions:
-    """Read the command line.
-
-    Raises:
-        SystemExit: on `--help`, an unknown setting (the nearest known one is named), or a value that is refused.
-    """
-    parser = HfArgumentParser(GrowthOptions, prog="motif2-grow", description=__doc__, allow_abbrev=False)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        nearest = difflib.get_close_matches(
-            unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1
-        )
-        mend = f"did you mean {nearest[0]}?" if nearest else "--help lists the known ones"
-        parser.error(f"unknown setting {unknown[0]!r}; {mend}")
-    try:
-        return GrowthOptions(**vars(namespace))
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `motif2-grow`; exits with status 1 when the grown model differs from its source."""
     options = parse_options(argv)
     try:
         result = grow(options)
     except ValueError as error:
-        sys.exit(f"motif2-grow: {error}")
+        sys.exit(f"motif2-grow: {one_line(error)}")
+    except OSError as error:
+        mend = MENDS.get(error.errno, "give the same command again when that is mended; finished files are kept")
+        sys.exit(f"motif2-grow: {one_line(error)}: {mend}")
+    except KeyboardInterrupt:
+        print("motif2-grow: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
     if result.verification is not None and not result.verification.passed:
         sys.exit(1)
 

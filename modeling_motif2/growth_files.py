@@ -6,6 +6,7 @@ the disk before the next. Going on believes no shard that does not have that che
 last, so a folder that is not finished does not load.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
+INCOMPLETE = "complete the download, or write the checkpoint anew"
 _READ_BYTES = 2**24
 
 
@@ -45,7 +47,8 @@ class CheckpointReader:
         folder: holds model.safetensors, or shards and their index.
 
     Raises:
-        ValueError: there are no safetensors files, one is missing or cannot be read, or a dtype cannot be grown.
+        ValueError: there are no safetensors files, one is missing or broken, or a dtype cannot be grown.
+        OSError: a file may not be read.
     """
 
     def __init__(self, folder: str | Path):
@@ -84,7 +87,15 @@ class CheckpointReader:
     def _find_files(self) -> list[str]:
         index = self.folder / INDEX
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = read_json(index, INCOMPLETE).get("weight_map")
+            named = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+            wrong = sorted(repr(file) for file in named if not isinstance(file, str) or Path(file).name != file)
+            if not named or wrong:
+                raise ValueError(
+                    f"{index} needs a weight_map from tensors to files of its folder, and "
+                    f"{'names ' + ', '.join(wrong) if wrong else 'has none'}: {INCOMPLETE}"
+                )
+            files = sorted(named)
         elif (self.folder / "model.safetensors").is_file():
             files = ["model.safetensors"]
         else:
@@ -99,8 +110,10 @@ class CheckpointReader:
 
     def _read_header(self, file: str) -> None:
         known = {code: dtype for dtype, code in DTYPES.items()}
+        path = self.folder / file
         try:
-            with safe_open(self.folder / file, framework="pt") as tensors:
+            path.open("rb").close()  # Errors of the system with their own words; safetensors has others.
+            with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
                     part = tensors.get_slice(name)
                     if part.get_dtype() not in known:
@@ -108,9 +121,13 @@ class CheckpointReader:
                             f"{name} in {file} is stored as {part.get_dtype()}: growth needs {', '.join(DTYPES)}; "
                             "dequantise the checkpoint first"
                         )
+                    if name in self._tensors:
+                        raise ValueError(
+                            f"{name} is in {self._tensors[name][0]} and in {file} of {self.folder}: {INCOMPLETE}"
+                        )
                     self._tensors[name] = (file, tuple(part.get_shape()), known[part.get_dtype()])
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.folder / file} cannot be read: {error}; is the download complete?") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}): {INCOMPLETE}") from error
 
 
 @dataclass(frozen=True)
@@ -222,9 +239,13 @@ class GrowthFolder:
 
         Raises:
             ValueError: the disk has less room; both numbers are named.
+            PermissionError: the folder may not be written.
         """
         needed = self.num_bytes_missing
         place = next(place for place in (self.folder, *self.folder.absolute().parents) if place.is_dir())
+        effective = os.access in os.supports_effective_ids
+        if needed and not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
         # What an interruption left half written and what is damaged goes before new bytes come, so it counts as free.
         leavings = [*self.folder.glob("*.partial"), *(self.folder / shard.file for shard in self.missing)]
         free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in leavings if file.is_file())
@@ -322,10 +343,15 @@ def read_json(path: Path, mend: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): {mend}") from error
+        raise ValueError(f"{path} is not JSON ({one_line(error)}): {mend}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: {mend}")
     return content
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _json_bytes(content: dict) -> bytes:

@@ -63,9 +63,10 @@ class Growth:
                 f"noise_snr_db={self.noise_snr_db} has nothing to act on: noise tells copied columns apart, so it "
                 "needs a width above 1 or a larger signal_ratio"
             )
-        if self.noise_snr_db is not None and not math.isfinite(self.noise_snr_db):
+        if self.noise_snr_db is not None and not 0 <= self.noise_snr_db < math.inf:
             raise ValueError(
-                f"noise_snr_db={self.noise_snr_db} must be finite, in decibels; leave it out for no noise"
+                f"noise_snr_db={self.noise_snr_db} must be finite and 0 or more (below, noise would drown the "
+                "weights), in decibels; leave it out for no noise"
             )
 
     def _check_schedule(self) -> None:

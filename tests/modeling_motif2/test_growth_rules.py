@@ -336,7 +336,9 @@ def test_official_sizes_grow_into_each_other():
         ({}, "nothing would grow"),
         ({"untie": True}, "nothing would grow"),
         ({"insert_after": (0,), "noise_snr_db": 20.0}, "nothing to act on"),
-        ({"width": 2, "noise_snr_db": math.inf}, "must be finite"),
+        ({"width": 2, "noise_snr_db": math.inf}, "noise_snr_db=inf must be finite and 0 or more"),
+        ({"width": 2, "noise_snr_db": math.nan}, "noise_snr_db=nan must be finite and 0 or more"),
+        ({"width": 2, "noise_snr_db": -1.0}, "noise_snr_db=-1.0 must be finite and 0 or more"),
     ],
     ids=str,
 )
