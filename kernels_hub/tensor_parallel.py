@@ -20,6 +20,8 @@ class PolyNormParallel(TensorParallelLayer):
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         """Replaces the forward of `module` and says in `module.reduces_over_ranks` over how many ranks it adds.
 
+        A forward that takes its place later, as `kernels.kernelize` would put there, is refused when it is called.
+
         Args:
             module: has weight (3,), bias (1,), eps, and forward(x, mul).
             mesh: the ranks that share a row.
@@ -36,7 +38,16 @@ class PolyNormParallel(TensorParallelLayer):
         def forward(x: torch.Tensor, mul: torch.Tensor) -> torch.Tensor:
             return poly_norm_mul(x, mul, module.weight, module.bias, module.eps, group=group)
 
+        def refuse_another(module: nn.Module, inputs: tuple) -> None:
+            if module.__dict__.get("forward") is not forward:
+                raise RuntimeError(
+                    f"the forward of {type(module).__name__} was replaced (by kernelize?) after its features were "
+                    f"split over {mesh.size()} ranks, and would take a part of a row for the whole: leave it, or use the "
+                    "model's own plan, which gathers the features"
+                )
+
         module.forward = forward
+        module.register_forward_pre_hook(refuse_another)
         module.reduces_over_ranks = mesh.size()
         return module
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import kernels
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,6 +60,19 @@ def test_split_mlps_give_the_loss_and_gradients_of_one_rank():
         assert gradients.keys() == want.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, want[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.distributed
+def test_a_split_model_that_was_kernelized_is_refused_instead_of_being_wrong():
+    model = _model()
+
+    def on_rank(rank):
+        split = apply_tensor_parallelism(model, init_device_mesh("cpu", (2,)))
+        kernels.kernelize(split, mode=kernels.Mode.INFERENCE, device="cpu")
+        with pytest.raises(RuntimeError, match=r"replaced \(by kernelize"):
+            split(torch.arange(8)[None])
+
+    run_distributed(on_rank, 2)
 
 
 @pytest.mark.distributed
