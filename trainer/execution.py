@@ -4,16 +4,26 @@ Each function changes the model in place and keeps its parameters and their name
 export see the same model. The order is `convert_to_fp8`, `recompute_layers`, `compile_layers`.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 FP8_ALIGNMENT = 16  # both sizes of an FP8 matrix product must be multiples of it
 FP8_CAPABILITY = (8, 9)
 COMPILED_VARIANTS = 64  # assumption: shapes times training and evaluation; torch gives up after 8
+# On Hopper cuDNN's attention is faster than PyTorch's first choice (modeling_motif2/README.md, attention backends).
+CUDNN_CAPABILITY = (9, 0)
+ATTENTION_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 # Results that selective recomputation keeps: products and attention, which cost more to compute than to hold.
 KEPT_OPERATORS = frozenset(
     {
@@ -145,3 +155,10 @@ def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> No
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+
+
+def fast_attention() -> contextlib.AbstractContextManager:
+    """Inside the block PyTorch's attention takes cuDNN's kernels first, on GPUs where they are the fastest."""
+    if torch.version.cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() >= CUDNN_CAPABILITY:
+        return sdpa_kernel(ATTENTION_ORDER, set_priority=True)
+    return contextlib.nullcontext()
