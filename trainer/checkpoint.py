@@ -72,6 +72,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: Future | None = None
+        self._told = False
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -102,6 +103,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             raise self._failure(target, error) from error
         self._in_flight = self._writer.submit(self._complete, upload, small_files, unfinished, target)
+        self._told = False
         if not self.asynchronous:
             self.wait()
         return target
@@ -117,9 +119,10 @@ class Checkpoints:
             in_flight.result()
 
     def failure(self) -> CheckpointError | None:
-        """What went wrong with the checkpoint in flight, as far as is known now; `wait` will raise it."""
-        finished = self._in_flight is not None and self._in_flight.done()
-        return self._in_flight.exception() if finished else None
+        """What went wrong with the checkpoint in flight, told once; `wait` will raise it."""
+        failed = self._in_flight is not None and self._in_flight.done() and not self._told
+        self._told |= failed
+        return self._in_flight.exception() if failed else None
 
     def close(self) -> None:
         """End the thread after what it still writes; errors were `wait`'s to raise."""

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import trainer.averaging
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from tests.trainer.test_loop import Killed, curve, kill_at
 from tests.trainer.test_sharded_checkpoint import build, train, weights
@@ -43,6 +44,25 @@ def test_streamed_mean_is_the_plain_mean(tmp_path, monkeypatch, num_ranks):
         for name, weight in mean.items():
             plain = torch.stack([snapshot[name] for snapshot in snapshots]).mean(0)
             torch.testing.assert_close(weight, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tied_weight_is_averaged_once(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 3}
+    shape = Motif2Config(
+        vocab_size=20, **sizes, num_key_value_heads=2, num_noise_heads=1, head_dim=4, tie_word_embeddings=True
+    )
+    model = Motif2ForCausalLM(shape)
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep_last=2)
+    checkpoints.save(model, torch.optim.SGD(model.parameters(), lr=0.1), {"step": 1})
+    before = weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    average_with_checkpoints(model, complete_checkpoints(tmp_path))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, weight in weights(model).items():
+        torch.testing.assert_close(weight, before[name] + 0.5)
 
 
 def test_portions_hold_all_names_in_order(monkeypatch):

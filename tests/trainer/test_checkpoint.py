@@ -1,12 +1,27 @@
+import json
 import shutil
+import threading
+from concurrent import futures
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tests.trainer.test_sharded_checkpoint import build, train, weights
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import complete_checkpoints, verify_checkpoint, write_synced
+from trainer.checkpoint_files import (
+    checkpoint_step,
+    complete_checkpoints,
+    prune,
+    remove_checkpoint,
+    remove_unfinished,
+    verify_checkpoint,
+    write_synced,
+)
 from trainer.errors import CheckpointError
+from trainer.failure_signs import CheckpointWarning
 from trainer.loop import run_pretraining
 
 
@@ -88,3 +103,117 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
         verify_checkpoint(tmp_path / "step_00000001")
     assert Checkpoints(tmp_path, accelerator=None, keep_last=1).latest() == tmp_path / "step_00000001"
+
+
+@pytest.fixture
+def writing(tmp_path, monkeypatch):
+    """Asynchronous checkpoints of a small model, whose files wait for `released` before they reach the disk."""
+    released = threading.Event()
+
+    def held(path, content):
+        assert released.wait(60)
+        write_synced(path, content)
+
+    monkeypatch.setattr("trainer.checkpoint.write_synced", held)
+    model, optimizer = build(1)
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep_last=3, asynchronous=True)
+    yield checkpoints, model, optimizer, released
+    released.set()
+    checkpoints.close()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(writing):
+    checkpoints, model, optimizer, released = writing
+    train(model, optimizer, 1)
+    before = weights(model)
+    target = checkpoints.save(model, optimizer, {"step": 1})
+    assert checkpoints.latest() is None
+    train(model, optimizer, 2)  # must not reach the checkpoint
+    after = weights(model)
+    released.set()
+    checkpoints.wait()
+    assert checkpoints.latest() == target
+    assert checkpoints.load(target, model, optimizer) == {"step": 1}
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+    train(model, optimizer, 2)
+    assert all(torch.equal(weight, after[name]) for name, weight in weights(model).items())
+
+
+def test_at_most_one_checkpoint_is_in_flight(writing):
+    checkpoints, model, optimizer, released = writing
+    checkpoints.save(model, optimizer, {"step": 1})
+    second = threading.Thread(target=checkpoints.save, args=(model, optimizer, {"step": 2}))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000001.tmp"]
+    released.set()
+    second.join(60)
+    checkpoints.wait()
+    assert [path.name for path in complete_checkpoints(checkpoints.folder)] == ["step_00000001", "step_00000002"]
+
+
+def test_a_failure_in_the_background_is_told_once_and_raised_by_the_next_save(writing, monkeypatch):
+    checkpoints, model, optimizer, released = writing
+    released.set()
+    first = checkpoints.save(model, optimizer, {"step": 1})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "__0_0.distcp")
+        checkpoints.save(model, optimizer, {"step": 2})
+        futures.wait([checkpoints._in_flight])
+    assert "step_00000002 could not be written" in str(checkpoints.failure())
+    assert checkpoints.failure() is None
+    with pytest.raises(CheckpointError, match=f"the last complete one is {first}"):
+        checkpoints.save(model, optimizer, {"step": 3})
+    assert [path.name for path in checkpoints.folder.iterdir()] == [first.name]
+    checkpoints.save(model, optimizer, {"step": 4})
+    checkpoints.wait()
+    assert checkpoints.latest().name == "step_00000004"
+
+
+def test_a_failed_checkpoint_is_warned_of_at_once(make_config, monkeypatch):
+    told = Checkpoints.failure
+
+    def after_writing(self):
+        futures.wait([self._in_flight] if self._in_flight else [])
+        return told(self)
+
+    monkeypatch.setattr(Checkpoints, "failure", after_writing)
+    fill_disk(monkeypatch, "trainer_state.pt")
+    config = make_config(eval_steps=0)
+    with pytest.warns(CheckpointWarning, match=r"step 5: .*No space left"), pytest.raises(CheckpointError):
+        run_pretraining(config)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("warnings") for line in lines[4:]] == [["CheckpointWarning"], None, None, None]
+
+
+def test_every_so_many_steps_are_kept(tmp_path):
+    for step in range(2, 21, 2):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    prune(tmp_path, keep_last=2, keep_every_steps=8)
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [8, 16, 18, 20]
+
+
+def test_an_interrupted_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "step_00000002").mkdir()
+    (tmp_path / "step_00000002/a").write_text("x")
+
+    def interrupted(path, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remove_checkpoint(tmp_path / "step_00000002")
+    assert complete_checkpoints(tmp_path) == []
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_list_of_checksums_is_named(finished):
+    folder, _ = finished
+    (folder / "step_00000008/checksums.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checksums\.json is corrupted"):
+        verify_checkpoint(folder / "step_00000008")

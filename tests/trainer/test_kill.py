@@ -31,7 +31,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch, num_ranks, num_kills, asynchronous):
-    steps = 12 + 3 * num_kills
+    steps = 20 + 14 * num_kills
     settings = {
         "total_tokens": 128 * steps,
         "checkpoint_steps": 2,
@@ -47,7 +47,7 @@ def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch
     steps_at_kills, killed_in_writing = [], 0
     for _ in range(num_kills):
         ranks = start(killed, num_ranks)
-        wait_for_lines(tmp_path / "killed/metrics.jsonl", moments.randint(1, 5), ranks)
+        wait_for_lines(tmp_path / "killed/metrics.jsonl", moments.randint(1, 10), ranks)
         time.sleep(moments.uniform(0, 0.3))  # anywhere: in a step, in writing a checkpoint, in renaming it
         assert all(rank.is_alive() for rank in ranks), "the run ended before it was killed: make it longer"
         for rank in ranks:
@@ -58,7 +58,7 @@ def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch
     for rank in start(killed, num_ranks):
         rank.join()
         assert rank.exitcode == 0
-    assert max(steps_at_kills) > num_kills / 2
+    assert max(steps_at_kills) > 2 * num_kills
     assert killed_in_writing or num_kills < 20
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
@@ -68,7 +68,7 @@ def linger_in_writing(monkeypatch) -> None:
     moments = random.Random(os.getpid())
 
     def slow_checksum(path: Path) -> str:
-        time.sleep(moments.uniform(0, 0.05))
+        time.sleep(moments.uniform(0, 0.02))
         return file_checksum(path)
 
     monkeypatch.setattr("trainer.checkpoint.file_checksum", slow_checksum)
