@@ -8,6 +8,7 @@ import yaml
 OPTIMIZERS = ("muon_clip", "adamw")
 DTYPES = ("float32", "bfloat16")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+FP8_RECIPES = ("none", "rowwise", "rowwise_with_gw_hp")
 KERNEL_SOURCES = ("auto", "official", "hub", "local", "torch")
 ROW_RULES = ("skip", "refuse")
 LENGTH_RULES = ("skip", "truncate", "refuse")
@@ -70,6 +71,9 @@ class SftStageConfig:
 
     kernels: str = _field("auto", "PolyNorm kernel: auto, official, hub, local or torch")
     dtype: str = _field("bfloat16", "bfloat16 (autocast over float32 parameters) or float32")
+    fp8: str = _field("none", "none, rowwise or rowwise_with_gw_hp: products of the decoder layers in FP8 (torchao)")
+    fp8_skip_edge_layers: int = _field(1, "layers at each end that stay out of FP8, besides embedding and head")
+    fp8_emulate: bool = _field(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
     attn_implementation: str = _field("sdpa", "attention function: sdpa, eager, flash_attention_2 …")
     gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
     use_cpu: bool = _field(False, "train on the CPU although an accelerator is there")
@@ -103,6 +107,7 @@ class SftStageConfig:
             ("optimizer", OPTIMIZERS),
             ("kernels", KERNEL_SOURCES),
             ("dtype", DTYPES),
+            ("fp8", FP8_RECIPES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
@@ -114,6 +119,10 @@ class SftStageConfig:
             raise ValueError(
                 f"lora_rank is {self.lora_rank} with optimizer muon_clip, whose QK-clip rescales "
                 "the q_proj and k_proj that LoRA freezes; set optimizer: adamw"
+            )
+        if self.lora_rank and self.fp8 != "none":
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} with fp8 {self.fp8}; adapters train without: set fp8 none"
             )
         if self.global_batch_tokens and self.gradient_accumulation_steps != 1:
             raise ValueError(
@@ -134,6 +143,7 @@ class SftStageConfig:
             "global_batch_tokens",
             "lora_rank",
             "eval_steps",
+            "fp8_skip_edge_layers",
             "save_steps",
             "preview_samples",
         ):

@@ -66,9 +66,10 @@ class DataReport:
 
     def summary(self) -> str:
         """Two or more lines for a person: what was kept, and what was dropped for which reason."""
+        trained = f", {self.trained_tokens} of them trained" if self.trained_tokens else ""
         lines = [
-            f"{self.kept} of {self.rows} conversations kept: {self.tokens} tokens, {self.trained_tokens} of them "
-            f"trained, the longest {self.longest_tokens}"
+            f"{self.kept} of {self.rows} conversations kept: {self.tokens} tokens{trained}, the longest "
+            f"{self.longest_tokens}"
         ]
         lines += [
             f"  dropped {count}: {reason} (first: {', '.join(self.places[reason])})"

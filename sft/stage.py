@@ -32,6 +32,7 @@ from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
 from sft.config import SftStageConfig
 from sft.data import DataReport, load_conversations
 from sft.export import save_final_model
+from trainer.execution import FP8_ALIGNMENT, convert_to_fp8
 from trainer.optim import MuonClipFactory
 
 
@@ -198,10 +199,10 @@ def load_stage_data(
 
 
 def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model in float32 with its kernels and stop tokens, recording the largest attention logits.
+    """The model in float32 with its kernels and stop tokens, recording the largest attention logits; FP8 if set.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model has embeddings.
+        ValueError: the tokenizer has more tokens than the model has embeddings, or FP8 is not possible here.
     """
     model = AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path, dtype=torch.float32, attn_implementation=config.attn_implementation
@@ -215,6 +216,8 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
     model.config.use_cache = False
     use_polynorm(model, source=config.kernels, training=True)
     track_max_logits(model)
+    if config.fp8 != "none":
+        convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     return model
 
 
@@ -266,6 +269,7 @@ def trl_arguments(config: SftStageConfig) -> SFTConfig:
         packing=config.packing,
         packing_strategy=config.packing_strategy,
         eval_packing=False,
+        pad_to_multiple_of=None if config.fp8 == "none" else FP8_ALIGNMENT,
         assistant_only_loss=True,
         per_device_train_batch_size=config.per_device_batch_size,
         per_device_eval_batch_size=config.per_device_batch_size,

@@ -1,5 +1,7 @@
 """Settings that cannot work are refused with the mend, and a batch in tokens becomes micro-steps."""
 
+import re
+
 import pytest
 
 from sft.config import SftStageConfig
@@ -22,6 +24,8 @@ NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"per_device_batch_size": 0}, "per_device_batch_size is 0"),
         ({"lora_rank": 8}, "set optimizer: adamw"),
+        ({"fp8": "tensorwise"}, "fp8 is 'tensorwise'; use one of none, rowwise"),
+        ({"lora_rank": 8, "optimizer": "adamw", "fp8": "rowwise"}, "set fp8 none"),
         ({"global_batch_tokens": 1 << 20, "gradient_accumulation_steps": 2}, "both set the batch"),
     ],
 )
@@ -43,3 +47,22 @@ def test_saved_settings_are_a_recipe(tmp_path):
     config.save(tmp_path / "config.yaml")
     (again,) = parse_recipe(SftStageConfig, description="", argv=["--config", str(tmp_path / "config.yaml")])
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train_files: rows.jsonl", r"train_files: 'rows.jsonl' in .* is a str; write a list, each entry text"),
+        ("max_steps: many", r"max_steps: 'many' in .* cannot be read"),
+        ("max_steps: 2.5", r"max_steps: 2.5 in .* is a float; write a whole number"),
+        ("learning_rate: null", r"learning_rate: None in .* is empty; write a number"),
+        ("packing: 3", r"packing: 3 in .* write true or false"),
+        ("output_dir: [a]", r"output_dir: \['a'\] in .* is a list; write text"),
+    ],
+)
+def test_recipe_values_of_another_type_name_key_value_and_mend(tmp_path, capsys, line, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{line}\n")
+    with pytest.raises(SystemExit):
+        parse_recipe(SftStageConfig, description="", argv=["--config", str(recipe)])
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))

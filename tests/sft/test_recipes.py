@@ -44,7 +44,22 @@ def test_full_size_stage_1_is_the_report():
     assert config.batch_tokens(world_size=64) == pytest.approx(32e6, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["stage{}", "stage{}_lora", "small_stage{}", "cpu_stage{}"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp8_changes_the_precision_alone(stage):
+    plain, low = vars(load(FOLDER / f"stage{stage}.yaml")), vars(load(FOLDER / f"stage{stage}_fp8.yaml"))
+    changed = {name for name in plain if plain[name] != low[name]}
+    assert changed - {"model_name_or_path", "output_dir"} == {"fp8"}
+    assert low["fp8"] == "rowwise"
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_full_size_batches_divide_over_one_node_and_eight(stage, devices):
+    config = load(FOLDER / f"stage{stage}.yaml")
+    assert config.batch_tokens(world_size=devices) == config.global_batch_tokens
+
+
+@pytest.mark.parametrize("name", ["stage{}", "stage{}_lora", "stage{}_fp8", "small_stage{}", "cpu_stage{}"])
 def test_later_stages_are_gentler_and_start_where_the_one_before_ended(name):
     one, two, three = (load(FOLDER / f"{name.format(number)}.yaml") for number in (1, 2, 3))
     assert one.learning_rate >= two.learning_rate > three.learning_rate

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from sft import stage
 from sft.callbacks import MetricsCallback
@@ -153,6 +153,35 @@ def test_non_finite_gradient_stops_before_the_weights(settings, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"the gradient's norm is inf at update 2"):
         run_stage(settings())
     assert len(trained) == 2
+
+
+def test_fp8_trains_on_padded_rows_and_leaves_a_plain_model(settings, workplace, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    config = AutoConfig.from_pretrained(workplace / "base", head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(workplace / "base").save_pretrained(tmp_path / "base")
+    lengths = []
+    original = stage.StageTrainer.compute_loss
+
+    def record(self, model, inputs, *args, **kwargs):
+        lengths.append(inputs["input_ids"].shape[1])
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(stage.StageTrainer, "compute_loss", record)
+    common = {"model_name_or_path": str(tmp_path / "base"), "max_steps": 2, "gradient_accumulation_steps": 1}
+    plain = run_stage(settings("plain", **common))
+    odd, lengths[:] = list(lengths), []
+    low = run_stage(settings("fp8", fp8="rowwise", fp8_skip_edge_layers=0, fp8_emulate=True, **common))
+    assert any(length % 16 for length in odd)
+    assert all(length % 16 == 0 for length in lengths), "FP8 products take multiples of 16 tokens"
+    assert low.first_loss != plain.first_loss
+    assert low.first_loss == pytest.approx(plain.first_loss, rel=1e-2)
+    first, second = (AutoModelForCausalLM.from_pretrained(run.model_dir).state_dict() for run in (plain, low))
+    assert first.keys() == second.keys()
+    assert {value.dtype for value in second.values()} == {torch.float32}
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="set fp8 none, or fp8_emulate true"):
+            run_stage(settings("real", fp8="rowwise", fp8_skip_edge_layers=0, **common))
 
 
 def test_adapters_train_alone_and_are_merged(settings, workplace):
