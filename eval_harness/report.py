@@ -17,12 +17,14 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2430;background:#fff}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}p.note{color:#5a6675}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #e3e7ec}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .row{display:grid;grid-template-columns:8.5rem 1fr 11rem;gap:.6rem;align-items:center;margin:.18rem 0}
 .bar{position:relative;height:.95rem;background:#f0f2f5;border-radius:3px}
 .bar i{position:absolute;left:0;top:0;bottom:0;border-radius:3px;background:#b9c3cf}.ours i{background:#2563a8}
-.paper i{background:#7fa7cf}.bar b{position:absolute;top:.1rem;bottom:.1rem;border:solid #12294a;border-width:0 2px;}
-.bar b::after{content:"";position:absolute;left:0;right:0;top:50%;border-top:2px solid #12294a}
+.paper i{background:#7fa7cf}
+.bar b{position:absolute;top:.1rem;bottom:.1rem;border:solid #0b1526;
+border-width:0 2px;filter:drop-shadow(0 0 1px #fff)}
+.bar b::after{content:"";position:absolute;left:0;right:0;top:calc(50% - 1px);border-top:2px solid #0b1526}
 ul{columns:2;padding-left:1.2rem}details{border:1px solid #e3e7ec;border-radius:4px;margin:.5rem 0;padding:.4rem .7rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f7f9;padding:.6rem;border-radius:4px}
 .ok{color:#17703b}.bad{color:#a3262a}
@@ -196,7 +198,8 @@ def as_html(lines: list[Line], facts: dict[str, str], settings: dict, links: dic
     rows = "".join(
         f"<tr><td>{_safe(line.label)}</td><td class=n>{line.shots}</td><td>{_safe(line.prompting)}</td>"
         f"<td>{_safe(line.metric)}</td><td class=n>{line.rows}</td><td class=n>{line.score:.2f}</td>"
-        f"<td class=n>{_interval(line)}</td><td>{_safe(line.note)}</td></tr>"
+        f"<td class=n>{_interval(line)}</td><td class=n>{line.published.get(REPORT_MODEL, '')}</td>"
+        f"<td>{_safe(line.note)}</td></tr>"
         for line in lines
     )
     facts_rows = "".join(f"<tr><th>{_safe(name)}</th><td>{_safe(value)}</td></tr>" for name, value in facts.items())
@@ -211,7 +214,7 @@ def as_html(lines: list[Line], facts: dict[str, str], settings: dict, links: dic
         f"<h1>Evaluation of {_safe(facts['model'])}</h1>"
         "<p class=note>Bars: dark, measured here, with its 95% interval; light, the report; grey, its peers.</p>"
         "<table><tr><th>benchmark<th class=n>shots<th>prompting<th>metric<th class=n>rows<th class=n>score"
-        f"<th class=n>95% interval<th>note</tr>{rows}</table>{groups}"
+        f"<th class=n>95% interval<th class=n>report<th>note</tr>{rows}</table>{groups}"
         f"<h2>Run</h2><table>{facts_rows}</table><h2>Samples</h2><ul>{samples}</ul>"
         f"<h2>Settings</h2><table>{shown}</table>"
         + (f"<p class=note>Published figures: {_safe('; '.join(sources))}.</p>" if sources else "")
