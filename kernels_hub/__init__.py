@@ -1,5 +1,6 @@
 """Kernels for Motif-2 as Hub repositories, and the loader that puts them into a model."""
 
+from .gda import gda_attention_in_use, use_gda_attention
 from .loader import KernelChoice, assert_polynorm_runs, polynorm_in_use, polynorm_modules, use_polynorm
 from .sources import KernelUnavailable, load_layers, load_local
 
@@ -7,9 +8,11 @@ __all__ = [
     "KernelChoice",
     "KernelUnavailable",
     "assert_polynorm_runs",
+    "gda_attention_in_use",
     "load_layers",
     "load_local",
     "polynorm_in_use",
     "polynorm_modules",
+    "use_gda_attention",
     "use_polynorm",
 ]

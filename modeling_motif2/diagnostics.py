@@ -174,7 +174,12 @@ def update_max_logits(
     gate = -torch.inf if attention.max_logits_gate is None else attention.max_logits_gate
     signal = largest_logits(signal_query, key[:, :, 0], visible, attention.scaling, gate)  # (G, r)
     noise = largest_logits(noise_query, key[:, :, -1], visible, attention.scaling, gate)  # (G, 1)
-    largest = torch.cat((signal, noise), dim=1)  # (G, r + 1)
+    raise_max_logits(attention, torch.cat((signal, noise), dim=1))  # (G, r + 1)
+
+
+@torch.no_grad()
+def raise_max_logits(attention: nn.Module, largest: torch.Tensor) -> None:
+    """Raises `attention.max_logits` to a forward's maxima (G, r + 1); called by the attention itself."""
     if attention.max_logits.device != largest.device:  # the model was moved since
         attention.max_logits = attention.max_logits.to(largest.device)
     own = _own_groups(attention, attention.max_logits, len(largest))
@@ -223,7 +228,7 @@ def visible_positions(mask: torch.Tensor, padding_mask: torch.Tensor | None) -> 
     Raises:
         ValueError: if the mask is not a tensor.
     """
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         raise ValueError(
             f"attention cannot be recorded through a prepared {type(mask).__name__}: give a (batch, tokens) mask, "
             "or use attn_implementation='sdpa' while recording."

@@ -37,8 +37,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_choice import KERNEL, Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
-from .diagnostics import update_max_logits, update_output_norms, visible_positions
+from .diagnostics import raise_max_logits, update_max_logits, update_output_norms, visible_positions
 from .hub import Motif2HubMixin
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
@@ -245,15 +246,16 @@ class Motif2AttentionStream(nn.Module):
         self.scaling = config.head_dim**-0.5
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, way: Way | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends with the backend that the configuration names.
+        """Attends with the backend that the configuration names, or that of a way.
 
         Args:
             query: (B, heads, T, D).
             key: (B, heads / num_key_value_groups, S, D).
             value: (B, heads / num_key_value_groups, S, D or 2D).
             mask: in the backend's own form.
+            way: what was chosen where the configuration leaves the choice open.
             **kwargs: to the backend.
 
         Returns:
@@ -262,7 +264,7 @@ class Motif2AttentionStream(nn.Module):
         Raises:
             ValueError: if flash attention is given float32.
         """
-        name = self.config._attn_implementation
+        name = self.config._attn_implementation if way is None else way.backend
         if "flash" in name and query.dtype == torch.float32:
             raise ValueError(
                 f"attn_implementation={name!r} needs float16 or bfloat16: load the model with dtype=torch.bfloat16, "
@@ -273,7 +275,8 @@ class Motif2AttentionStream(nn.Module):
             long = query.shape[2] * self.num_key_value_groups > 128
             kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True} if long else None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        return attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        module = self if way is None else way.stream(self)
+        return attend(module, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
 
 
 class Motif2Attention(nn.Module):
@@ -290,6 +293,8 @@ class Motif2Attention(nn.Module):
             positions; None unless `diagnostics.track_max_logits` turned it on.
         max_logits_gate: logits up to which a bound may stand for the maximum; None: the maximum is exact.
         output_norms: (H + 1,) float32, sums kept by `diagnostics.track_output_norms`; None when off.
+        kernel: functions `attend`, `decode` and `supports` that do both maps and the norm in one, put in by
+            `kernels_hub.use_gda_attention`, or None; `attention_choice` says when they run.
 
     Source: arXiv 2510.06949, section 3.
     """
@@ -306,6 +311,7 @@ class Motif2Attention(nn.Module):
         self.max_logits: torch.Tensor | None = None
         self.max_logits_gate: float | None = None
         self.output_norms: torch.Tensor | None = None
+        self.kernel: Any = None
 
         group_dim = self.num_groups * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, (ratio + 1) * group_dim, bias=False)
@@ -354,11 +360,51 @@ class Motif2Attention(nn.Module):
             by_group = (key.shape[1], -1)
             cached = past_key_values.update(key.flatten(1, 2), value.flatten(1, 2), self.layer_idx)
             key, value = (states.unflatten(1, by_group) for states in cached)  # (B, G, 2 or 4, S, D)
-        if self.max_logits is not None:
+        way = choose(self, signal_query, key, attention_mask, kwargs)
+        arguments = (signal_query, noise_query, key, value, attention_mask)
+        output, differential_map = self.attend(way, *arguments, visible=visible, **kwargs)
+        return self.o_proj(output.flatten(2)), differential_map
+
+    def attend(
+        self,
+        way: Way | None,
+        signal_query: torch.Tensor,
+        noise_query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        visible: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the normed difference of the two maps' outputs (B, T, G, r, 2D), and the differential map or None.
+
+        Args:
+            way: what `attention_choice.choose` gave; None runs the backend that the configuration names.
+            signal_query: (B, G * r, T, D).
+            noise_query: (B, G, T, D).
+            key: (B, G, 2 or 4, S, D).
+            value: (B, G, 2 or 4, S, D).
+            mask: as for `forward`.
+            visible: as for `forward`.
+            **kwargs: to the attention backend.
+        """
+        largest = None
+        if way is KERNEL:
+            output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask)
+        if self.max_logits is not None and largest is None:
             update_max_logits(self, signal_query, noise_query, key, visible)
+        elif self.max_logits is not None:
+            raise_max_logits(self, largest)
+        if way is KERNEL:
+            return output, None
 
         attend = self._attend_once if self.config.single_attention_call else self._attend_twice
-        signal, noise, maps = attend(signal_query, noise_query, key, value, attention_mask, **kwargs)
+        if way is None:
+            signal, noise, maps = attend(signal_query, noise_query, key, value, mask, **kwargs)
+        else:
+            with way.context():
+                mask = way.mask(mask, signal_query, key)
+                signal, noise, maps = attend(signal_query, noise_query, key, value, mask, way=way, **kwargs)
         lambda_value = self.lambda_value().to(signal.dtype)
         if self.output_norms is not None:
             update_output_norms(self, signal, noise, visible)
@@ -368,7 +414,7 @@ class Motif2Attention(nn.Module):
             signal_map, noise_map = maps
             noise_map = repeat_heads(noise_map, self.num_signal_heads_per_group)
             differential_map = signal_map - lambda_value * noise_map  # (B, G * r, T, S)
-        return self.o_proj(output.flatten(2)), differential_map
+        return output, differential_map
 
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -399,11 +445,12 @@ class Motif2Attention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: Any,
+        way: Way | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Returns the outputs of signal (B, T, G, r, 2D) and noise (B, T, G, 1, 2D), and eager's two maps."""
         name = self.config._attn_implementation
-        if name in WIDE_VALUE_BACKENDS:
+        if name in WIDE_VALUE_BACKENDS or (way is not None and way.wide):
             values = (value.transpose(2, 3).flatten(3),)  # (B, G, S, 2D), a view when nothing is cached
         else:
             values = tuple(dense(half) for half in value.unbind(2))
@@ -412,7 +459,7 @@ class Motif2Attention(nn.Module):
             (self.signal, self.noise), (signal_query, noise_query), key.unbind(2), strict=True
         ):
             parts, attention_maps = zip(
-                *(stream(query, dense(keys), part, mask, **kwargs) for part in values), strict=True
+                *(stream(query, dense(keys), part, mask, way=way, **kwargs) for part in values), strict=True
             )
             outputs.append(torch.cat(parts, dim=-1).unflatten(2, (-1, stream.num_key_value_groups)))
             maps.append(attention_maps[0])

@@ -1,0 +1,119 @@
+"""Masks as intervals: every query sees the keys from a first to a last one. Small where a boolean mask is T x S.
+
+Causal order, padding on either side, packed documents, windows and static caches all are such intervals, and both
+bounds never decrease along a row. A padding query's interval is empty.
+
+Shapes: B batch, T query tokens, S key tokens.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+
+def visible_intervals(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """Makes intervals in transformers' mask interface.
+
+    Args:
+        batch_size: B.
+        q_length: T.
+        kv_length: S.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: whether a query sees a key, by index of row, head, query and key.
+        attention_mask: (B, positions) boolean, False on padding, or None.
+        allow_is_causal_skip: whether None may stand for plain causal order.
+        use_vmap: whether `mask_function` may be any function of the user's.
+        device: of the result.
+        **kwargs: for `sdpa_mask`.
+
+    Returns:
+        (2, B, T) int32, first and last key; None for plain causal order; or transformers' boolean mask (B, 1, T, S)
+        where the mask need not be intervals (a function of the user's, padding with holes) or that cannot be told
+        (padding while tracing).
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+    if use_vmap or (padding is not None and (is_tracing(padding) or not _is_one_run(padding))):
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
+            allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+        )  # fmt: skip
+    if padding is not None and padding.all():
+        padding = None
+    is_causal = mask_function is causal_mask_function
+    if padding is None and is_causal and allow_is_causal_skip and isinstance(q_offset, int):
+        to_the_end = q_offset + q_length == kv_length + kv_offset
+        if to_the_end and (q_length == 1 or q_length == kv_length):
+            return None
+    queries = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)  # (B, T), positions
+    first = torch.full_like(queries, kv_offset)
+    if not is_causal:
+        first = _first_visible(mask_function, queries, first, kv_length)
+    first, last = first - kv_offset, queries - kv_offset
+    if padding is not None:
+        start = padding.int().argmax(1, keepdim=True)  # (B, 1)
+        is_token = padding.gather(1, last.clamp(max=kv_length - 1))  # (B, T)
+        first = torch.where(is_token, torch.maximum(first, start), last + 1)
+    return torch.stack((first, last)).to(torch.int32)
+
+
+def _is_one_run(padding: torch.Tensor) -> bool:
+    """Whether every row's tokens lie next to each other; (B, S) boolean."""
+    starts = padding[:, 1:] & ~padding[:, :-1]
+    return bool((starts.sum(1) + padding[:, 0] <= 1).all())
+
+
+def _first_visible(mask_function: Callable, queries: torch.Tensor, low: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """Returns each query's first visible position (B, T) by bisection: it sees itself and an interval before it."""
+    rows = torch.arange(len(queries), device=queries.device)[:, None]
+    head = torch.zeros((), dtype=torch.long, device=queries.device)
+    high = queries
+    for _ in range(kv_length.bit_length()):
+        middle = (low + high) // 2
+        seen = mask_function(rows, head, queries, middle)
+        low, high = torch.where(seen, low, middle + 1), torch.where(seen, middle, high)
+    return high
+
+
+def is_intervals(mask: Any) -> bool:
+    """Whether a mask is intervals (2, B, T)."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 3
+
+
+def boolean_mask(intervals: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Returns intervals (2, B, T) as (B, 1, T, S) boolean; an empty one sees its last key, so that no sum is 0."""
+    first, last = intervals[:, :, None, :, None]  # (B, 1, T, 1) each
+    keys = torch.arange(num_keys, device=intervals.device)
+    return (keys >= torch.minimum(first, last)) & (keys <= last)
+
+
+@lru_cache(maxsize=8)
+def causal_block_mask(tokens: int, keys: int, device: torch.device) -> Any:
+    """Returns FlexAttention's block mask of causal order, the last query seeing every key."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    before = keys - tokens
+
+    def causal(batch, head, query, key):
+        return key <= query + before
+
+    return create_block_mask(causal, None, None, tokens, keys, device=str(device))

@@ -1,0 +1,294 @@
+"""Attention by measurement: intervals, the kernel in the model, what is measured, kept and refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import kernels_hub
+from modeling_motif2 import attention_choice
+from modeling_motif2.attention_choice import KERNEL, SDPA, WAYS, Choice, Situation
+from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
+from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.reference import reference_logits
+
+FLOAT64_TOLERANCE = 2e-6  # RoPE's angles are float32
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("_choices", "_latest"):
+        monkeypatch.setattr(attention_choice, name, {})
+    monkeypatch.setattr(attention_choice, "_read_from", set())
+
+
+def with_kernel(name="gda_kernel", **overrides):
+    model = small_model(**({"dtype": torch.float64, "ratio": 3} | overrides))
+    kernels_hub.use_gda_attention(model)
+    model.config._attn_implementation = name
+    return model
+
+
+def kernel_calls(model):
+    """Makes the layers' kernel note its calls, and returns the list."""
+    called = []
+    for layer in attention_modules(model):
+        functions = layer.kernel
+
+        def noted(name, functions=functions):
+            def call(*arguments, **options):
+                called.append(name)
+                return getattr(functions, name)(*arguments, **options)
+
+            return call
+
+        layer.kernel = functions._replace(attend=noted("attend"), decode=noted("decode"))
+    return called
+
+
+def relative_error(actual, expected):
+    assert torch.isfinite(actual).all()
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("layout", ["left", "right", "packed", "cu_seq_lens"])
+def test_masks_are_right(layout, window, name):
+    overrides = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    model = with_kernel(name, **overrides)
+    called = kernel_calls(model)
+    lengths = (5, 11, 1, 7)
+    documents = [random_ids(1, length, seed=length)[0] for length in lengths]
+    row = torch.cat(documents)[None]
+    with torch.no_grad():
+        if layout == "packed":
+            position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+            outputs = model(row, position_ids=position_ids).logits[0].split(lengths)
+        elif layout == "cu_seq_lens":
+            boundaries = torch.tensor([0, 5, 16, 17, 24], dtype=torch.int32)
+            outputs = model(row, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries).logits[0].split(lengths)
+        else:
+            width = max(lengths)
+            spans = [slice(width - n, None) if layout == "left" else slice(0, n) for n in lengths]
+            ids = torch.zeros(len(lengths), width, dtype=torch.long)
+            for index, (span, document) in enumerate(zip(spans, documents, strict=True)):
+                ids[index, span] = document
+            logits = model(ids, attention_mask=(ids != 0).long()).logits
+            outputs = [logits[index, span] for index, span in enumerate(spans)]
+    for output, document in zip(outputs, documents, strict=True):
+        assert relative_error(output, reference_logits(model, document)) < FLOAT64_TOLERANCE
+    assert called == (["attend"] * 2 if name == "gda_kernel" else [])
+
+
+@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_caches_of_every_kind_continue_rightly(kind, window, name):
+    overrides = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    model = with_kernel(name, **overrides)
+    called = kernel_calls(model)
+    ids = random_ids(2, 15)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
+    parts, start = [], 0
+    with torch.no_grad():
+        for step in (6, 1, 1, 4, 1, 2):
+            parts.append(model(ids[:, start : start + step], past_key_values=cache, use_cache=True).logits)
+            start += step
+    logits = torch.cat(parts, dim=1)
+    for index, row in enumerate(ids):
+        assert relative_error(logits[index], reference_logits(model, row)) < FLOAT64_TOLERANCE
+    if name == "gda_kernel":
+        assert [called.count(each) for each in ("attend", "decode")] == [6, 6]
+
+
+def test_gradients_through_the_kernel():
+    model, plain = with_kernel(), small_model(dtype=torch.float64, ratio=3)
+    called = kernel_calls(model)
+    ids = random_ids(2, 9)
+    found, wanted = (
+        torch.autograd.grad(each(ids, labels=ids).loss, list(each.parameters())) for each in (model, plain)
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert called == ["attend"] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_kernel_gives_the_maximum_logits(side):
+    model = with_kernel()
+    called = kernel_calls(model)
+    plain = small_model(dtype=torch.float64, ratio=3)
+    ids = random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 5) if side == "left" else slice(7, None)] = 0
+    for each in (model, plain):
+        track_max_logits(each)
+        with torch.no_grad():
+            each(ids, attention_mask=mask)
+            each(ids[:, :1])
+    for mine, theirs in zip(attention_modules(model), attention_modules(plain), strict=True):
+        torch.testing.assert_close(mine.max_logits, theirs.max_logits)
+    assert called == ["attend"] * 2 + ["decode"] * 2
+
+
+def test_what_the_kernel_cannot_do_runs_without_it():
+    model = with_kernel()
+    called = kernel_calls(model)
+    ids = random_ids(2, 9)
+    holes = torch.ones_like(ids)
+    holes[0, 3] = 0
+    plain = small_model(attention="sdpa", dtype=torch.float64, ratio=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, attention_mask=holes).logits, plain(ids, attention_mask=holes).logits)
+        square = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+        torch.testing.assert_close(model(ids, attention_mask=square).logits, plain(ids, attention_mask=square).logits)
+        with record_attention(model) as statistics:
+            model(ids)
+    assert statistics[0].noise_share > 0
+    assert called == []
+
+
+def test_generation_is_the_same():
+    model, plain = with_kernel(), small_model(dtype=torch.float64, ratio=3)
+    ids = random_ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    with torch.compiler.set_stance("force_eager"):
+        static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, plain.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+def test_the_layer_compiles_as_one_graph(name):
+    model = with_kernel(name, dtype=torch.float32)
+    ids = random_ids(2, 9)
+    want = model(ids).logits
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    got = model(ids).logits
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_the_kernel_can_be_taken_out_and_the_model_copied():
+    model = with_kernel()
+    namespace = kernels_hub.gda_attention_in_use(model)
+    assert namespace.startswith("_gda_attention_cpu_")
+    twin = copy.deepcopy(model)
+    assert kernels_hub.gda_attention_in_use(twin) == namespace
+    kernels_hub.use_gda_attention(twin, "torch")
+    assert kernels_hub.gda_attention_in_use(twin) == ""
+    assert twin.config._attn_implementation == "sdpa"
+    attention_modules(model)[0].kernel = None
+    with pytest.raises(ValueError, match="different kernels"):
+        kernels_hub.gda_attention_in_use(model)
+    with pytest.raises(ValueError, match="source is 'best'"):
+        kernels_hub.use_gda_attention(model, "best")
+    with pytest.raises(ValueError, match="no grouped differential attention"):
+        kernels_hub.use_gda_attention(torch.nn.Linear(2, 2))
+
+
+def test_a_kernel_that_was_asked_for_and_cannot_be_had_is_an_error(monkeypatch):
+    def missing(*_):
+        raise kernels_hub.KernelUnavailable("no variant")
+
+    monkeypatch.setattr(kernels_hub.gda, "load_local", missing)
+    monkeypatch.setattr(kernels_hub.gda, "_load_remote", missing)
+    model = small_model(dtype=torch.float64)
+    with pytest.raises(kernels_hub.KernelUnavailable, match="no variant"):
+        kernels_hub.use_gda_attention(model, "local")
+    assert kernels_hub.use_gda_attention(model) == ""
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits[0], reference_logits(model, ids[0])) < FLOAT64_TOLERANCE
+
+
+def measuring(monkeypatch, milliseconds, ways=("sdpa", "kernel")):
+    """Lets a CPU measure, with times by way's name instead of a clock; returns the model, its layer and the calls."""
+    model = with_kernel("gda_fastest")
+    layer = attention_modules(model)[0]
+    measured = []
+
+    def timed(function, device):
+        function()
+        measured.append(names.pop(0))
+        return milliseconds[measured[-1]]
+
+    names = list(ways)
+    monkeypatch.setattr(attention_choice, "_milliseconds", timed)
+    return layer, measured, names
+
+
+def measure(layer, training=False, tokens=6):
+    query = torch.randn(1, 6, tokens, 8, dtype=torch.float64)
+    key = torch.randn(1, 2, 2, tokens, 8, dtype=torch.float64)
+    situation = attention_choice._situation(query, key, "causal", training)
+    return attention_choice._measured(layer, situation, [SDPA, KERNEL], query, key, None, {})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("winner", ["sdpa", "kernel"])
+def test_the_fastest_way_is_chosen_and_kept(monkeypatch, winner, training):
+    layer, measured, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 2.0} | {winner: 1.0})
+    assert measure(layer, training).name == winner
+    assert measured == ["sdpa", "kernel"]
+    assert measure(layer, training, tokens=5).name == winner  # 5 and 6 tokens are one size
+    assert attention_choice._latest == {("causal", training): winner}
+    kept = json.loads(attention_choice.cache_path().read_text())
+    assert [entry["name"] for entry in kept.values()] == [winner]
+    attention_choice._choices.clear()  # another process reads the file
+    attention_choice._read_from.clear()
+    assert measure(layer, training).name == winner
+    assert len(measured) == 2
+    ((situation, choice),) = attention_choice.choices().items()
+    assert ("training" if training else "inference") in situation
+    assert choice.milliseconds[winner] == 1.0
+    attention_choice.forget_choices()
+    assert attention_choice.choices() == {}
+
+
+def test_a_way_that_fails_or_disagrees_is_refused(monkeypatch):
+    layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ways=("sdpa",))
+    functions = layer.kernel
+    layer.kernel = functions._replace(attend=lambda *a, **k: (2 * functions.attend(*a, **k)[0], None))
+    choice = measure(layer)
+    assert choice.name == "sdpa"
+    assert choice.refused["kernel"].startswith("ValueError: differs from SDPA by 1.0e+00")
+
+
+def test_a_way_that_raises_is_refused(monkeypatch):
+    layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0}, ways=("sdpa",))
+
+    def fails(*_, **__):
+        raise RuntimeError("out of shared memory\nmore")
+
+    layer.kernel = layer.kernel._replace(attend=fails)
+    assert measure(layer).refused == {"kernel": "RuntimeError: out of shared memory"}
+
+
+def test_measuring_leaves_diagnostics_alone(monkeypatch):
+    layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0})
+    layer.max_logits = before = torch.full((8,), -torch.inf)
+    measure(layer)
+    assert layer.max_logits is before
+    assert (before == -torch.inf).all()
+
+
+def test_a_situation_names_what_matters():
+    situation = Situation("H100", torch.bfloat16, (8, 4, 128), 2, 4096, 4096, "causal", True)
+    name = situation.key([SDPA, KERNEL], "_gda_1")
+    for part in ("H100", torch.__version__, "_gda_1", "bfloat16", "T4096", "causal", "training", "sdpa, kernel"):
+        assert part in name
+
+
+def test_ways_and_choices_are_consistent():
+    assert WAYS["kernel"] is KERNEL
+    assert all(name == way.name for name, way in WAYS.items())
+    assert vars(Choice("sdpa", {"sdpa": 1.0}, {})) == {"name": "sdpa", "milliseconds": {"sdpa": 1.0}, "refused": {}}
