@@ -312,7 +312,7 @@ def plot(csv_path: str | Path, picture: str | Path) -> None:
     colors = dict(zip(dict.fromkeys(row["run"] for row in rows), plt.get_cmap("tab10").colors, strict=False))
     columns = (
         ("tokens", 1e6, "millions of tokens of the run"),
-        ("training_flops", 1e15, "PFLOPs, the small model's included"),
+        ("training_flops", 1e15, "10^15 FLOPs spent, the small model's included"),
     )
     for axes, (column, unit, xlabel) in zip(panels, columns, strict=True):
         for name, color in colors.items():
@@ -324,7 +324,7 @@ def plot(csv_path: str | Path, picture: str | Path) -> None:
         axes.grid(axis="y", color="#e6e8eb")
     # The untrained models' loss would press everything else together.
     panels[0].set_ylim(top=1.02 * max(float(row["heldout_loss"]) for row in rows if int(row["step"]) > 0))
-    panels[0].set_ylabel("held-out loss (nats a token), mean of the domains")
+    panels[0].set_ylabel("mean held-out loss (nats a token)")
     panels[0].legend(frameon=False)
     figure.savefig(picture, dpi=130)
     plt.close(figure)

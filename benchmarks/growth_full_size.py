@@ -1,9 +1,11 @@
 """Growth at full size on a small machine: random Motif-2.6B shards become Motif-2-12.7B, with one interruption.
 
 `python benchmarks/growth_full_size.py --folder SCRATCH` needs 31 GB of disk (62 GB with --dtype float32) and
-deletes what it wrote. It checks the index, every shape, checksums and sampled rows, and writes seconds and peak memory
+deletes what it wrote. With --layers 8 the source has a quarter of the blocks, and its largest tensors all the same: 11
+and 22 GB. It checks the index, every shape, checksums and sampled rows, and writes seconds and peak memory
 (VmHWM of the growing process) to growth_full_size.csv in $OUT, or in benchmarks/results/ when that is unset. A run
-replaces the row of its dtype and keeps the others. $COMMIT names the commit where there is no repository.
+replaces the row of its dtype and number of layers and keeps the others. $COMMIT names the commit where there is no
+repository.
 """
 
 import argparse
@@ -32,28 +34,33 @@ from modeling_motif2.growth_plan import tensor_shapes  # noqa: E402
 
 RESULTS = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
 GROWTH = ["--width", "2", "--signal_ratio", "4", "--insert_every", "4", "--noise_snr_db", "20"]
-SMALL = Motif2Config(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=32,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    num_noise_heads=None,
-    max_position_embeddings=16384,
-    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    tie_word_embeddings=True,
-)
+PUBLISHED_LAYERS = 32
 LAYERS_A_SHARD = 8
 MEMORY_LIMIT_BYTES = 6 * 2**30
 
 
-def write_source(folder: Path, dtype: torch.dtype) -> None:
-    """Writes a random checkpoint of Motif-2.6B's shape in the official layout."""
+def small_config(num_layers: int) -> Motif2Config:
+    """Motif-2.6B's shape, with as many blocks as wanted."""
+    return Motif2Config(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=num_layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_noise_heads=None,
+        max_position_embeddings=16384,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+    )
+
+
+def write_source(folder: Path, dtype: torch.dtype, config: Motif2Config) -> None:
+    """Writes a random checkpoint in the official layout."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(SMALL.to_official_dict()))
+    (folder / "config.json").write_text(json.dumps(config.to_official_dict()))
     generator = torch.Generator().manual_seed(0)
     shards: dict[int, dict] = {}
-    for name, shape in tensor_shapes(SMALL).items():
+    for name, shape in tensor_shapes(config).items():
         shard = int(name.split(".")[2]) // LAYERS_A_SHARD if ".layers." in name else 0
         shards.setdefault(shard, {})[name] = shape
     weight_map = {}
@@ -113,14 +120,15 @@ def log_path(output: Path) -> Path:
     return output.with_suffix(".log")
 
 
-def check_tensors(source: CheckpointReader, grown: CheckpointReader) -> int:
-    """Compares names and shapes with the published ones, and sampled rows with the written rules.
+def check_tensors(source: CheckpointReader, grown: CheckpointReader, source_layers: int) -> int:
+    """Compares names and shapes with Motif-2-12.7B's, and sampled rows with the written rules.
 
     Returns:
         Number of rows compared.
     """
-    published = tensor_shapes(Motif2Config())
-    assert len(published) == 643
+    layers = source_layers + source_layers // 4
+    published = tensor_shapes(Motif2Config(num_hidden_layers=layers))
+    assert len(published) == 643 or source_layers != PUBLISHED_LAYERS
     assert {name: grown.shape(name) for name in grown.names} == published
     generator = torch.Generator().manual_seed(1)
 
@@ -128,12 +136,12 @@ def check_tensors(source: CheckpointReader, grown: CheckpointReader) -> int:
         return reader.rows(name, row, row + 1)[0].double()
 
     compared = 0
-    for row in torch.randint(SMALL.vocab_size, (50,), generator=generator).tolist():
+    for row in torch.randint(Motif2Config().vocab_size, (50,), generator=generator).tolist():
         embedding = rows(source, "model.embed_tokens.weight", row).repeat(2)
         assert torch.equal(rows(grown, "model.embed_tokens.weight", row), embedding)
         assert torch.equal(rows(grown, "lm_head.weight", row), embedding / 2)
         compared += 2
-    for layer in range(40):
+    for layer in range(layers):
         parent, inserted = layer - (layer + 1) // 5, layer % 5 == 4
         old, new = f"model.layers.{parent}.", f"model.layers.{layer}."
         group, copy, feature = (int(torch.randint(high, (), generator=generator)) for high in (8, 5, 128))
@@ -182,16 +190,20 @@ def commit() -> str:
 
 
 def save(path: Path, record: dict) -> None:
-    """Put a row into the table in place of its dtype's; columns that a kept row lacks stay empty in it."""
+    """Put a row into the table in place of that of its dtype and layers; columns a kept row lacks stay empty."""
+
+    def key(row: dict) -> tuple[str, int]:
+        return row["dtype"], -int(row["source_layers"])
+
     rows = [record]
     if path.is_file():
         with path.open(newline="") as table:
-            rows += [row for row in csv.DictReader(table) if row["dtype"] != record["dtype"]]
+            rows += [row for row in csv.DictReader(table) if key(row) != key(record)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as table:
         writer = csv.DictWriter(table, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["dtype"]))
+        writer.writerows(sorted(rows, key=key))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,26 +211,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, created; its files are deleted")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="stored dtype")
+    parser.add_argument("--layers", type=int, default=PUBLISHED_LAYERS, help="blocks of the source, a multiple of 4")
     parser.add_argument("--verify_tokens", default="16", help="tokens of the comparison in float64")
     arguments = parser.parse_args(argv)
     source, output = arguments.folder / "source", arguments.folder / "grown"
     try:
-        write_source(source, getattr(torch, arguments.dtype))
+        write_source(source, getattr(torch, arguments.dtype), small_config(arguments.layers))
         print(f"source written, {sum(file.stat().st_size for file in source.iterdir()):,} bytes", flush=True)
-        first_seconds, first_peak = run_growth(source, output, interrupt_after_shards=3)
+        first_seconds, first_peak = run_growth(source, output, interrupt_after_shards=2)
         finished = {file: file.stat().st_mtime_ns for file in output.glob("*.safetensors")}
         second_seconds, second_peak = run_growth(source, output)
         assert {file: file.stat().st_mtime_ns for file in finished} == finished, "a finished shard was redone"
         manifest = json.loads((output / MANIFEST).read_text())
         for file, entry in manifest["shards"].items():
             assert file_sha256(output / file) == entry["sha256"], file
-        rows = check_tensors(CheckpointReader(source), CheckpointReader(output))
+        rows = check_tensors(CheckpointReader(source), CheckpointReader(output), arguments.layers)
         verify_seconds, verify_peak = run_growth(
             source, output, "--verify", "--verify_tokens", arguments.verify_tokens
         )
         peak = max(first_peak, second_peak)
         record = {
             "dtype": arguments.dtype,
+            "source_layers": arguments.layers,
             "device": f"{cpu_name()}, {os.cpu_count()} cores, 1 thread",
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -139,6 +139,10 @@ def read_source_config(folder: str | Path) -> Motif2Config:
         )
     if written.get("quantization_config"):
         raise ValueError(f"{path} has a quantization_config: growth needs whole weights; dequantise the checkpoint")
+    if written.get("single_attention_call"):
+        raise ValueError(
+            f"{path} has single_attention_call=true, a copy for engines: grow the checkpoint it was made from"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers and its validators raise many kinds

@@ -51,7 +51,8 @@ def test_a_grown_checkpoint_reloads_and_computes_the_same(parent, tmp_path, caps
     assert result.verification.passed
     assert result.verification.error < 1e-12
     assert result.config.num_hidden_layers == 6
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "grow: 100%" in bars
     assert f"{count_parameters(result.config):,}" in printed
     assert "layer 2 (inserted after 1)" in printed
     assert "the same function" in printed
@@ -80,6 +81,29 @@ def test_the_official_layout_stays_official(tmp_path):
     assert "auto_map" not in written
     assert not list((tmp_path / "grown").glob("*.py"))
     assert logits_error(tmp_path / "grown", model) < 1e-12
+
+
+@pytest.mark.parametrize("official", [False, True], ids=["our layout", "official layout"])
+@pytest.mark.parametrize(
+    ("of_parent", "steps"),
+    [
+        ({}, {"width": 3}),
+        ({}, {"signal_ratio": 8}),
+        ({}, {"insert_after": [0, 2, 2]}),
+        ({}, {"untie": True}),
+        ({"ratio": 2, "num_noise_heads": 2}, {"width": 2, "signal_ratio": 3, "noise_snr_db": 10.0}),
+        ({"ratio": 3, "num_noise_heads": 2}, {"width": 3, "signal_ratio": 7, "insert_every": 3, "noise_snr_db": 30.0}),
+    ],
+    ids=str,
+)
+def test_both_layouts_of_any_parent_grow(tmp_path, official, of_parent, steps):
+    folder, model = save_parent(tmp_path / "parent", official=official, **of_parent)
+    result = grow(options(folder, tmp_path / "grown", **steps))
+    assert logits_error(tmp_path / "grown", model) < 1e-12
+    written = json.loads((tmp_path / "grown" / "config.json").read_text())
+    assert written["model_type"] == ("Motif" if official else "motif2")
+    assert result.config.num_signal_heads_per_group == steps.get("signal_ratio", of_parent.get("ratio", 1))
+    assert result.config.hidden_size == steps.get("width", 1) * model.config.hidden_size
 
 
 def test_the_dtype_can_be_changed(parent, tmp_path):

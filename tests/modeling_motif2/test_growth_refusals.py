@@ -158,6 +158,7 @@ def test_a_broken_file_is_named_in_one_line(parent, tmp_path, file, content, mes
         ({"hidden_act": "silu"}, "hidden_act='silu' is not built"),
         ({"dtype": "float4000"}, "'float4000'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "dequantise the checkpoint"),
+        ({"single_attention_call": True}, "grow the checkpoint it was made from"),
     ],
     ids=str,
 )

@@ -271,6 +271,21 @@ def test_inserted_blocks_add_nothing_and_learn():
     assert grown.model.layers[2].self_attn.q_proj.weight.grad.norm() > 1e-9
 
 
+@pytest.mark.parametrize("steps", [{"width": 3}, {"signal_ratio": 8}, {"width": 2, "insert_after": (0, 1)}], ids=str)
+@pytest.mark.parametrize("noise_snr_db", [None, 10.0])
+def test_first_gradients_are_finite_in_bfloat16(steps, noise_snr_db):
+    model = pair_model(layers=2, dtype=torch.bfloat16)
+    noise = {"noise_snr_db": noise_snr_db} if {"width", "signal_ratio"} & set(steps) else {}
+    grown, growth = grow_in_memory(model, dtype=torch.bfloat16, **steps, **noise)
+    ids = random_ids(2, 12)
+    grown(ids, labels=ids).loss.backward()
+    inserted = tuple(f"model.layers.{i}." for i, block in enumerate(growth.blocks) if block.inserted)
+    for name, parameter in grown.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        behind_zeros = name.startswith(inserted) and not name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert bool(parameter.grad.any()) is not behind_zeros, name
+
+
 def test_clones_stay_equal_without_noise_and_part_with_it():
     model = pair_model(layers=2)
     for noise_snr_db, equal in ((None, True), (20.0, False)):
