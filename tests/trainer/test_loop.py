@@ -86,10 +86,11 @@ def test_resume_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_accumulation_does_not_change_the_step(make_config, tmp_path):
-    whole = run_pretraining(make_config(output_dir=str(tmp_path / "whole")))
-    pieces = run_pretraining(make_config(output_dir=str(tmp_path / "pieces"), micro_batch_tokens=32))
-    for one, other in zip(curve(whole.output_dir), curve(pieces.output_dir), strict=True):
+def test_eight_rows_accumulated_one_by_one_are_eight_at_once(make_config, tmp_path):
+    settings = {"batch_tokens": 8 * 32, "total_tokens": 8 * 32 * 6}
+    at_once = run_pretraining(make_config(output_dir=str(tmp_path / "at_once"), **settings))
+    pieces = run_pretraining(make_config(output_dir=str(tmp_path / "pieces"), micro_batch_tokens=32, **settings))
+    for one, other in zip(curve(at_once.output_dir), curve(pieces.output_dir), strict=True):
         for name in ("loss", "grad_norm", "eval"):
             if name in one:
                 assert other[name] == pytest.approx(one[name], rel=2e-4)

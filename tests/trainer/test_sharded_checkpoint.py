@@ -60,8 +60,11 @@ def weights(model) -> dict[str, torch.Tensor]:
 def save_after_three_steps(rank: int, num_ranks: int, folder) -> None:
     model, optimizer = build(num_ranks)
     train(model, optimizer, 3)
-    checkpoints = Checkpoints(folder, Accelerator(cpu=True), keep_last=1)
+    checkpoints = Checkpoints(folder, Accelerator(cpu=True), keep_last=1, asynchronous=True)
     checkpoints.save(model, optimizer, {"step": 3, "loader": {"pieces": torch.arange(5)}})
+    train(model, optimizer, 1)  # while it is being written
+    checkpoints.wait()
+    checkpoints.close()
 
 
 def load_and_go_on(rank: int, num_ranks: int, folder) -> dict[str, torch.Tensor]:
