@@ -168,6 +168,9 @@ class PretrainConfig:
     # Only look
     dry_run: bool = setting(False, "print the resolved settings, parameters, FLOPs, memory and days, then stop")
     dry_run_gpus: int = setting(8, "accelerators to assume in --dry_run")
+    dry_run_shards: int | None = setting(
+        None, "ranks that share a copy of the states in --dry_run, as in HSDP; null is all of them"
+    )
     dry_run_mfu: float = setting(0.4, "model FLOPs utilisation to assume in --dry_run")
 
     def __post_init__(self):

@@ -46,23 +46,85 @@ def flops_per_token(config: Motif2Config, sequence_length: int) -> float:
     return training_flops(config, sequence_length, pairs) / sequence_length
 
 
-def memory_by_rank(
-    config: Motif2Config, micro_batch_tokens: int, num_ranks: int, checkpointing: bool, autocast: bool
-) -> dict[str, float]:
-    """Rough bytes on one of `num_ranks` ranks that shard everything (FSDP2).
+def run_flops(config: Motif2Config, total_tokens: int, length_stages: dict[int, int]) -> float:
+    """Training FLOPs of a whole run whose rows are one document each.
 
-    Weights, gradients, momentum in float32, AdamW's second moment for what is not a matrix. Activations (assumption):
-    34 values of C and 8 of I a token and layer without recomputation, the layer's input alone with it, and the logits
-    in float32 with their gradient.
+    Args:
+        config: of the model.
+        total_tokens: of the run.
+        length_stages: row length from a number of tokens on, from 0.
+    """
+    starts = sorted(length_stages)
+    ends = [min(start, total_tokens) for start in (*starts[1:], total_tokens)]
+    return sum(
+        max(0, end - start) * flops_per_token(config, length_stages[start])
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def layer_values(config: Motif2Config, recompute: str) -> int:
+    """Values that one layer keeps of each token for the backward pass, with PolyNorm's kernel.
+
+    Full recomputation keeps the layer's input. Selective keeps the results of products and attention besides. Without,
+    there are PolyNorm's result and about 10 C more for norms, rotated heads and the difference of the two maps
+    (assumption; the sum is measured in tests/trainer/test_flops.py).
+    """
+    hidden, dim, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    if recompute == "full":
+        return hidden
+    projections = dim * (heads + 2 * config.num_key_value_heads)
+    kept = hidden + projections + 2 * heads * dim + 2 * config.intermediate_size + 2 * hidden
+    return kept if recompute == "selective" else kept + config.intermediate_size + 10 * hidden
+
+
+def memory_by_rank(
+    config: Motif2Config,
+    micro_batch_tokens: int,
+    shards: int,
+    *,
+    recompute: str = "none",
+    recompute_every: int = 1,
+    autocast: bool = True,
+    chunked_loss: bool = False,
+    accumulates: bool = False,
+    muon: bool = True,
+) -> dict[str, float]:
+    """Rough bytes on one rank.
+
+    Args:
+        config: of the model.
+        micro_batch_tokens: tokens of one forward.
+        shards: ranks that share one copy of weights, gradients and optimizer state (FSDP2; HSDP: within a replica).
+        recompute: "none", "selective" or "full".
+        recompute_every: only every so many-th layer recomputes.
+        autocast: forward and backward in bfloat16.
+        chunked_loss: no logits over the whole vocabulary.
+        accumulates: several micro-batches a step; then FSDP2 holds whole gradients until the last, in the dtype that
+            they are reduced in.
+        muon: matrices have one momentum; otherwise AdamW's two.
+
+    Returns:
+        dict: bytes of `weights`, `gradients`, `optimizer`, `gathered` (two layers and the head, or autocast's copies),
+        `activations` and `loss`.
     """
     counts = count_parameters(config)
     value = BYTES_BFLOAT16 if autocast else BYTES_FLOAT32
-    states = counts["total"] + counts["total"] - counts["matrices"]
-    per_layer = config.hidden_size if checkpointing else 34 * config.hidden_size + 8 * config.intermediate_size
+    total, matrices, layers = counts["total"], counts["matrices"], config.num_hidden_layers
+    states = 2 * total - (matrices if muon else 0)
+    vocabulary = config.vocab_size * config.hidden_size
+    if shards > 1:
+        gathered = 2 * matrices // layers + vocabulary + (total if accumulates else 0)
+    else:
+        gathered = total if autocast else 0
+    recomputed = -(-layers // recompute_every) if recompute != "none" else 0
+    kept = recomputed * layer_values(config, recompute) + (layers - recomputed) * layer_values(config, "none")
+    at_work = layer_values(config, "none") if recomputed else 0  # the layer whose backward runs
+    logits = 2 * config.vocab_size * micro_batch_tokens * BYTES_FLOAT32  # and their gradient
     return {
-        "weights": counts["total"] * BYTES_FLOAT32 / num_ranks,
-        "gradients": counts["total"] * BYTES_FLOAT32 / num_ranks,
-        "optimizer": states * BYTES_FLOAT32 / num_ranks,
-        "activations": per_layer * config.num_hidden_layers * micro_batch_tokens * value
-        + 2 * config.vocab_size * micro_batch_tokens * BYTES_FLOAT32,
+        "weights": total * BYTES_FLOAT32 / shards,
+        "gradients": total * BYTES_FLOAT32 / shards,
+        "optimizer": states * BYTES_FLOAT32 / shards,
+        "gathered": gathered * value,
+        "activations": (kept + at_work) * micro_batch_tokens * value,
+        "loss": vocabulary * BYTES_FLOAT32 if chunked_loss else logits,
     }

@@ -9,10 +9,12 @@ import os
 import torch
 import yaml
 
+from modeling_motif2 import Motif2Config
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
 from trainer.errors import RunStoppedError
-from trainer.flops import count_parameters, flops_per_token, memory_by_rank
+from trainer.flops import BYTES_FLOAT32, count_parameters, flops_per_token, memory_by_rank, run_flops
+from trainer.head_loss import FULL_LOGITS_BYTES
 from trainer.loop import run_pretraining
 from trainer.model import load_tokenizer, model_config
 from trainer.step import NonFiniteLossError
@@ -54,27 +56,53 @@ def describe_run(config: PretrainConfig) -> str:
     architecture = model_config(config, None if known else load_tokenizer(config.tokenizer))
     counts = count_parameters(architecture)
     plan = config.batch_plan()
-    length, rows = plan.shape(0)
-    last_length, last_rows = plan.shape(config.total_tokens)
-    flops = flops_per_token(architecture, length)
+    shapes = [plan.shape(tokens) for tokens in (0, *config.sequence_length_stages, config.total_tokens)]
     gpus, mfu, peak = config.dry_run_gpus, config.dry_run_mfu, config.peak_tflops or PEAK_TFLOPS_H100
-    days = flops * config.total_tokens / (gpus * peak * 1e12 * mfu) / 86_400
-    micro = config.micro_batch_tokens or max(length, rows * length // gpus)
-    memory = memory_by_rank(
-        architecture, micro, gpus, config.gradient_checkpointing != "none", config.mixed_precision == "bf16"
-    )
-    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    days = run_flops(architecture, config.total_tokens, plan.lengths) / (gpus * peak * 1e12 * mfu) / 86_400
     kinds = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total")
+    by_length = ", ".join(
+        f"{flops_per_token(architecture, length):.4g} in rows of {length}"
+        for length in sorted(set(plan.lengths.values()))
+    )
+    sizes = [f"{rows * length:,} ({rows} rows of {length})" for length, rows in dict.fromkeys(shapes)]
     return "\n".join(
         [
             yaml.safe_dump(config.to_dict(), sort_keys=False),
             f"parameters       {counts['total']:,} ({kinds})",
-            f"FLOPs a token    {flops:.4g} (rows of {length})",
-            f"tokens a step    {rows * length:,} ({rows} rows of {length}) to {last_rows * last_length:,} "
-            f"({last_rows} rows of {last_length})",
-            f"memory by rank   {sum(memory.values()) / 2**30:.2f} GiB on each of {gpus} ({parts})",
-            f"time             {days:.3g} days on {gpus} x {peak:g} TFLOP/s at an MFU of {mfu:.0%}",
+            f"FLOPs a token    {by_length}",
+            f"tokens a step    {' to '.join(sizes)}",
+            _describe_memory(config, architecture),
+            f"time             {days:.3g} days on {gpus} x {peak:g} TFLOP/s at an MFU of {mfu:.0%} "
+            f"({24 * days * gpus:,.0f} GPU hours)",
         ]
+    )
+
+
+def _describe_memory(config: PretrainConfig, architecture: Motif2Config) -> str:
+    """Memory of a rank at the run's largest rows, and what it was reckoned with."""
+    gpus, plan = config.dry_run_gpus, config.batch_plan()
+    shards = config.dry_run_shards or gpus
+    length, rows = plan.shape(config.total_tokens)
+    rank_tokens = max(length, rows * length // gpus)
+    micro = min(config.micro_batch_tokens or rank_tokens, rank_tokens)
+    chunked = config.loss == "chunked" or (
+        config.loss == "auto" and BYTES_FLOAT32 * micro * architecture.vocab_size > FULL_LOGITS_BYTES
+    )
+    memory = memory_by_rank(
+        architecture,
+        micro,
+        shards,
+        recompute=config.gradient_checkpointing,
+        recompute_every=config.gradient_checkpointing_every,
+        autocast=config.mixed_precision == "bf16",
+        chunked_loss=chunked,
+        accumulates=micro < rank_tokens,
+        muon=config.optimizer == "muon_clip",
+    )
+    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    return (
+        f"memory by rank   {sum(memory.values()) / 2**30:.2f} GiB, states over {shards} of {gpus} ranks, "
+        f"{micro:,} tokens at once, {'chunked' if chunked else 'full'} loss ({parts})"
     )
 
 

@@ -49,6 +49,7 @@ FREE_SETTINGS = frozenset(
         "peak_tflops",
         "dry_run",
         "dry_run_gpus",
+        "dry_run_shards",
         "dry_run_mfu",
     }
 )

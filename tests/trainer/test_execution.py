@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
+from tests.trainer.storages import Storages
 from trainer import execution
 from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
 from trainer.model import build_model, load_tokenizer
@@ -116,22 +119,6 @@ class TestFp8:
             convert_to_fp8(small_model(), "rowwise")
 
 
-def saved_bytes(model) -> int:
-    """Bytes that a forward pass keeps for its backward, parameters not counted."""
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(input_ids=TOKENS, position_ids=POSITIONS, use_cache=False).logits
-    del output
-    return sum(kept.values())
-
-
 class TestRecomputation:
     @pytest.mark.parametrize(("mode", "every"), [("full", 1), ("full", 2), ("selective", 1)])
     def test_gradients_and_maximum_logits_stay_bit_for_bit(self, mode, every):
@@ -143,20 +130,21 @@ class TestRecomputation:
         for one, other in zip(attention_modules(model), attention_modules(reference), strict=True):
             assert torch.equal(one.max_logits, other.max_logits)
 
-    def test_less_is_saved(self):
+    def test_less_stays_alive_after_a_forward_pass(self):
         def layers_bytes(mode, every=1):
             model = small_model()
             if mode != "none":
                 recompute_layers(model, mode, every)
-            return saved_bytes(model)
+            return live_activation_bytes(model)
 
-        none, half, full = layers_bytes("none"), layers_bytes("full", 2), layers_bytes("full")
-        assert full < 0.3 * none
+        none, selective, half, full = (
+            layers_bytes(*how) for how in (("none",), ("selective",), ("full", 2), ("full",))
+        )
+        assert full < 0.2 * none
+        assert full < selective < 0.5 * none
         assert full < half < none
 
     def test_selective_recomputation_computes_no_product_twice(self):
-        from torch.utils.flop_counter import FlopCounterMode
-
         flops = {}
         for mode in ("none", "selective", "full"):
             model = small_model()
@@ -167,42 +155,16 @@ class TestRecomputation:
             flops[mode] = counter.get_total_flops()
         assert flops["none"] == flops["selective"] < flops["full"]
 
-    @pytest.mark.parametrize("mode", ["full", "selective"])
-    def test_a_peak_of_live_bytes_falls(self, mode):
-        """Selective recomputation keeps its results in a cache of its own, which hooks on saved tensors do not see."""
-
-        def live_bytes_after_forward(mode):
-            model = small_model()
-            if mode != "none":
-                recompute_layers(model, mode)
-            return live_activation_bytes(model)
-
-        assert live_bytes_after_forward(mode) < 0.8 * live_bytes_after_forward("none")
-
 
 def live_activation_bytes(model) -> int:
-    """Bytes of all tensors that came into being in a forward pass and are still alive after it."""
-    import weakref
-
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    storages: dict[int, tuple] = {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    storages[storage._cdata] = (weakref.ref(tensor), storage.nbytes())
-            return result
-
-    with Watch():
+    """Bytes that came into being in a forward pass and are still there after it, whoever holds them."""
+    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    with Storages() as storages:
         output = model(input_ids=TOKENS, position_ids=POSITIONS, use_cache=False).logits
-    alive = sum(size for reference, size in storages.values() if reference() is not None)
+    for parameter in parameters:
+        storages.sizes.pop(parameter, None)
     assert output.requires_grad
-    return alive
+    return storages.live_bytes()
 
 
 class TestCompilation:

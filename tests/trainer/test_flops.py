@@ -1,9 +1,20 @@
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels_hub import use_polynorm
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
-from trainer.flops import count_parameters, flops_per_token, memory_by_rank, training_flops
+from tests.trainer.storages import Storages
+from trainer.execution import recompute_layers
+from trainer.flops import (
+    count_parameters,
+    flops_per_token,
+    layer_values,
+    memory_by_rank,
+    run_flops,
+    training_flops,
+)
 
 
 def small(**settings):
@@ -56,8 +67,45 @@ def test_flops_per_token_grow_with_the_row():
     assert difference == pytest.approx(18 * 10 * 8 * 3 * 512)
 
 
+def test_a_run_counts_each_stage_of_row_lengths():
+    config = small()
+    expected = 600 * flops_per_token(config, 8) + 400 * flops_per_token(config, 64)
+    assert run_flops(config, 1000, {0: 8, 600: 64}) == pytest.approx(expected)
+    assert run_flops(config, 1000, {0: 8, 5000: 64}) == pytest.approx(1000 * flops_per_token(config, 8))
+
+
 def test_memory_is_shared_by_ranks_but_for_activations():
-    one, four = (memory_by_rank(small(), 64, ranks, False, True) for ranks in (1, 4))
-    assert one["weights"] == 4 * four["weights"]
+    one, four = (memory_by_rank(small(), 64, ranks, autocast=False) for ranks in (1, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert one[name] == 4 * four[name]
     assert one["activations"] == four["activations"]
-    assert memory_by_rank(small(), 64, 1, True, True)["activations"] < one["activations"]
+    assert one["gathered"] == 0
+    config = small()
+    whole = count_parameters(config)["total"]
+    assert memory_by_rank(config, 64, 4, accumulates=True)["gathered"] > 2 * whole
+    assert memory_by_rank(config, 64, 1, muon=False)["optimizer"] == 8 * whole
+    assert memory_by_rank(config, 64, 1)["optimizer"] == 4 * (2 * whole - count_parameters(config)["matrices"])
+    assert one["loss"] == 2 * 4 * 64 * 100
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_of_a_layer_are_those_that_stay_alive(recompute):
+    def live_bytes(num_layers):
+        torch.manual_seed(0)
+        proportions = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": num_layers}
+        heads = {"num_attention_heads": 20, "num_key_value_heads": 8, "num_noise_heads": 4, "head_dim": 8}
+        model = Motif2ForCausalLM(Motif2Config(vocab_size=100, **proportions, **heads))
+        use_polynorm(model, "local")
+        if recompute != "none":
+            recompute_layers(model, recompute)
+        ids = torch.arange(2 * 48).view(2, 48)
+        with Storages() as storages:
+            logits = model(ids, use_cache=False).logits
+        assert logits.requires_grad
+        for parameter in model.parameters():
+            storages.sizes.pop(StorageWeakRef(parameter.untyped_storage()), None)
+        return storages.live_bytes(), model.config
+
+    (one, _), (three, config) = live_bytes(1), live_bytes(3)
+    measured = (three - one) / 2 / 4 / (2 * 48)  # float32 values of a token
+    assert layer_values(config, recompute) == pytest.approx(measured, rel=0.05)
