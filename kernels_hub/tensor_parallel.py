@@ -42,8 +42,8 @@ class PolyNormParallel(TensorParallelLayer):
             if module.__dict__.get("forward") is not forward:
                 raise RuntimeError(
                     f"the forward of {type(module).__name__} was replaced (by kernelize?) after its features were "
-                    f"split over {mesh.size()} ranks, and would take a part of a row for the whole: leave it, or use the "
-                    "model's own plan, which gathers the features"
+                    f"split over {mesh.size()} ranks, and would take a part of a row for the whole: leave it, or "
+                    "use the model's own plan, which gathers the features"
                 )
 
         module.forward = forward
