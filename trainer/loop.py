@@ -84,6 +84,11 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
     accelerator = make_accelerator(config)
     try:
         return _Run(config, accelerator).train()
+    except RuntimeError as error:
+        if isinstance(error, RunStoppedError) or not is_lost_rank(error):
+            raise
+        rank = accelerator.process_index
+        raise LostRankError(f"rank {rank} lost another rank before the first step, see that rank's message") from error
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -74,6 +74,17 @@ def test_the_others_end_when_a_rank_is_lost(make_config, tmp_path, how, timeout)
             rank.kill()
 
 
+@pytest.mark.distributed
+def test_what_the_main_rank_refuses_ends_the_others_too(make_config, tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    ranks = start_ranks(make_config(timeout_seconds=60.0), 2, tmp_path)
+    for rank in ranks:
+        rank.join(90)
+        assert rank.exitcode == 1
+    assert "holds a finished run: choose another output_dir" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text().startswith("LostRankError: rank 1 lost another rank before the first step")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own with room for two checkpoints and a half."""
