@@ -1,4 +1,4 @@
-"""Generated programs a second through the sandbox of `eval_harness`, by pool size, and what one costs in time.
+"""Generated programs a second through the sandbox of `eval_harness`, by pool size, and how long one takes.
 
     python benchmarks/sandbox.py [--programs 100] [--rounds 5] [--output benchmarks/results/sandbox.csv]
 
@@ -10,7 +10,6 @@ import argparse
 import csv
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -23,13 +22,13 @@ TRIVIAL = Program("def f(x): return x + 1", "assert f(2) == 3\nassert f(-1) == 0
 
 
 def measure(workers: int, count: int) -> dict[str, float]:
-    """One round of trivial programs: rate, median latency, and processor time of a program.
+    """One round of trivial programs: rate and median latency.
 
     Raises:
         RuntimeError: a program did not pass; a rate of failures is no rate.
     """
     sandbox = Sandbox(workers=workers)
-    before, started = _processor_seconds(), time.perf_counter()
+    started = time.perf_counter()
     outcomes = sandbox.run_many([TRIVIAL] * count)
     seconds = time.perf_counter() - started
     if failed := [outcome.reason for outcome in outcomes if not outcome.passed]:
@@ -37,14 +36,8 @@ def measure(workers: int, count: int) -> dict[str, float]:
     return {
         "programs_per_second": count / seconds,
         "median_ms": 1000 * statistics.median(outcome.seconds for outcome in outcomes),
-        "processor_ms": 1000 * (_processor_seconds() - before) / count,
         "load_average": os.getloadavg()[0],
     }
-
-
-def _processor_seconds() -> float:
-    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
 
 def main() -> None:

@@ -100,12 +100,18 @@ def check(corpus: Iterable[str], benchmarks: dict[str, dict[str, str]]) -> dict[
                 sizes[benchmark, row] = len(runs)
             for run in runs:
                 owners[run].add((benchmark, row))
-    lengths = sorted({run.count(" ") + 1 for run in owners})
+    lengths: dict[str, set[int]] = defaultdict(set)  # the first words of runs -> how long those runs are
+    for run in owners:
+        words = run.split()
+        lengths[" ".join(words[:SHORTEST_WORDS])].add(len(words))
     seen: set[str] = set()
     for text in corpus:
         words = _WORD.findall(text.lower())
-        for length in lengths:
-            seen.update(owners.keys() & {" ".join(words[i : i + length]) for i in range(len(words) - length + 1)})
+        for start in range(len(words) - SHORTEST_WORDS + 1):
+            for length in lengths.get(" ".join(words[start : start + SHORTEST_WORDS]), ()):
+                run = " ".join(words[start : start + length])
+                if run in owners:
+                    seen.add(run)
     hits: dict[tuple[str, str], int] = defaultdict(int)
     for run in seen:
         for owner in owners[run]:

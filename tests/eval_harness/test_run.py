@@ -225,7 +225,7 @@ def test_two_processes_score_like_one(checkpoint, data_dir, tmp_path):
 @pytest.mark.slow
 def test_tasks_work_from_plain_lm_eval(checkpoint, data_dir, tmp_path):
     command = [sys.executable, "-m", "lm_eval", "run", "--include_path", "eval_harness/tasks", "--model", "hf"]
-    command += ["--model_args", f"pretrained={checkpoint},dtype=float64", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={checkpoint},dtype=float64,trust_remote_code=True", "--device", "cpu"]
     command += [
         "--tasks",
         "motif2_gsm8k_4shot,motif2_humaneval",
