@@ -46,6 +46,8 @@ def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, confi
     if not isinstance(model, PeftModel):
         model.config.use_cache = True
         trainer.save_model(str(model_dir))
+        if trainer.is_world_process_zero():  # pickled settings with this machine's paths; config.yaml has them
+            (model_dir / "training_args.bin").unlink(missing_ok=True)
         return model_dir
     trainer.save_model(str(output_dir / ADAPTER_DIR))
     if trainer.is_world_process_zero():

@@ -5,10 +5,11 @@ an answer and the wrong answers that DPO learns to avoid are made here.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -17,6 +18,7 @@ import modeling_motif2  # noqa: F401 (registers the architecture with the Auto c
 from kernels_hub import use_polynorm
 from sft.callbacks import MetricsCallback
 from sft.chat import set_stop_tokens
+from sft.config import KERNEL_SOURCES
 from sft.stage import load_tokenizer
 from trainer.cli import parse_recipe
 from trainer.data.arithmetic import Problem, generate_problems
@@ -47,6 +49,7 @@ class ReinforceConfig:
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
     use_cpu: bool = field(default=False, metadata={"help": "train on the CPU although an accelerator is there"})
     seed: int = field(default=0, metadata={"help": "seed of problems and sampling"})
+    dry_run: bool = field(default=False, metadata={"help": "print the settings and a first example, and exit"})
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -57,6 +60,12 @@ class ReinforceConfig:
         for name in ("num_problems", "max_steps", "batch_size", "max_answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.kernels not in KERNEL_SOURCES:
+            raise ValueError(f"kernels is {self.kernels!r}; use one of {', '.join(KERNEL_SOURCES)}")
+        if not self.learning_rate > 0 or not self.beta >= 0:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate} and beta {self.beta}; use a rate above 0, and 0 or more"
+            )
         if self.num_generations < 2 or self.batch_size % self.num_generations:
             raise ValueError(
                 f"num_generations is {self.num_generations} and batch_size {self.batch_size}; use 2 or more that "
@@ -159,13 +168,28 @@ def _arguments(config: ReinforceConfig, kind: type, **more):
     )
 
 
+def describe_reinforce(config: ReinforceConfig) -> str:
+    """What `run_reinforce` would do: the settings and a first example; no model is read, nothing is written."""
+    (problem,) = generate_problems(config.seed, 1)
+    lines = [yaml.safe_dump(asdict(config), sort_keys=False)]
+    if config.method == "dpo":
+        (pair,) = preference_pairs([problem], config.seed)
+        lines += [f"[{side}]\n{pair[side][0]['content']}\n" for side in ("prompt", "chosen", "rejected")]
+    else:
+        lines.append(f"[prompt]\n{problem.question}\n[rewarded]\n… #### {problem.answer}")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Train as a recipe says.
+    """Train as a recipe says, or say what would be done (`--dry_run`).
 
     Raises:
         SystemExit: a setting, model or output folder cannot be used; the message says why and what to do.
     """
     (config,) = parse_recipe(ReinforceConfig, description=__doc__, argv=argv)
+    if config.dry_run:
+        print(describe_reinforce(config))
+        return
     try:
         print(f"model in {run_reinforce(config)}")
     except ValueError as error:

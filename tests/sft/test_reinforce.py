@@ -83,6 +83,8 @@ def test_grpo_takes_an_update_with_muon_clip(config, workplace, monkeypatch):
         ({"output_dir": ""}, "output_dir is empty"),
         ({"num_generations": 3}, "divide batch_size"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"kernels": "fast"}, "kernels is 'fast'; use one of auto"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ],
 )
 def test_bad_settings_are_named(config, settings, message):
@@ -94,6 +96,16 @@ def test_bad_settings_are_named(config, settings, message):
 def test_recipes_load(method):
     words = ["--config", str(RECIPES / f"{method}_arithmetic.yaml")]
     assert parse_recipe(ReinforceConfig, description="", argv=words)[0].method == method
+
+
+@pytest.mark.parametrize(("method", "shown"), [("dpo", "[rejected]"), ("grpo", "[rewarded]")])
+def test_dry_run_shows_an_example_and_writes_nothing(method, shown, capsys, tmp_path):
+    words = ["--config", str(RECIPES / f"{method}_arithmetic.yaml"), "--dry_run", "--output_dir", str(tmp_path / "x")]
+    main(words)
+    out = capsys.readouterr().out
+    assert shown in out
+    assert f"method: {method}" in out
+    assert not (tmp_path / "x").exists()
 
 
 def test_entry_point_names_mistakes(capsys):

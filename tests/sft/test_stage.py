@@ -39,6 +39,7 @@ def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
     loaded = AutoTokenizer.from_pretrained(result.model_dir)
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded.convert_ids_to_tokens(model.generation_config.eos_token_id) == ["<|endoftext|>", "<|endofturn|>"]
+    assert not (result.model_dir / "training_args.bin").exists(), "it would be uploaded with this machine's paths"
     assert {path.name for path in Path(config.output_dir).iterdir()} >= {"config.yaml", "data_report.json", "model"}
 
 
