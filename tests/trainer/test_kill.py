@@ -58,7 +58,7 @@ def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch
     for rank in start(killed, num_ranks):
         rank.join()
         assert rank.exitcode == 0
-    assert max(steps_at_kills) > 2 * num_kills
+    assert len(set(steps_at_kills)) > num_kills / 2
     assert killed_in_writing or num_kills < 20
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
