@@ -1,6 +1,5 @@
 """Each signature of a failing run raises its named warning once, and again only after it was gone."""
 
-
 from trainer.failure_signs import (
     FailureSigns,
     FailureWarning,
