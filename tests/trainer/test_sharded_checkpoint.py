@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import trainer.checkpoint
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import complete_checkpoints
+from trainer.checkpoint_files import complete_checkpoints, write_synced
+from trainer.errors import CheckpointError
 from trainer.optim import build_muon_clip
 
 TOKENS = torch.arange(24).view(2, 12) % 40
@@ -117,3 +119,40 @@ def test_every_rank_writes_and_checks_its_own_files(tmp_path):
     with pytest.raises(RuntimeError, match=r"__1_0\.distcp is lost"):
         run_distributed(load_and_go_on, 2, 2, tmp_path)
     shutil.rmtree(folder)
+
+
+def save_while_one_rank_has_no_room(rank: int, folder, asynchronous: bool) -> tuple[str, list[str]]:
+    model, optimizer = build(2)
+    train(model, optimizer, 1)
+    checkpoints = Checkpoints(folder, Accelerator(cpu=True), keep_last=2, asynchronous=asynchronous)
+    save_and_wait(checkpoints, model, optimizer, 1)
+
+    def full(path, content):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        write_synced(path, content)
+
+    trainer.checkpoint.write_synced = full  # this process is the rank's own
+    with pytest.raises(CheckpointError) as caught:
+        save_and_wait(checkpoints, model, optimizer, 2)
+    trainer.checkpoint.write_synced = write_synced
+    left = [path.name for path in folder.iterdir()]
+    torch.distributed.barrier()
+    save_and_wait(checkpoints, model, optimizer, 3)
+    checkpoints.close()
+    return str(caught.value), left
+
+
+def save_and_wait(checkpoints, model, optimizer, step: int) -> None:
+    checkpoints.save(model, optimizer, {"step": step})
+    checkpoints.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_all_ranks_give_up_a_checkpoint_that_one_cannot_write(tmp_path, asynchronous):
+    results = run_distributed(save_while_one_rank_has_no_room, 2, tmp_path, asynchronous)
+    for (message, left), blamed in zip(results, ("rank 1: [Errno 28]", "[Errno 28]"), strict=True):
+        assert f"{blamed} No space left on device; the last complete one is {tmp_path}/step_00000001" in message
+        assert "step_00000001" in left
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
