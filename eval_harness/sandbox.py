@@ -76,7 +76,7 @@ class Sandbox:
 
     Attributes:
         timeout_seconds: processor time a program has (assumption); its wall-clock time is `WALL_FACTOR` times as long,
-            so that a busy machine changes no verdict.
+            so that a machine that is up to three times too busy changes no verdict.
         memory_bytes: memory of a program and its judge in total, over all their processes; also the address space of
             each process (assumption).
         threads: threads of both in total: the kernel's memory for a thread is in no limit (assumption).
