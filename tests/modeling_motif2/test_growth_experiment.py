@@ -82,6 +82,37 @@ def test_the_picture_is_drawn_from_the_csv(benchmark, tmp_path):
     assert benchmark.label("grown") == "grown, no noise"
 
 
+def test_the_document_tells_what_the_table_holds():
+    """Each row of "What was seen" against growth.csv and growth.json, and of "Full size" against its table."""
+    text = (ROOT / "docs" / "experiments" / "growth.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    runs = json.loads((results / "growth.json").read_text())["runs"]
+    with open(results / "growth.csv") as file:
+        losses = {(row["run"], int(row["step"]), row["domain"]): row for row in csv.DictReader(file)}
+    labels = {
+        "small, at its end": "small",
+        "grown, noise at 20 dB": "grown_20dB",
+        "grown, no noise": "grown",
+        "from scratch": "scratch",
+    }
+    for label, run in labels.items():
+        cells = next(line for line in text.splitlines() if line.startswith(f"| {label} |")).replace("*", "").split("|")
+        steps, tokens = runs[run]["steps"], runs[run]["tokens"]
+        expected = [f"{runs[run]['parameters'] / 1e6:.1f}M", f"{tokens / 1e6:.1f}M"]
+        for domain in ("general", "stem", "math", "code", "mean"):
+            row = losses[run, steps, domain]
+            assert int(row["tokens"]) == tokens
+            expected.append(f"{float(row['heldout_loss']):.3f}")
+        assert [cell.strip() for cell in cells[2:-1]] == expected
+    with open(results / "growth_full_size.csv") as file:
+        for row in csv.DictReader(file):
+            expected = [f"{int(row['bytes_written']) / 1e9:.1f} GB"]
+            for part in ("grow", "verify"):
+                expected += [f"{int(row[f'{part}_seconds']):,} s", f"{int(row[f'{part}_peak_bytes']) / 2**30:.2f} GiB"]
+            cells = [row["dtype"], row["source_layers"], *expected, row["commit"]]
+            assert f"| {' | '.join(cells)} |" in text
+
+
 @pytest.mark.slow
 def test_the_experiment_runs_in_miniature(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "VOCAB_SIZE", 320)

@@ -63,6 +63,24 @@ def test_verification_finds_what_is_left_uncompensated_late_in_the_stack(dtype, 
     assert "the same function" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "layer", "error"), [(6, 0, 0.265), (6, 4, 0.146), (12, 10, 0.0447), (20, 14, 0.0168), (20, 18, 0.0047)]
+)
+def test_how_late_a_missing_compensation_is_found(dtype, layers, layer, error, tmp_path, monkeypatch):
+    """The figures of docs/experiments/growth.md; the last is what bfloat16 rounds away."""
+    folder, _ = save_parent(tmp_path / "parent", dtype=dtype, layers=layers)
+    monkeypatch.setattr(growth_rules, "lambda_init", lambda index: 0.5)
+    found = grow(options(folder, tmp_path / "grown", insert_after=[layer], verify=True)).verification
+    inserted = found.places[layer + 2]
+    assert inserted.name == f"layer {layer + 1} (inserted after {layer})"
+    assert inserted.errors["heads"] == pytest.approx(error, rel=0.01)
+    if dtype == torch.bfloat16 and layer < 18:
+        assert 0.004 < inserted.bounds["heads"] < 0.005
+    assert found.passed is (layer == 18 and dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_measured_bound_leaves_room_for_rounding(seed, tmp_path):
     """Every step at once and a conversion, which rounds every weight: the largest errors growth can leave."""
