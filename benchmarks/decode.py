@@ -1,0 +1,274 @@
+"""Decoding and prefill on one GPU: our kernel's step beside SDPA, Motif-2 beside Llama and DiffLlama, and the 12.7B.
+
+    python benchmarks/decode.py [--sections check,kernel,models,full_size] [--output DIR] [--tiny]
+
+Steps run from a static cache as a captured CUDA graph. "share" is that of a copy's bandwidth in the same run, by the
+bytes a step must read: the cache (keys of both maps and values, once) and, for models, the weights but the embedding.
+Weights are random. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
+
+Shapes: B rows, S keys (the context), G groups, r signal heads a group, D head dimension.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from attention_cases import (
+    EPS,
+    OUT_SCALE,
+    ROOT,
+    Report,
+    copy_bandwidth,
+    epilogue,
+    graph_milliseconds,
+    load_kernel,
+    make_inputs,
+    relative,
+)
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import kernels_hub
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+
+GROUPS, RATIO, DIM = 8, 4, 128
+CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
+LIMIT = 1.5e-2  # relative error in bfloat16
+CACHE_BYTES = 40 * 2**30  # larger caches are left out (assumption: what an 80 GB GPU has beside the weights)
+# A model of 1.3B parameters without embeddings, as for the training table.
+SIZES = {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 8192, "vocab_size": 32000}
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
+
+
+def by_sdpa(inputs: list) -> torch.Tensor:
+    """One token by SDPA, two calls with the value in one piece, and the model's epilogue."""
+    signal_query, noise_query, key, value, lambda_, weight = inputs
+    outputs = []
+    for query, half in ((signal_query, 0), (noise_query[:, :, :, None], 1)):
+        states = (
+            query.flatten(2, 3).transpose(1, 2),
+            key[:, :, :, half].transpose(1, 2),
+            value.flatten(3).transpose(1, 2),
+        )
+        out = scaled_dot_product_attention(*states, enable_gqa=True).transpose(1, 2)  # (B, 1, heads, 2D)
+        outputs.append(out.unflatten(2, query.shape[2:4]))
+    return epilogue(*outputs, lambda_, weight)
+
+
+def by_sdpa_halves(inputs: list) -> torch.Tensor:
+    """The same in four calls, a half of the value each."""
+    signal_query, noise_query, key, value, lambda_, weight = inputs
+    outputs = []
+    for query, half in ((signal_query, 0), (noise_query[:, :, :, None], 1)):
+        states = query.flatten(2, 3).transpose(1, 2), key[:, :, :, half].transpose(1, 2)
+        parts = [
+            scaled_dot_product_attention(*states, part.transpose(1, 2), enable_gqa=True).transpose(1, 2)
+            for part in value.unbind(3)
+        ]
+        outputs.append(torch.cat(parts, dim=-1).unflatten(2, query.shape[2:4]))
+    return epilogue(*outputs, lambda_, weight)
+
+
+def parameters_read(model: torch.nn.Module) -> int:
+    """Bytes of weights that a step reads: all but the embedding's table (unless it is also the head)."""
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    table = 0 if tied else model.get_input_embeddings().weight.nbytes
+    return sum(parameter.nbytes for parameter in model.parameters()) - table
+
+
+def filled_cache(model, batch: int, context: int, length: int, device: torch.device) -> StaticCache:
+    """A static cache of `length` places, `context` of them taken by random numbers; one token has gone through."""
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    model(torch.ones(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(context)
+    return cache
+
+
+class Suite:
+    """The sections; sizes shrink where `tiny`."""
+
+    def __init__(self, report: Report, device: torch.device, tiny: bool):
+        self.report, self.device, self.tiny = report, device, tiny
+        self.kernel = load_kernel()
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.heads = (2, 2, 16) if tiny else (GROUPS, RATIO, DIM)
+        self.contexts, self.batches = ((20, 50), (1, 2)) if tiny else (CONTEXTS, BATCHES)
+        self.bandwidth = copy_bandwidth(device)
+        self.new_tokens = 2 if tiny else 16
+        report.add("copy", "bandwidth", "", "", self.bandwidth / 1e12, "TB/s")
+
+    def ours(self, inputs: list) -> torch.Tensor:
+        return self.kernel.gda_decode(*inputs, out_scale=OUT_SCALE, eps=EPS)
+
+    def check(self) -> None:
+        """The kernel's step against float64, from short to long contexts."""
+        for batch, context in itertools.product((1, 3), (1, 20, 77) if self.tiny else (1, 100, 1000, 16384)):
+            inputs = make_inputs(batch, 1, context, *self.heads, self.dtype, self.device, False)
+            error = relative(self.ours(inputs), by_sdpa([each.double() for each in inputs]))
+            self.report.add("check", "ours", f"B{batch} S{context}", "step", error, "error")
+            if not error < LIMIT:
+                raise AssertionError(f"B{batch} S{context}: relative error {error:.1e} above {LIMIT:.0e}")
+
+    def time_kernel(self) -> None:
+        """One layer's attention by batch and context."""
+        groups, _, dim = self.heads
+        contenders = {"ours": self.ours, "sdpa wide x2": by_sdpa, "sdpa x4": by_sdpa_halves}
+        for batch, context in itertools.product(self.batches, self.contexts):
+            read = batch * context * groups * 4 * dim * self.dtype.itemsize
+            inputs = make_inputs(batch, 1, context, *self.heads, self.dtype, self.device, False)
+            for name, function in contenders.items():
+                self.step("kernel", name, f"B{batch} S{context}", lambda f=function, i=inputs: f(i), read, batch)
+
+    def step(self, section: str, name: str, shape: str, function: Callable, read: int, batch: int) -> None:
+        """Times one step and adds its row; `read` bytes must come from memory."""
+        try:
+            with torch.no_grad():
+                times = graph_milliseconds(function, self.new_tokens, self.device)
+        except Exception as error:
+            print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+            return
+        value = times.pop("value")
+        share = read / self.bandwidth / value * 1e3
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        note = f"{batch / value * 1e3:.0f} tokens/s"
+        self.report.add(section, name, shape, "step", value, "ms", share=share, peak_gib=peak, note=note, **times)
+
+    def decode_steps(self, section: str, name: str, model, batch: int, context: int) -> None:
+        """Times a model's step from a filled cache; what is too large for the GPU is left out."""
+        length = context + 10 * self.new_tokens
+        config = model.config
+        per_token = 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize * config.num_hidden_layers
+        cache_bytes = batch * length * per_token
+        if cache_bytes > CACHE_BYTES:
+            print(f"{section} {name} B{batch} S{context}: left out, the cache alone is {cache_bytes / 2**30:.0f} GiB")
+            return
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            cache = filled_cache(model, batch, context, length, self.device)
+            ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
+            positions = torch.full((batch, 1), context, device=self.device)
+
+            def step():
+                return model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+
+            read = parameters_read(model) + batch * context * per_token
+            self.step(section, name, f"B{batch} S{context}", step, read, batch)
+
+    def models(self) -> None:
+        """Tokens a second of models of one size: Motif-2 by attention, Llama and DiffLlama with SDPA."""
+        sizes = TINY if self.tiny else SIZES
+        dim, groups = (8, 2) if self.tiny else (128, 4)
+        common = {**sizes, "max_position_embeddings": 65536, "tie_word_embeddings": False}
+        common |= {"head_dim": dim, "pad_token_id": None}
+        motif = Motif2Config(
+            **common, num_attention_heads=5 * groups, num_key_value_heads=2 * groups, num_noise_heads=groups
+        )
+        heads = {"num_attention_heads": 4 * groups, "num_key_value_heads": 2 * groups}
+        makers = {
+            "llama sdpa": lambda: LlamaForCausalLM(LlamaConfig(**common, **heads)),
+            "diffllama sdpa": lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**common, **heads)),
+            "motif2 sdpa": lambda: Motif2ForCausalLM(motif),
+            "motif2 eager": lambda: Motif2ForCausalLM(motif),
+            "motif2 gda_kernel": lambda: Motif2ForCausalLM(motif),
+        }
+        for name, make in makers.items():
+            with self.device:
+                model = make().to(self.dtype).eval()
+            self.prepare(model, name.split()[-1])
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            self.report.add("models", name, "", "size", parameters / 1e9, "B parameters")
+            for batch, context in itertools.product(self.batches, self.contexts):
+                try:
+                    self.decode_steps("models", name, model, batch, context)
+                except Exception as error:
+                    print(f"models {name} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
+            del model
+
+    def prepare(self, model, attention: str) -> None:
+        """Sets a model's attention and, for Motif-2, its kernels."""
+        if isinstance(model, Motif2ForCausalLM):
+            if attention == "gda_kernel":
+                kernels_hub.use_gda_attention(model, "local")
+            if self.device.type == "cuda":
+                kernels_hub.use_polynorm(model, "auto", training=False)
+        model.config._attn_implementation = attention
+
+    def full_size(self) -> None:
+        """Motif-2-12.7B in bfloat16: prefill and decoding, ours and SDPA."""
+        sizes = {**TINY, "num_attention_heads": 6, "num_key_value_heads": 4, "num_noise_heads": 2, "head_dim": 16}
+        config = Motif2Config(**(sizes if self.tiny else {"use_cache": True}))
+        started = time.perf_counter()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                model = Motif2ForCausalLM(config).to(self.dtype).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        note = f"built in {time.perf_counter() - started:.0f} s"
+        self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B", note=note)
+        for attention in ("sdpa", "gda_kernel"):
+            self.prepare(model, attention)
+            for batch, tokens in ((1, 30),) if self.tiny else ((1, 4096), (1, 16384), (4, 4096)):
+                try:
+                    self.prefill(model, attention, batch, tokens)
+                except Exception as error:
+                    print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
+            for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), self.contexts[:2]):
+                try:
+                    self.decode_steps("full_size", attention, model, batch, context)
+                except Exception as error:
+                    print(f"full_size {attention} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
+
+    def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
+        """Tokens a second of a prompt without a cache, logits of the last token only."""
+        ids = torch.randint(3, model.config.vocab_size, (batch, tokens), device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        with torch.no_grad():
+            for _ in range(4):
+                started = time.perf_counter()
+                model(ids, use_cache=False, logits_to_keep=1).logits.sum().item()  # waits for the device
+                times.append(time.perf_counter() - started)
+        best = sorted(times[1:])[1]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        note = f"{batch * tokens / best:.0f} tokens/s"
+        self.report.add(
+            "full_size", attention, f"B{batch} T{tokens}", "prefill", 1e3 * best, "ms", peak_gib=peak, note=note
+        )
+
+
+def main() -> int:
+    """Runs the sections that were asked for; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default="check,kernel,models,full_size")
+    parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.tiny:
+        parser.error("there is no GPU: use --tiny to try the script")
+    report = Report(options.output / ("decode_tiny.csv" if options.tiny else "decode.csv"), device)
+    suite = Suite(report, device, options.tiny)
+    sections = {"check": suite.check, "kernel": suite.time_kernel}
+    sections |= {"models": suite.models, "full_size": suite.full_size}
+    for name in options.sections.split(","):
+        if not report.section(name, sections[name]) and name == "check":
+            break  # nothing is timed on a red check
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Grouped differential attention on one GPU: correct first, then our kernel beside the libraries, and a whole layer.
+
+    python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--output DIR] [--tiny]
+
+Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor;
+"share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
+A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
+
+Shapes: B rows, T tokens, G groups, r signal heads a group, D head dimension.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+from attention_cases import EPS, OUT_SCALE, ROOT, Report, epilogue, load_kernel, make_inputs, milliseconds, relative
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import kernels_hub
+from modeling_motif2 import Motif2Config, attention_choice, modeling_motif2
+
+PEAK = 989e12
+NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda", "weight")
+GROUPS, RATIO, DIM = 8, 4, 128
+# Largest relative error of a value and of a gradient against float64 in bfloat16.
+LIMITS = (1.5e-2, 3e-2)
+
+
+def ours(kernel) -> Callable:
+    """Our kernel on inputs in its shapes."""
+
+    def attend(inputs, first=None, last=None):
+        return kernel.gda_attention(*inputs, out_scale=OUT_SCALE, eps=EPS, first=first, last=last)[0]
+
+    return attend
+
+
+def library(backend: SDPBackend | None, wide: bool) -> Callable:
+    """Signal and noise maps by SDPA on the same inputs: four calls, or two with the value in one piece."""
+
+    def attend(inputs, first=None, last=None):
+        signal_query, noise_query, key, value, lambda_, weight = inputs
+        groups, ratio = signal_query.shape[2:4]
+        mask = None
+        if first is not None:
+            keys = torch.arange(key.shape[1], device=key.device)
+            mask = ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
+        parts = (value.flatten(3),) if wide else value.unbind(3)  # (B, S, G, 2D) or two of (B, S, G, D)
+        outputs = []
+        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+            for query, half in ((signal_query.flatten(2, 3), 0), (noise_query, 1)):
+                keys_of = key[:, :, :, half].transpose(1, 2)
+                pieces = []
+                for part in parts:
+                    states = [query.transpose(1, 2), keys_of, part.transpose(1, 2)]
+                    if wide or mask is not None:  # kernels that share keys among queries want plain cases
+                        repeats = states[0].shape[1] // groups
+                        states[1:] = [each.repeat_interleave(repeats, dim=1) for each in states[1:]]
+                    piece = scaled_dot_product_attention(
+                        *states, attn_mask=mask, is_causal=mask is None, enable_gqa=not wide and mask is None
+                    )
+                    pieces.append(piece.transpose(1, 2))
+                outputs.append(torch.cat(pieces, dim=-1))  # (B, T, heads, 2D)
+        signal, noise = outputs[0].unflatten(2, (groups, ratio)), outputs[1][:, :, :, None]
+        return epilogue(signal, noise, lambda_, weight)
+
+    return attend
+
+
+def flexible(device: torch.device) -> Callable:
+    """Four calls of FlexAttention with a block mask of the visible intervals."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+    masks = {}
+
+    def attend(inputs, first=None, last=None):
+        signal_query, noise_query, key, value, lambda_, weight = inputs
+        tokens, groups, ratio = signal_query.shape[1:4]
+        name = (tokens, None if first is None else first.data_ptr())
+        if name not in masks:
+
+            def seen(batch, head, query, key):
+                return key <= query if first is None else (key <= query) & (key >= first[0, query])
+
+            masks[name] = create_block_mask(seen, None, None, tokens, tokens, device=device.type)
+        outputs = []
+        for query, half in ((signal_query.flatten(2, 3), 0), (noise_query, 1)):
+            states = [query.transpose(1, 2), key[:, :, :, half].transpose(1, 2)]
+            pieces = [
+                compiled(*states, part.transpose(1, 2), block_mask=masks[name], enable_gqa=True).transpose(1, 2)
+                for part in value.unbind(3)
+            ]
+            outputs.append(torch.cat(pieces, dim=-1))
+        signal, noise = outputs[0].unflatten(2, (groups, ratio)), outputs[1][:, :, :, None]
+        return epilogue(signal, noise, lambda_, weight)
+
+    return attend
+
+
+def ways(kernel, device: torch.device) -> dict[str, Callable]:
+    """Everything that is compared, by name."""
+    found = {"ours": ours(kernel), "sdpa": library(None, False)}
+    if device.type == "cuda":
+        found["sdpa flash x4"] = library(SDPBackend.FLASH_ATTENTION, False)
+        found["sdpa cudnn x4"] = library(SDPBackend.CUDNN_ATTENTION, False)
+        found["sdpa cudnn wide x2"] = library(SDPBackend.CUDNN_ATTENTION, True)
+    found["flex x4"] = flexible(device)
+    return found
+
+
+def values_and_gradients(function: Callable, inputs: list, dout: torch.Tensor, **intervals) -> list[torch.Tensor]:
+    """The output and the gradients of all six inputs."""
+    out = function(inputs, **intervals)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
+
+
+class Suite:
+    """The sections; sizes shrink where `tiny`."""
+
+    def __init__(self, report: Report, device: torch.device, tiny: bool):
+        self.report, self.device, self.tiny = report, device, tiny
+        self.kernel = load_kernel()
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.heads = (2, 2, 16) if tiny else (GROUPS, RATIO, DIM)
+        self.cases = [(2, 40), (1, 70)] if tiny else [(2, 4096), (1, 16384)]
+        self.ways = ways(self.kernel, device)
+        self.wrong: set[str] = set()
+
+    def inputs(self, batch: int, tokens: int, gradients: bool = True, dtype: torch.dtype | None = None) -> list:
+        return make_inputs(batch, tokens, tokens, *self.heads, dtype or self.dtype, self.device, gradients)
+
+    def packed(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Intervals of a row of documents of uneven length, about an eighth of it each."""
+        shares = torch.tensor([0.02, 0.21, 0.05, 0.13, 0.24, 0.01, 0.19], device=self.device)
+        ends = (shares.cumsum(0) * tokens).int()
+        cumulative = torch.cat((ends.new_zeros(1), ends, ends.new_tensor([tokens])))
+        first, last = self.kernel.packed_intervals(cumulative, tokens)
+        return {"first": first, "last": last}
+
+    def check(self) -> None:
+        """Value and all gradients of every way against float64, causal and packed, at an odd length."""
+        torch.manual_seed(0)
+        tokens = 30 if self.tiny else 1357
+        for shape, intervals in (("causal", {}), ("packed", self.packed(tokens))):
+            inputs = self.inputs(1, tokens)
+            exact = [each.detach().double().requires_grad_() for each in inputs]
+            with torch.no_grad():
+                like = self.ways["sdpa"](exact, **intervals)
+            dout = torch.randn_like(like)
+            wanted = values_and_gradients(library(None, False), exact, dout, **intervals)
+            for name, way in self.ways.items():
+                try:
+                    found = values_and_gradients(way, inputs, dout, **intervals)
+                except Exception as error:
+                    self.wrong.add(f"{name} {shape}")
+                    print(f"{name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+                    continue
+                errors = [relative(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
+                for part, error in zip(NAMES, errors, strict=True):
+                    self.report.add("check", name, f"{shape} T{tokens}", part, error, "error")
+                # lambda's gradient is one number that may cancel: it is reported, not judged.
+                judged = [error for part, error in zip(NAMES, errors, strict=True) if part not in ("out", "lambda")]
+                if not (errors[0] < LIMITS[0] and max(judged) < LIMITS[1]):
+                    self.wrong.add(f"{name} {shape}")
+        if any(name.startswith("ours") for name in self.wrong):
+            raise AssertionError(f"our kernel differs from float64: {sorted(self.wrong)}")
+
+    def operations(self, batch: int, tokens: int, backward: bool) -> float:
+        """Operations of one pass: 3 units of D a visible pair and head forward, 7 backward."""
+        groups, ratio, dim = self.heads
+        return (7 if backward else 3) * 2 * dim * batch * groups * (ratio + 1) * tokens * (tokens + 1) / 2
+
+    def time_way(self, section: str, name: str, way: Callable, batch: int, tokens: int, **intervals) -> None:
+        """Forward without gradients, and the backward, of one way at one size."""
+        shape = f"B{batch} T{tokens}"
+        if f"{name} {'packed' if intervals else 'causal'}" in self.wrong:
+            print(f"{name} {shape}: not timed, its check failed")
+            return
+        sets = [self.inputs(batch, tokens) for _ in range(2)]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+        def forward(inputs):
+            with torch.no_grad():
+                way(inputs, **intervals)
+
+        graphs = [(way(inputs, **intervals), inputs) for inputs in sets]
+        douts = [torch.randn_like(out) for out, _ in graphs]
+        calls = [(*graph, dout) for graph, dout in zip(graphs, douts, strict=True)]
+
+        def backward(call):
+            torch.autograd.grad(*call[:2], call[2], retain_graph=True)
+
+        for direction, function, arguments in (("forward", forward, sets), ("backward", backward, calls)):
+            times = milliseconds(function, arguments, 3 if self.tiny else 9, self.device)
+            more = {}
+            if not intervals:
+                rate = self.operations(batch, tokens, direction == "backward") / times["value"] * 1e3
+                more = {"share": rate / PEAK, "note": f"{rate / 1e12:.0f} TFLOP/s"}
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+            self.report.add(section, name, shape, direction, times.pop("value"), "ms", peak_gib=peak, **times, **more)
+
+    def operator(self) -> None:
+        """Every way at the sizes of the table."""
+        for (batch, tokens), (name, way) in itertools.product(self.cases, self.ways.items()):
+            try:
+                self.time_way("operator", name, way, batch, tokens)
+            except Exception as error:
+                print(f"{name} B{batch} T{tokens}: {type(error).__name__}: {str(error)[:200]}")
+
+    def packs(self) -> None:
+        """One row of documents; SDPA goes over the whole square."""
+        tokens = self.cases[-1][1]
+        for name in ("ours", "flex x4", "sdpa cudnn x4" if self.device.type == "cuda" else "sdpa"):
+            try:
+                self.time_way("packed", name, self.ways[name], 1, tokens, **self.packed(tokens))
+            except Exception as error:
+                print(f"{name} packed: {type(error).__name__}: {str(error)[:200]}")
+
+    def sweep(self) -> None:
+        """Tiles of the three kernels at the first size, each with the others as shipped."""
+        launch = self.kernel.ops.launch
+        if launch is None or (self.device.type == "cpu" and not launch.INTERPRETED):
+            print("no sweep: outside a GPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)")
+            return
+        batch, tokens = self.cases[0]
+        inputs = [each.detach() for each in self.inputs(batch, tokens)]
+        scaling = self.heads[2] ** -0.5
+        options = (None, None, scaling, EPS, OUT_SCALE)
+        shipped = launch.plan(self.heads[2], inputs[2].element_size(), inputs[2].device)
+        out, raw, lse, _ = launch.forward(*inputs, *options, True)
+        dout = torch.randn_like(out)
+        tiles = [launch.Tiles(*each) for each in SWEEP] if not self.tiny else [shipped.forward]
+        for kernel, tile in itertools.product(("forward", "key_value", "query"), tiles):
+            plan = shipped._replace(**{kernel: tile})
+
+            def call(_, kernel=kernel, plan=plan):
+                if kernel == "forward":
+                    launch.forward(*inputs, *options, True, tiles=plan.forward)
+                else:
+                    saved = (None, None, raw, lse, scaling, EPS, OUT_SCALE)
+                    launch.backward(dout, *inputs, *saved, tiles=plan)
+
+            name = f"{tile.queries}x{tile.keys} w{tile.warps} s{tile.stages}"
+            try:
+                times = milliseconds(call, [None] * 2, 3, self.device)
+            except Exception as error:  # out of shared memory or registers
+                print(f"{kernel} {name}: {type(error).__name__}: {str(error)[:120]}")
+                continue
+            direction = "forward" if kernel == "forward" else "backward"
+            self.report.add(
+                "sweep", name, f"B{batch} T{tokens} {kernel}", direction, times.pop("value"), "ms", **times
+            )
+
+    def layer(self) -> None:
+        """One decoder layer of Motif-2-12.7B (random weights), forward and backward, by `attn_implementation`."""
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 4}
+        small |= {"num_noise_heads": 2, "head_dim": 16, "vocab_size": 64}
+        config = Motif2Config(num_hidden_layers=1, **(small if self.tiny else {}))
+        config._attn_implementation = "sdpa"
+        layer = modeling_motif2.Motif2DecoderLayer(config, 1).to(self.device, self.dtype)
+        rotary = modeling_motif2.Motif2RotaryEmbedding(config).to(self.device)
+        kernels_hub.use_polynorm(layer, "torch" if self.device.type == "cpu" else "auto")
+        for (batch, tokens), name in itertools.product(self.cases, ("sdpa", "gda_fastest", "gda_kernel")):
+            kernels_hub.use_gda_attention(layer, "local")
+            layer.self_attn.config._attn_implementation = name
+            states = [
+                torch.randn(batch, tokens, config.hidden_size, device=self.device, dtype=self.dtype).requires_grad_()
+                for _ in range(2)
+            ]
+            positions = torch.arange(tokens, device=self.device)[None]
+            arguments = {"position_embeddings": rotary(states[0], positions), "position_ids": positions}
+            weights = list(layer.parameters())
+
+            def forward(inputs, arguments=arguments):
+                with torch.no_grad():
+                    layer(inputs, attention_mask=None, **arguments)
+
+            def step(inputs, arguments=arguments, weights=weights):
+                out = layer(inputs, attention_mask=None, **arguments)
+                torch.autograd.grad(out, [inputs, *weights], out.detach())
+
+            for direction, function in (("forward", forward), ("step", step)):
+                times = milliseconds(function, states, 3 if self.tiny else 7, self.device)
+                self.report.add("layer", name, f"B{batch} T{tokens}", direction, times.pop("value"), "ms", **times)
+        for situation, choice in attention_choice.choices().items():
+            print(f"chosen: {choice.name} of {choice.milliseconds}, refused {choice.refused}, for {situation}")
+
+
+# Queries, keys, warps, stages.
+SWEEP = (
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3),
+    (32, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Runs the sections that were asked for; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default="check,operator,packed,sweep,layer")
+    parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.tiny:
+        parser.error("there is no GPU: use --tiny to try the script")
+    torch._functorch.config.donated_buffer = False  # one graph's backward is timed again and again
+    report = Report(options.output / ("gda_attention_tiny.csv" if options.tiny else "gda_attention.csv"), device)
+    suite = Suite(report, device, options.tiny)
+    sections = {"check": suite.check, "operator": suite.operator, "packed": suite.packs}
+    sections |= {"sweep": suite.sweep, "layer": suite.layer}
+    for name in options.sections.split(","):
+        if not report.section(name, sections[name]) and name == "check":
+            break  # nothing is timed on a red check
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
