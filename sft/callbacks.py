@@ -10,6 +10,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from modeling_motif2.diagnostics import attention_modules, reset_max_logits
 
+# Steps between exact maximum logits (assumption); in others a bound stands for those under QK-clip's threshold.
+_EXACT_LOGIT_STEPS = 10
 _NAMES = {"entropy": "entropy", "mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
 
 
@@ -26,18 +28,26 @@ class MetricsCallback(TrainerCallback):
         self.path = path
         self.losses: list[float] = []
         self._attention: dict = {}
+        self._gates: list[float | None] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._gates = [attention.max_logits_gate for attention in attention_modules(model)]
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        exact = state.global_step % _EXACT_LOGIT_STEPS == 0
+        for attention, gate in zip(attention_modules(model), self._gates, strict=True):
+            attention.max_logits_gate = None if exact else gate
+        self._attention = {"max_logits_exact": exact or all(gate is None for gate in self._gates)}
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         maxima = torch.stack([attention.max_logits.max() for attention in attention_modules(model)])  # (layers,)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX)
-        self._attention = {"max_logits": [value if math.isfinite(value) else None for value in maxima.tolist()]}
+        self._attention["max_logits"] = [value if math.isfinite(value) else None for value in maxima.tolist()]
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         inner = getattr(optimizer, "optimizer", optimizer)

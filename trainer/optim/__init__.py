@@ -36,7 +36,9 @@ def build_muon_clip(
         options: further arguments of `ParallelMuonClip`, such as `momentum`, `chunk_size` or `qk_clip_rule`.
 
     Returns:
-        ParallelMuonClip: the optimizer; the model's maximum logits are tracked from now on, unless QK-clip is off.
+        ParallelMuonClip: the optimizer. Unless QK-clip is off, the model's maximum logits are tracked from now on,
+            exactly above the threshold; below it a cheap bound stands for them (`track_max_logits(model)` afterwards
+            makes all of them exact, at the price of one more product of queries and keys a layer).
 
     Raises:
         ValueError: names or settings that fit nothing in the model.
@@ -58,7 +60,7 @@ def build_muon_clip(
         options["qk_clip_threshold"] = qk_clip_threshold
         attentions = _clippable_attentions(model)
         if attentions:
-            _track_max_logits(model, attentions[0])
+            _track_max_logits(model, attentions[0], qk_clip_threshold)
     return ParallelMuonClip(groups, lr=lr, weight_decay=weight_decay, attentions=attentions, **options)
 
 
@@ -82,7 +84,7 @@ def _clippable_attentions(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _track_max_logits(model: nn.Module, attention: nn.Module) -> None:
+def _track_max_logits(model: nn.Module, attention: nn.Module, threshold: float) -> None:
     """Turn tracking on through the attention's own package, which for remote code is not `modeling_motif2`."""
     package = type(attention).__module__.rpartition(".")[0]
-    importlib.import_module(f"{package}.diagnostics").track_max_logits(model)
+    importlib.import_module(f"{package}.diagnostics").track_max_logits(model, gate=threshold)

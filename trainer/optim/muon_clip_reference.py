@@ -82,6 +82,9 @@ class MuonClip(torch.optim.Optimizer):
             raise ValueError(f"qk_clip_threshold is {qk_clip_threshold}: give a positive logit, such as 100")
         if qk_clip_rule not in QK_CLIP_RULES:
             raise ValueError(f"qk_clip_rule is {qk_clip_rule!r}: choose one of {QK_CLIP_RULES}")
+        for gate in (getattr(attention, "max_logits_gate", None) for attention in attentions):
+            if gate is not None and gate > qk_clip_threshold:  # logits up to the gate may be mere bounds
+                raise ValueError(f"max_logits_gate {gate} is above qk_clip_threshold {qk_clip_threshold}: lower it")
         self.qk_clip_threshold, self.qk_clip_rule, self.attentions = qk_clip_threshold, qk_clip_rule, list(attentions)
         self.skipped_steps, self._report = 0, {"clipped_heads": 0, "max_logit": -math.inf}
         self._adamw_lr = lr if adamw_lr is None else adamw_lr

@@ -152,7 +152,8 @@ class ParallelMuonClip(MuonClip):
         """What the last step that was not skipped saw; this asks the device.
 
         Returns:
-            dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps.
+            dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps. Where the model
+                tracks behind a gate, logits up to the threshold are upper bounds.
         """
         layers = [] if self._last_logits is None else self._last_logits.split(self._clip.num_heads)
         by_layer = [float(layer.max()) for layer in layers]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from modeling_motif2.diagnostics import track_max_logits
 from tests.distributed import run_distributed
 from trainer.optim import MuonClip, MuonClipFactory, ParallelMuonClip, build_muon_clip
 
@@ -126,6 +127,7 @@ def test_maxima_are_exact_under_checkpointing_and_accumulation(backend, checkpoi
     with torch.no_grad():
         expected = exact_maxima(model, batches)
     build_muon_clip(model, lr=0.01)
+    track_max_logits(model)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -192,6 +194,9 @@ def test_accelerate_with_fsdp_follows_the_reference_on_the_whole_batch():
     model, ids = tiny_model(), tokens(4)
     attentions = [layer.self_attn for layer in model.model.layers]
     groups = build_muon_clip(model, lr=0.01).param_groups
+    with pytest.raises(ValueError, match=r"max_logits_gate 100.0 is above qk_clip_threshold 0\.03"):
+        MuonClip(groups, lr=0.01, qk_clip_threshold=0.03, attentions=attentions)
+    track_max_logits(model)
     optimizer = MuonClip(groups, lr=0.01, qk_clip_threshold=0.03, attentions=attentions)
     for _ in range(3):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
