@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def test_every_recipe_loads_and_says_what_it_would_do(path, capsys):
     assert all(word in header for word in ("Hardware:", "Launch:", "arXiv", "ssumption"))
     main(["--config", str(path), "--dry_run"])
     printed = capsys.readouterr().out
-    assert "days on 8 x 989 TFLOP/s" in printed
+    assert re.search(r"days on \d+ x 989 TFLOP/s", printed)
+    assert float(re.search(r"memory by rank   ([\d.]+) GiB", printed)[1]) < 70  # of the 80 of an H100
     (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
     assert all(domain["sources"] for domain in config.domains.values())
 
@@ -41,12 +43,29 @@ def test_accelerate_files_are_understood():
             assert load_config_from_file(str(path)).num_processes >= 1
 
 
-def test_the_published_model_is_in_its_recipe(capsys):
-    main(["--config", str(ROOT / "recipes/pretrain/motif2_12b7.yaml"), "--dry_run", "--dry_run_gpus", "400"])
+def test_the_published_run_is_in_its_recipe(capsys):
+    main(["--config", str(ROOT / "recipes/pretrain/motif2_12b7.yaml"), "--dry_run"])
     printed = capsys.readouterr().out
     assert "12,703,860,896" in printed
-    assert "16,384,000 (4000 rows of 4096) to 81,920,000 (5000 rows of 16384)" in printed
-    assert "days on 400 x" in printed
+    assert "16,384,000 (4000 rows of 4096) to 78,643,200 (4800 rows of 16384)" in printed
+    assert "states over 8 of 400 ranks, 16,384 tokens at once, chunked loss" in printed
+    hours = re.search(r"days on 400 x .* at an MFU of 47% \(([\d,]+) GPU hours\)", printed)[1]
+    assert float(hours.replace(",", "")) == pytest.approx(272_000, rel=0.01)
+
+
+def test_the_launch_lines_name_files_that_fit(capsys):
+    """As many ranks as the accelerate file starts share a step's rows evenly."""
+    accelerate_files = set()
+    for path in RECIPES:
+        launch = re.search(r"# Launch: (.*)", path.read_text())[1]
+        assert str(path.relative_to(ROOT)) in launch
+        file = re.search(r"--config_file (\S+)", launch)
+        ranks = yaml.safe_load((ROOT / file[1]).read_text())["num_processes"] if file else 1
+        accelerate_files |= {file[1]} if file else set()
+        (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
+        assert config.batch_rows_multiple % ranks == 0
+        assert config.batch_plan().shape(0)[1] % ranks == 0
+    assert len(accelerate_files) == 2
 
 
 def test_the_command_line_trains_and_wins_over_the_recipe(recipe, capsys):
