@@ -1,0 +1,473 @@
+"""A training step of a 1B-class Motif-2, beside transformers' Trainer with Llama and DiffLlama of equal parameters.
+
+    python benchmarks/train_step.py                                  # one GPU, under nine minutes
+    torchrun --nproc_per_node 2 benchmarks/train_step.py             # FSDP2; compares itself with the table of one GPU
+    python benchmarks/train_step.py --tiny                           # tries the program itself, on a CPU
+    python benchmarks/train_step.py --cpu_mark                       # a 10M model beside a Llama on this CPU
+
+The first loss and gradient norm of each way to run are compared with the eager step's; a wrong way is not timed. A
+step is the trainer's: next batch, forward, backward, norm, MuonClip with QK-clip, numbers on the host. FLOPs are
+counted exactly, attention over visible pairs included, recomputation and the optimizer not. FP8 needs torchao, the
+chunked loss TRL. Writes train_step.csv (train_step_x<N>.csv on N ranks), and train_step_profile.md: what limits the
+step and by how much.
+"""
+
+import argparse
+import csv
+import gc
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_step_cases as cases
+from benchmarks.train_step_cases import OurRun, Shape, Timing, Variant, trainer_run
+from trainer.flops import count_parameters
+from trainer.head_loss import HeadLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
+CEILING = 0.8  # share of the peak that a large bfloat16 product reaches on an H100 (780-800 of 989 TFLOP/s)
+COLUMNS = (
+    *("section", "row", "optimizer", "fp8", "compiled", "recompute", "loss", "packed", "parameters", "tokens_a_step"),
+    *(
+        "micro_rows",
+        "seconds",
+        "p20",
+        "p80",
+        "tokens_per_second",
+        "flops_a_step",
+        "mfu",
+        "peak_gib",
+        "data_wait_share",
+    ),
+    *("forward_share", "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers"),
+    "world_size",
+)
+MAIN = Variant("Motif-2, compiled", compiled=True)
+VARIANTS = (
+    Variant("Motif-2, eager"),
+    Variant("Motif-2, compiled, FP8", compiled=True, fp8="rowwise"),
+    Variant("Motif-2, compiled, FP8, bfloat16 weight gradients", compiled=True, fp8="rowwise_with_gw_hp"),
+    Variant("Motif-2, compiled, AdamW", compiled=True, optimizer="adamw"),
+    Variant("Motif-2, compiled, packed documents", compiled=True, packed=True),
+    Variant("Motif-2, compiled, selective recomputation", compiled=True, recompute="selective"),
+)
+KINDS = {  # first match wins, in lower case
+    "attention": ("flash", "fmha", "sdpa", "attention", "_fwd_kernel", "gda_"),
+    "maximum logits": ("largest", "max_logits"),
+    "PolyNorm": ("poly_norm", "polynorm"),
+    "communication": ("nccl",),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "::bmm", "_scaled_mm", "wgmma"),
+    "Newton-Schulz kernels": ("symmetric", "newton", "gram_"),
+    "fused by the compiler": ("triton_",),
+}
+ANNOTATIONS = ("ProfilerStep", "FSDP", "Torch-Compiled", "Compiled", "## Call", "Optimizer.", "autograd::", "nccl:")
+
+
+class Bench:
+    """This run: its settings, its clock and its rows."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.started = time.perf_counter()
+        self.cuda = torch.cuda.is_available()
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = int(os.environ.get("RANK", 0)) == 0
+        if self.cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        name = torch.cuda.get_device_name() if self.cuda else "cpu"
+        known = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        self.peak_tflops = arguments.peak_tflops or known
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        self.common = {"commit": commit.stdout.strip() or arguments.commit, "device": name, **versions}
+        self.common["world_size"] = self.world_size
+        self.rows: list[dict] = []
+        self.references: dict[bool, tuple[float, float]] = {}
+        self.folder = Path(arguments.output)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        suffix = "_cpu" if arguments.cpu_mark else f"_x{self.world_size}" if self.world_size > 1 else ""
+        self.path = self.folder / f"train_step{suffix}.csv"
+
+    def say(self, text: str = "") -> None:
+        """Print once."""
+        if self.main:
+            print(text, flush=True)
+
+    def section(self, title: str, body: Callable[[], None]) -> None:
+        """Run one part unless time is up; a failure is shown and noted, and the next part runs."""
+        passed = time.perf_counter() - self.started
+        if self.arguments.only and not any(word in title for word in self.arguments.only):
+            return
+        self.say(f"\n## {title} (after {passed:.0f} s)\n")
+        if passed > self.arguments.budget_seconds:
+            self.note(title, f"not run: {passed:.0f} s of {self.arguments.budget_seconds} had passed")
+            return
+        try:
+            body()
+        except Exception as error:
+            print(traceback.format_exc(), flush=True)
+            self.note(title, f"failed: {type(error).__name__}: {str(error)[:200]}")
+        self.clean()
+
+    def clean(self) -> None:
+        """Give memory back, and save what there is."""
+        torch._dynamo.reset()
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        if self.main:
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def note(self, row: str, text: str) -> None:
+        """A row without figures."""
+        self.say(f"{row}: {text}")
+        self.rows.append({"row": row, "note": text, **self.common})
+
+    def report(self, section: str, row: str, timing: Timing, micro_rows: int, **columns) -> dict:
+        """Print and keep a timed row."""
+        ordered = sorted(timing.seconds)
+        seconds = statistics.median(ordered)
+        entry = {
+            "section": section,
+            "row": row,
+            "parameters": timing.parameters,
+            "tokens_a_step": timing.tokens,
+            "micro_rows": micro_rows,
+            "seconds": seconds,
+            "p20": ordered[int(0.2 * (len(ordered) - 1))],
+            "p80": ordered[round(0.8 * (len(ordered) - 1))],
+            "tokens_per_second": timing.tokens / seconds,
+            "flops_a_step": timing.flops,
+            "data_wait_share": timing.wait_seconds / statistics.mean(timing.seconds),
+            **{f"{part}_share": share for part, share in (timing.parts or {}).items()},
+            **columns,
+            **self.common,
+        }
+        if self.peak_tflops:
+            entry["mfu"] = timing.flops / seconds / (self.peak_tflops * 1e12)
+        if timing.peak_bytes is not None:
+            entry["peak_gib"] = timing.peak_bytes / 2**30
+        shown = ("tokens_per_second", "mfu", "peak_gib", "data_wait_share", "forward_share", "backward_share")
+        figures = "  ".join(
+            f"{key} {entry[key]:.4g}" for key in ("seconds", *shown, "optimizer_share") if key in entry
+        )
+        self.say(f"{row}: {figures}  {columns.get('note', '')}")
+        self.rows.append(entry)
+        return entry
+
+
+def missing_library(variant: Variant) -> str | None:
+    """The package that a variant needs and this machine lacks."""
+    return "torchao" if variant.fp8 != "none" and importlib.util.find_spec("torchao") is None else None
+
+
+def take_references(bench: Bench, shape: Shape) -> None:
+    """Loss and gradient norm of an eager step on the first batch, for whole and for packed rows."""
+    for packed in (False, True):
+        run = OurRun(shape, Variant("eager", packed=packed, micro_rows=1))
+        bench.references[packed] = run.first_step()
+        run.close()
+        del run
+        bench.clean()
+        bench.say(f"packed {packed}: loss and gradient norm {bench.references[packed]}")
+
+
+def check(bench: Bench, variant: Variant, found: tuple[float, float]) -> float:
+    """How far a variant's first step is off the eager one, relatively, in loss or gradient norm.
+
+    Raises:
+        RuntimeError: too far; the bounds are an assumption: 2% of bfloat16's own 0.4% a rounding, 10% for FP8's 6%.
+    """
+    wanted = bench.references[variant.packed]
+    error = max(abs(one / other - 1) for one, other in zip(found, wanted, strict=True))
+    bound = 2e-2 if variant.fp8 == "none" else 1e-1
+    if not error <= bound:
+        raise RuntimeError(
+            f"loss and gradient norm are {found}, eager {wanted}: off by {error:.1e}, so it is not timed"
+        )
+    return error
+
+
+def time_variant(bench: Bench, shape: Shape, variant: Variant) -> None:
+    """Our step, checked and then timed; with fewer rows at once where memory runs out."""
+    lacking = missing_library(variant)
+    if lacking:
+        bench.note(variant.name, f"not run: {lacking} is not installed")
+        return
+    micro_rows = shape.micro_rows
+    while not attempt(bench, shape, replace(variant, micro_rows=micro_rows)):
+        micro_rows //= 2
+        if not micro_rows:
+            raise RuntimeError("a single row does not fit into memory")
+
+
+def attempt(bench: Bench, shape: Shape, variant: Variant) -> bool:
+    """Check, time and report one variant; False where memory ran out."""
+    run = None
+    try:
+        run = OurRun(shape, variant)
+        error = check(bench, variant, run.first_step())
+        timing = run.time(bench.arguments.warm_ups, bench.arguments.repeats)
+        columns = cases.describe(variant) | {"note": f"PolyNorm: {run.polynorm}; off the eager step by {error:.1e}"}
+        entry = bench.report("step", variant.name, timing, variant.micro_rows, **columns)
+        if variant.name == MAIN.name:
+            compare_with_one(bench, entry)
+            write_profile(bench, run, timing)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        if run is not None:
+            run.close()
+        del run
+        bench.clean()
+
+
+def compare_with_one(bench: Bench, entry: dict) -> None:
+    """Throughput of several ranks over as many times that of one, from the table of an earlier run on one."""
+    if bench.world_size == 1:
+        return
+    path = bench.folder / "train_step.csv"
+    rows = list(csv.DictReader(path.open())) if path.is_file() else []
+    one = [row for row in rows if row["row"] == entry["row"] and row["device"] == entry["device"] and row["seconds"]]
+    if not one:
+        bench.note(
+            "scaling", f"no row {entry['row']!r} of one {entry['device']} in {path}: run the program without torchrun"
+        )
+        return
+    share = entry["tokens_per_second"] / (bench.world_size * float(one[0]["tokens_per_second"]))
+    bench.note("scaling", f"{share:.1%} of {bench.world_size} times one rank")
+
+
+def write_profile(bench: Bench, run: OurRun, timing: Timing) -> None:
+    """Where the time of a step goes, by kind of kernel, and what each kind would take at its limit."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
+    batch = run.loader.next_batch()
+    with profile(activities=activities) as recorded:
+        run.step.run(batch, 0.01)
+        cases.synchronize()
+    if not bench.main:
+        return
+    spent: dict[str, float] = {}
+    for event in recorded.key_averages():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_device != bench.cuda or event.key.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
+            continue
+        kind = next((kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)), None)
+        seconds = 1e-6 * (event.self_device_time_total if bench.cuda else event.self_cpu_time_total)
+        spent[kind or "other elementwise and copies"] = (
+            spent.get(kind or "other elementwise and copies", 0.0) + seconds
+        )
+    wall = statistics.median(timing.seconds)
+    busy = sum(spent.values())
+    config = run.config
+    products = (
+        6 * (count_parameters(config)["matrices"] + config.vocab_size * config.hidden_size) * batch.nominal_tokens
+    )
+    flops = {"products": products / bench.world_size, "attention": timing.flops - products / bench.world_size}
+    lines = [
+        f"# Where a step of {run.parameters / 1e9:.2f}B parameters goes",
+        "",
+        f"{bench.common['device']}, torch {bench.common['torch']}, commit {bench.common['commit']}, "
+        f"{bench.world_size} rank(s), {timing.tokens:,} tokens a step, {wall:.4f} s (median, not profiled).",
+        "",
+        "| kind | seconds | share of the step | TFLOP/s | seconds at the limit | lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    ceiling = bench.peak_tflops and CEILING * bench.peak_tflops * 1e12
+    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        rate = limit = lost = ""
+        if kind in flops:
+            rate = f"{flops[kind] / seconds / 1e12:.1f}"
+            if ceiling:
+                least = flops[kind] / ceiling
+                limit, lost = f"{least:.4f}", f"{(seconds - least) / wall:.1%} of the step"
+        lines.append(f"| {kind} | {seconds:.4f} | {seconds / wall:.1%} | {rate} | {limit} | {lost} |")
+    lines += [
+        f"| device idle, or work at once | {wall - busy:.4f} | {1 - busy / wall:.1%} | | 0 | {1 - busy / wall:.1%} |",
+        "",
+        "Products include Newton-Schulz where it runs as plain products: their rate counts the model's FLOPs alone. "
+        f"The limit is {CEILING:.0%} of {bench.peak_tflops or 'unknown'} TFLOP/s, what a large product reaches.",
+        f"Parts of the step: {', '.join(f'{part} {share:.1%}' for part, share in (timing.parts or {}).items())}; "
+        f"waiting for data {timing.wait_seconds / wall:.2%}.",
+        "",
+    ]
+    (bench.folder / f"{bench.path.stem}_profile.md").write_text("\n".join(lines))
+    bench.say("\n".join(lines))
+
+
+def time_linear_part(bench: Bench, shape: Shape) -> None:
+    """A decoder layer's products, forward and backward, in bfloat16 and FP8."""
+    device = torch.device("cuda" if bench.cuda else "cpu")
+    base = None
+    for fp8 in ("none", "rowwise", "rowwise_with_gw_hp"):
+        if missing_library(Variant("", fp8=fp8)):
+            bench.note(f"linear part, {fp8}", "not run: torchao is not installed")
+            continue
+        layer, rows = cases.linear_layers(shape, fp8, device)
+        rows.requires_grad_()
+        times = []
+        for repeat in range(bench.arguments.warm_ups + 4 * bench.arguments.repeats):
+            cases.synchronize()
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bench.cuda):
+                output = layer.forward(rows)
+            output.float().square().mean().backward()
+            cases.synchronize()
+            if repeat >= bench.arguments.warm_ups:
+                times.append(time.perf_counter() - started)
+        matrices = count_parameters(replace(shape, layers=1).motif())["matrices"]
+        timing = Timing(times, len(rows), 6 * matrices * len(rows), matrices)
+        base = base or statistics.median(times)
+        note = f"{base / statistics.median(times):.3f} times as fast as bfloat16"
+        bench.report("linear part", f"products of a layer, {fp8}", timing, shape.micro_rows, fp8=fp8, note=note)
+        bench.clean()
+
+
+def time_head(bench: Bench, shape: Shape, vocabulary: int) -> None:
+    """The loss over a large vocabulary, forward and backward, at once and in chunks."""
+    device = torch.device("cuda" if bench.cuda else "cpu")
+    tokens = shape.micro_rows * shape.length
+    targets = torch.randint(0, vocabulary, (1, tokens), device=device)
+    outcomes = {}
+    for kind in ("full", "chunked"):
+        if kind == "chunked" and (
+            importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None
+        ):
+            bench.note("loss in chunks", "not run: trl (and datasets, which it imports) are not installed")
+            continue
+        torch.manual_seed(0)
+        head = torch.nn.Linear(shape.hidden, vocabulary, bias=False, device=device)
+        hidden = torch.randn(1, tokens, shape.hidden, device=device, requires_grad=True)
+        loss = HeadLoss(head, kind)
+        times = []
+        for repeat in range(bench.arguments.warm_ups + bench.arguments.repeats):
+            head.weight.grad = hidden.grad = None
+            cases.synchronize(reset_peak=True)
+            started = time.perf_counter()
+            with loss.targets(targets), torch.autocast(device.type, torch.bfloat16, enabled=bench.cuda):
+                losses = head(hidden)
+            losses.mean().backward()
+            cases.synchronize()
+            if repeat >= bench.arguments.warm_ups:
+                times.append(time.perf_counter() - started)
+        outcomes[kind] = (losses.detach().mean(), head.weight.grad, hidden.grad)
+        timing = Timing(
+            times, tokens, 6 * vocabulary * shape.hidden * tokens, vocabulary * shape.hidden, cases.peak_bytes()
+        )
+        bench.report("loss", f"head and loss over {vocabulary} words, {kind}", timing, shape.micro_rows, loss=kind)
+    if len(outcomes) == 2:
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(outcomes["chunked"], outcomes["full"], strict=True)]
+        bench.note(
+            "loss in chunks", f"off by {', '.join(f'{e:.1e}' for e in errors)} in loss, weight and input gradient"
+        )
+
+
+def time_peer(bench: Bench, shape: Shape, kind: str, compiled: bool) -> None:
+    """transformers' Trainer on the same rows."""
+    timing = trainer_run(shape, kind, bench.arguments.warm_ups, bench.arguments.repeats, compiled)
+    name = f"{kind} by transformers' Trainer" + (", compiled" if compiled else "")
+    bench.report("peer", name, timing, shape.micro_rows, optimizer="adamw", compiled=compiled)
+
+
+def cpu_mark(bench: Bench, shape: Shape) -> None:
+    """A 10M model's step beside a Llama of the same size, each first in turn, and what the arithmetic allows."""
+    ours, peers = [], []
+    for _ in range(bench.arguments.rounds):
+        run = OurRun(shape, Variant("Motif-2 of 10M"))
+        ours.append(run.time(1, bench.arguments.repeats))
+        config = run.config
+        run.close()
+        peers.append(trainer_run(shape, "Llama", 1, bench.arguments.repeats))
+    for name, timings in (
+        ("Motif-2 of 10M, MuonClip", ours),
+        ("Llama of the same size by transformers' Trainer", peers),
+    ):
+        merged = replace(timings[0], seconds=[second for timing in timings for second in timing.seconds])
+        bench.report("cpu mark", name, merged, shape.micro_rows)
+    flops = trainer_optimizer_flops(config)
+    allowed = (ours[0].flops + flops) / peers[0].flops
+    taken = bench.rows[-2]["seconds"] / bench.rows[-1]["seconds"]
+    bench.note(
+        "cpu mark",
+        f"step takes {taken:.3f} times the Llama's; arithmetic's ratio {allowed:.3f} (model "
+        f"{ours[0].flops / peers[0].flops:.3f}, Newton-Schulz {flops / peers[0].flops:.3f})",
+    )
+
+
+def trainer_optimizer_flops(config) -> int:
+    """FLOPs of Newton-Schulz over all matrices, as the optimizer runs it on a CPU."""
+    from trainer.optim.orthogonalise import Orthogonaliser
+
+    with torch.device("meta"):
+        model = cases.Motif2ForCausalLM(config)
+    flops = Orthogonaliser("gram", "motif", "auto").kernels.newton_schulz_flops
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    return sum(flops(*matrix.shape, method="gram", symmetric=False) for matrix in matrices)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=os.environ.get("OUT") or str(ROOT / "benchmarks/results"), help="folder")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program; times mean nothing")
+    parser.add_argument("--cpu_mark", action="store_true", help="only the 10M model on the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps a row")
+    parser.add_argument("--warm_ups", type=int, default=3, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of the CPU mark")
+    parser.add_argument("--rows", type=int, default=None, help="rows of a step on each rank")
+    parser.add_argument("--micro_rows", type=int, default=None, help="rows at once")
+    parser.add_argument("--only", nargs="*", default=[], help="run only sections whose title holds one of these words")
+    parser.add_argument("--budget_seconds", type=float, default=430, help="start no section after this")
+    parser.add_argument(
+        "--peak_tflops", type=float, default=None, help="of the device, where the program knows it not"
+    )
+    parser.add_argument("--commit", default="unknown", help="commit, where this is no git checkout")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, time, profile, and write the table."""
+    arguments = parse()
+    bench = Bench(arguments)
+    bench.say(str(bench.common))
+    if arguments.cpu_mark:
+        bench.section("cpu mark", lambda: cpu_mark(bench, cases.CPU_10M))
+        return
+    shape = cases.TINY if arguments.tiny else cases.LARGE
+    shape = replace(shape, rows=arguments.rows or shape.rows, micro_rows=arguments.micro_rows or shape.micro_rows)
+    take_references(bench, shape)
+    bench.section(f"step: {MAIN.name}", lambda: time_variant(bench, shape, MAIN))
+    if bench.world_size == 1:
+        bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
+        bench.section("peer: Llama, Trainer", lambda: time_peer(bench, shape, "Llama", False))
+        bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
+        bench.section("linear part", lambda: time_linear_part(bench, shape))
+    for variant in VARIANTS:
+        bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))
+    if bench.world_size == 1:
+        bench.section("loss", lambda: time_head(bench, shape, 2048 if arguments.tiny else 219_520))
+        bench.section("peer: Llama, Trainer, compiled", lambda: time_peer(bench, shape, "Llama", True))
+    bench.clean()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
