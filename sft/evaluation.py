@@ -62,8 +62,7 @@ def table_rows(stage: str, found: dict[tuple[str, str], PairedDifference], befor
     """One row a task and metric: scores before and after, their difference with its interval, and the verdict."""
     first, second = (json.loads((folder / RESULTS_FILE).read_text())["metrics"] for folder in (before, after))
     rows = []
-    for (task, metric), compared in found.items():
-        paired = getattr(compared, "paired", compared)
+    for (task, metric), paired in found.items():
         row = {"stage": stage, "task": task, "metric": metric, "rows": paired.rows}
         row |= {"before": first.get(task, {}).get(metric), "after": second.get(task, {}).get(metric)}
         row |= {"difference": paired.difference, "low": paired.low, "high": paired.high}
