@@ -10,6 +10,8 @@ from transformers import HfArgumentParser
 
 from .growth_files import DTYPES
 
+VERIFY_TOKENS = 64
+
 DESCRIPTION = """\
 Grow a Motif-2 checkpoint wider, deeper and to more signal heads. The grown model computes what its parent computes,
 so that training goes on where the parent's ended.
@@ -88,7 +90,7 @@ class GrowthOptions:
     verify_text: str | None = field(
         default=None, metadata={"help": "text file (UTF-8) to compare on; a built-in sample by default"}
     )
-    verify_tokens: int = field(default=64, metadata={"help": "length of the comparison in tokens"})
+    verify_tokens: int = field(default=VERIFY_TOKENS, metadata={"help": "length of the comparison in tokens"})
     dry_run: bool = field(
         default=False,
         metadata={"help": "check everything, print what would be written and the room on the disk, write nothing"},
@@ -113,8 +115,16 @@ class GrowthOptions:
             raise ValueError(f"verify_tokens={self.verify_tokens} must be 2 or more")
         if self.verify_text is not None and not Path(self.verify_text).is_file():
             raise ValueError(f"verify_text={self.verify_text!r} is not a file")
-        if self.verify_text is not None and not self.verify:
-            raise ValueError(f"verify_text={self.verify_text!r} is read by --verify only: add it, or leave this out")
+        self._check_that_nothing_is_ignored()
+
+    def _check_that_nothing_is_ignored(self) -> None:
+        if not self.verify:
+            if self.verify_text is not None:
+                raise ValueError(f"verify_text={self.verify_text!r} needs --verify: add it, or leave this out")
+            if self.verify_tokens != VERIFY_TOKENS:
+                raise ValueError(f"verify_tokens={self.verify_tokens} needs --verify: add it, or leave this out")
+        if self.seed and self.noise_snr_db is None:
+            raise ValueError(f"seed={self.seed} is of the noise: add --noise_snr_db, or leave this out")
 
 
 class _Parser(HfArgumentParser):

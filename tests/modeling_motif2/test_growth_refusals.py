@@ -256,7 +256,9 @@ def test_an_output_that_is_a_file_is_refused(parent, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--max_shard_gb", "inf"], "max_shard_gb=inf must be above 0 and finite"),
-        (["--verify_text", __file__], "is read by --verify only: add it"),
+        (["--verify_text", __file__], "needs --verify: add it"),
+        (["--verify_tokens", "16"], "verify_tokens=16 needs --verify"),
+        (["--seed", "3"], "seed=3 is of the noise: add --noise_snr_db"),
         (["--widht", "2"], "unknown setting '--widht'; did you mean --width?"),
         (["--noise-snr", "2"], "did you mean --noise_snr_db?"),
         (["--max_shard_gb", "0"], "max_shard_gb=0.0 must be above 0"),
