@@ -63,6 +63,9 @@ class TrainStep:
         micro_batch_tokens: tokens of one forward; None takes all rows at once.
         loss: how the head's loss is computed, see `HeadLoss`.
         tensor_ranks: ranks that share a row's computation by tensor parallelism, and so have the same rows.
+
+    Raises:
+        ValueError: accelerate was launched with another number of tensor parallel ranks.
     """
 
     def __init__(
@@ -80,6 +83,12 @@ class TrainStep:
         self.domains = domains
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
+        launched = getattr(accelerator.parallelism_config, "tp_size", 1)
+        if launched not in (1, tensor_ranks):  # 1: whoever split the model did so without accelerate
+            raise ValueError(
+                f"accelerate was launched with tp_size {launched}, and rows are dealt out for {tensor_ranks}: set "
+                "parallelism_config_tp_size 1 and shard with FSDP2 or HSDP"
+            )
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
         self.head_loss = HeadLoss(accelerator.unwrap_model(model).get_output_embeddings(), loss)

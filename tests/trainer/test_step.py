@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,13 @@ def test_chunked_loss_and_accumulation_give_the_same_curve(alone, layout):
 
     for found in [run()] if layout == "one" else run_distributed(run, 2):
         assert_same(found, alone)
+
+
+def test_rows_must_be_dealt_out_for_the_tensor_parallelism_of_the_launch(monkeypatch):
+    step = make_step("one")
+    monkeypatch.setattr(Accelerator, "parallelism_config", SimpleNamespace(tp_size=2))
+    with pytest.raises(ValueError, match="launched with tp_size 2, and rows are dealt out for 1: set"):
+        TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], None, None)
 
 
 @pytest.mark.distributed
