@@ -19,10 +19,11 @@ _MEMORY = ("RssAnon", "RssShmem", "VmSwap")  # pages of files, such as libraries
 
 @dataclass(frozen=True)
 class Usage:
-    """What processes take together."""
+    """What processes take together; `busy` says whether any computes, or waits for a processor or a disk."""
 
     memory_bytes: int
     threads: int
+    busy: bool
 
 
 def usage(roots: Iterable[int]) -> Usage:
@@ -31,11 +32,13 @@ def usage(roots: Iterable[int]) -> Usage:
     A page that several processes share is counted for each of them.
     """
     memory_kib = threads = 0
+    busy = False
     for pid in _tree(roots):
         facts = _status(pid)
         memory_kib += sum(int(facts.get(name, "0 kB").split()[0]) for name in _MEMORY)
         threads += int(facts.get("Threads", 0))
-    return Usage(1024 * memory_kib, threads)
+        busy |= facts.get("State", "Z")[0] in "RD" or _another_thread_runs(pid, facts)
+    return Usage(1024 * memory_kib, threads, busy)
 
 
 def end(process: subprocess.Popen, group: bool) -> None:
@@ -83,7 +86,17 @@ def _tree(roots: Iterable[int]) -> Iterator[int]:
             waiting += children(pid)
 
 
-def _status(pid: int) -> dict[str, str]:
+def _another_thread_runs(pid: int, facts: dict[str, str]) -> bool:
+    if int(facts.get("Threads", 0)) < 2:
+        return False
+    with contextlib.suppress(OSError):
+        return any(
+            _status(f"{pid}/task/{thread}").get("State", "Z")[0] in "RD" for thread in os.listdir(f"/proc/{pid}/task")
+        )
+    return False
+
+
+def _status(pid: int | str) -> dict[str, str]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

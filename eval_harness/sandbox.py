@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +36,8 @@ WEAK_LACKS = (
     "generated programs can read this user's files, write wherever this user can, fill the disk, use the network, "
     "start processes that outlive them and escape the limit of memory in total, and reach the process that judges them"
 )
-WALL_FACTOR = 3
-WATCH_SECONDS = 0.02  # assumption: a program can fill some tens of MiB in this time
+WALL_FACTOR = 30  # assumption
+WATCH_SECONDS = 0.05  # assumption: a program can fill about a hundred MiB in this time
 
 
 class SandboxUnavailable(RuntimeError):
@@ -75,8 +75,9 @@ class Sandbox:
     """A bounded pool of confined judgements.
 
     Attributes:
-        timeout_seconds: processor time a program has (assumption); its wall-clock time is `WALL_FACTOR` times as long,
-            so that a machine that is up to three times too busy changes no verdict.
+        timeout_seconds: processor time a program has, and as long again in which it and its judge only wait. Time in
+            which they are ready to run and the machine is busy with others is not counted, so that a busy machine
+            changes no verdict; but after `WALL_FACTOR` times as long the program ends in any case (assumption).
         memory_bytes: memory of a program and its judge in total, over all their processes; also the address space of
             each process (assumption).
         threads: threads of both in total: the kernel's memory for a thread is in no limit (assumption).
@@ -127,11 +128,7 @@ class Sandbox:
             for descriptor in (*to_program, *to_judge, verdict[1]):
                 descriptor.close()
             try:
-                message = _receive(
-                    verdict[0].number,
-                    WALL_FACTOR * self.timeout_seconds,
-                    lambda: self._excess([process.pid for process in processes]),
-                )
+                message = self._receive(verdict[0].number, [process.pid for process in processes])
             finally:
                 for process in processes:
                     end(process, group=self.weak)
@@ -143,14 +140,27 @@ class Sandbox:
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self.run, programs))
 
-    def _excess(self, pids: list[int]) -> str:
-        """What a program and its judge take too much of, all their processes together; empty where nothing."""
-        taken = usage(pids)
-        if taken.memory_bytes > self.memory_bytes:
-            return f"more than {self.memory_bytes} bytes of memory in total ({taken.memory_bytes})"
-        if taken.threads > self.threads:
-            return f"more than {self.threads} threads in total ({taken.threads})"
-        return ""
+    def _receive(self, descriptor: int, pids: list[int]) -> bytes | str | None:
+        """The judge's message; None when it dies without one; a reason when too much time or memory is taken."""
+        received, idle_seconds = b"", 0.0
+        started = looked = time.monotonic()
+        while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
+            if select.select([descriptor], [], [], WATCH_SECONDS)[0]:
+                part = os.read(descriptor, 1 << 16)
+                if not part:
+                    return None
+                received += part
+                continue
+            taken, now = usage(pids), time.monotonic()
+            idle_seconds += 0 if taken.busy else now - looked
+            looked = now
+            if taken.memory_bytes > self.memory_bytes:
+                return f"more than {self.memory_bytes} bytes of memory in total ({taken.memory_bytes})"
+            if taken.threads > self.threads:
+                return f"more than {self.threads} threads in total ({taken.threads})"
+            if idle_seconds > self.timeout_seconds or now - started > WALL_FACTOR * self.timeout_seconds:
+                return f"no verdict within {now - started:.3g} seconds, {idle_seconds:.3g} of them spent waiting"
+        return received[4:]
 
     def _start(self, script: str, job: bytes, pipes: list["_Descriptor"], limits: list[int]) -> subprocess.Popen:
         folder = GUEST_DIR if self.weak else Path("/guest")
@@ -235,25 +245,6 @@ def _bubblewrap_command() -> list[str]:
         command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
     command += ["--ro-bind", str(GUEST_DIR), "/guest", "--dev-bind", "/dev/null", "/dev/null"]
     return [*command, "--chdir", "/", "--remount-ro", "/"]
-
-
-def _receive(descriptor: int, seconds: float, excess: Callable[[], str]) -> bytes | str | None:
-    """The judge's message; None when it dies without one; a reason when the time is over or too much is taken."""
-    received, deadline = b"", time.monotonic() + seconds
-    while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            return f"no verdict within {seconds:g} seconds"
-        ready, _, _ = select.select([descriptor], [], [], min(WATCH_SECONDS, remaining))
-        if not ready:
-            if reason := excess():
-                return reason
-            continue
-        part = os.read(descriptor, 1 << 16)
-        if not part:
-            return None
-        received += part
-    return received[4:]
 
 
 def _read_verdict(message: bytes | None, token: str) -> tuple[bool, str]:

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from eval_harness.process_tree import usage
+from eval_harness.process_tree import Usage, usage
 from eval_harness.sandbox import INSTALL, WEAK_LACKS, Program, Sandbox, SandboxUnavailable
 from tests.eval_harness.hostile_programs import (
     ESCAPES,
@@ -99,6 +99,18 @@ def test_memory_is_limited_in_total_in_the_weaker_mode():
     source = FORKED_MEMORY.replace("{size}", str(MEMORY_BYTES // 4))
     assert "bytes of memory in total" in weak.run(Program(source, RIGHT.tests, ("f",))).reason
     assert our_processes() == []
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("weak", [False, True], ids=["confined", "weak"])
+def test_waiting_is_limited_and_waiting_for_the_machine_is_not_counted(weak, monkeypatch):
+    sandbox = Sandbox(weak=weak, timeout_seconds=1.0)
+    outcome = sandbox.run(Program("import time\ndef f(x): time.sleep(60)", RIGHT.tests, ("f",)))
+    assert "spent waiting" in outcome.reason
+    monkeypatch.setattr("eval_harness.sandbox.usage", lambda pids: Usage(0, 1, busy=True))
+    assert sandbox.run(
+        Program("import time\ndef f(x):\n    time.sleep(1)\n    return x + 1", RIGHT.tests, ("f",))
+    ).passed
 
 
 @needs_bubblewrap
