@@ -36,8 +36,8 @@ examples:
     motif2-grow --source runs/small/model --output runs/deep --insert_after 4 6 7 7 --dtype bfloat16
 
 An interrupted growth goes on when the same command is given again: finished files are kept if their SHA-256 is still
-that of growth.json, and a damaged one is written again. Without noise copies start equal and their gradients with
-them, so they part slowly; with it they part at once. Status: 0 done; 1 refused, failed, or not the same function;
+that of growth.json, and a damaged one is written again. Without noise copies are equal and so are their gradients:
+only rounding parts them in training; noise does at once. Status: 0 done; 1 refused, failed, or not the same function;
 2 a setting that cannot be; 130 interrupted."""
 
 
