@@ -65,14 +65,24 @@ VARIANTS = (
     Variant("Motif-2, compiled, packed documents", compiled=True, packed=True),
     Variant("Motif-2, compiled, selective recomputation", compiled=True, recompute="selective"),
 )
-KINDS = {  # first match wins, in lower case
-    "attention": ("flash", "fmha", "sdpa", "attention", "_fwd_kernel", "gda_"),
-    "maximum logits": ("largest", "max_logits"),
-    "PolyNorm": ("poly_norm", "polynorm"),
+TRITON_KERNELS = {  # of this repository, by the function's name
+    "PolyNorm": (
+        "forward_kernel",
+        "backward_kernel",
+        "long_forward_kernel",
+        "long_backward_kernel",
+        "sum_partials_kernel",
+    ),
+    "Newton-Schulz": ("symmetric_product_kernel", "product_kernel", "square_sums_kernel", "normalise_kernel"),
+    "maximum logits": ("_kernel",),
+    "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
+}
+KINDS = {  # other kernels, by words in their name in lower case; the first match wins
+    "attention": ("flash", "fmha", "sdpa", "attention"),
     "communication": ("nccl",),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "::bmm", "_scaled_mm", "wgmma"),
-    "Newton-Schulz kernels": ("symmetric", "newton", "gram_"),
     "fused by the compiler": ("triton_",),
+    "momentum and update": ("adam",),
 }
 ANNOTATIONS = ("ProfilerStep", "FSDP", "Torch-Compiled", "Compiled", "## Call", "Optimizer.", "autograd::", "nccl:")
 
@@ -110,7 +120,8 @@ class Bench:
     def section(self, title: str, body: Callable[[], None]) -> None:
         """Run one part unless time is up; a failure is shown and noted, and the next part runs."""
         passed = time.perf_counter() - self.started
-        if self.arguments.only and not any(word in title for word in self.arguments.only):
+        wanted = (*self.arguments.only, "reference")
+        if self.arguments.only and not any(word in title for word in wanted):
             return
         self.say(f"\n## {title} (after {passed:.0f} s)\n")
         if passed > self.arguments.budget_seconds:
@@ -178,15 +189,12 @@ def missing_library(variant: Variant) -> str | None:
     return "torchao" if variant.fp8 != "none" and importlib.util.find_spec("torchao") is None else None
 
 
-def take_references(bench: Bench, shape: Shape) -> None:
-    """Loss and gradient norm of an eager step on the first batch, for whole and for packed rows."""
-    for packed in (False, True):
-        run = OurRun(shape, Variant("eager", packed=packed, micro_rows=1))
-        bench.references[packed] = run.first_step()
-        run.close()
-        del run
-        bench.clean()
-        bench.say(f"packed {packed}: loss and gradient norm {bench.references[packed]}")
+def take_reference(bench: Bench, shape: Shape, packed: bool) -> None:
+    """Loss and gradient norm of an eager step on the first batch, of whole or of packed rows."""
+    run = OurRun(shape, Variant("eager", packed=packed, micro_rows=1))
+    bench.references[packed] = run.first_step()
+    run.close()
+    bench.say(f"loss and gradient norm {bench.references[packed]}")
 
 
 def check(bench: Bench, variant: Variant, found: tuple[float, float]) -> float:
@@ -195,7 +203,9 @@ def check(bench: Bench, variant: Variant, found: tuple[float, float]) -> float:
     Raises:
         RuntimeError: too far; the bounds are an assumption: 2% of bfloat16's own 0.4% a rounding, 10% for FP8's 6%.
     """
-    wanted = bench.references[variant.packed]
+    wanted = bench.references.get(variant.packed)
+    if wanted is None:
+        raise RuntimeError("there is no eager step to compare with, so it is not timed")
     error = max(abs(one / other - 1) for one, other in zip(found, wanted, strict=True))
     bound = 2e-2 if variant.fp8 == "none" else 1e-1
     if not error <= bound:
@@ -311,6 +321,13 @@ def write_profile(bench: Bench, run: OurRun, timing: Timing) -> None:
     ]
     (bench.folder / f"{bench.path.stem}_profile.md").write_text("\n".join(lines))
     bench.say("\n".join(lines))
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel or operator is part of, by its name."""
+    ours = (kind for kind, names in TRITON_KERNELS.items() if kernel in names)
+    others = (kind for kind, words in KINDS.items() if any(word in kernel.lower() for word in words))
+    return next(ours, None) or next(others, "other elementwise and copies")
 
 
 def time_linear_part(bench: Bench, shape: Shape) -> None:
@@ -452,7 +469,9 @@ def main() -> None:
         return
     shape = cases.TINY if arguments.tiny else cases.LARGE
     shape = replace(shape, rows=arguments.rows or shape.rows, micro_rows=arguments.micro_rows or shape.micro_rows)
-    take_references(bench, shape)
+    for packed in (False, True):
+        title = f"reference for every step: {'packed' if packed else 'whole'} rows"
+        bench.section(title, lambda packed=packed: take_reference(bench, shape, packed))
     bench.section(f"step: {MAIN.name}", lambda: time_variant(bench, shape, MAIN))
     if bench.world_size == 1:
         bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))

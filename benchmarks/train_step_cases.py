@@ -89,7 +89,7 @@ class Shape:
 # The report's first batch, 16,384,000 tokens, on its 400 GPUs gives each 40,960 tokens a step.
 LARGE = Shape(2048, 8192, 20, 8, 128, 32_000, 4096, 10, 2)
 TINY = Shape(64, 128, 3, 4, 16, 512, 64, 4, 2)
-CPU_10M = Shape(320, 1280, 6, 4, 32, 4096, 256, 8, 8)
+CPU_10M = Shape(320, 1280, 6, 4, 40, 4096, 256, 8, 8)
 
 
 @dataclass(frozen=True)
