@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
 from modeling_motif2 import attention_choice
-from modeling_motif2.attention_choice import KERNEL, SDPA, WAYS, Choice, Situation
+from modeling_motif2.attention_choice import KERNEL, SDPA, WAYS, Choice, Situation, Way
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
@@ -292,3 +293,15 @@ def test_ways_and_choices_are_consistent():
     assert WAYS["kernel"] is KERNEL
     assert all(name == way.name for name, way in WAYS.items())
     assert vars(Choice("sdpa", {"sdpa": 1.0}, {})) == {"name": "sdpa", "milliseconds": {"sdpa": 1.0}, "refused": {}}
+
+
+def test_a_way_that_holds_sdpa_to_a_kernel_compiles():
+    layer = attention_modules(small_model(dtype=torch.float64, ratio=3))[0]
+    way = Way("math", "sdpa", wide=True, sdpa=SDPBackend.MATH)
+    inputs = [torch.randn(2, heads, 7, 8, dtype=torch.float64) for heads in (6, 2)]
+    inputs += [torch.randn(2, 2, 2, 7, 8, dtype=torch.float64) for _ in range(2)]
+    intervals = torch.stack((torch.zeros(2, 7), torch.arange(7).expand(2, -1))).int()
+    want, _ = layer.attend(None, *inputs, torch.ones(7, 7, dtype=torch.bool).tril().log()[None, None])
+    compiled = torch.compile(lambda *states: layer.attend(way, *states)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, intervals), want)
+    torch.testing.assert_close(compiled(*inputs, None), want)

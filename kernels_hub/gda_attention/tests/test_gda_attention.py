@@ -29,9 +29,11 @@ def assert_matches(kernel, inputs, first=None, last=None, limit=None):
         return kernel.gda_attention(*leaves, out_scale=OUT_SCALE, eps=EPS, first=first, last=last)
 
     bounds = causal(batch, tokens, keys, device) if first is None else (first, last)
-    dout = torch.randn(*inputs.signal_query.shape[:-1], 2 * inputs.key.shape[-1], dtype=torch.float64).to(device)
-    got, max_logits = values_and_gradients(ours, inputs, dout.to(dtype))
-    want, largest = values_and_gradients(lambda leaves: definition(leaves, *bounds), in_float64(inputs), dout)
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (*inputs.signal_query.shape[:-1], 2 * inputs.key.shape[-1])
+    dout = torch.randn(shape, generator=generator).to(device, dtype)
+    got, max_logits = values_and_gradients(ours, inputs, dout)
+    want, largest = values_and_gradients(lambda leaves: definition(leaves, *bounds), in_float64(inputs), dout.double())
     for name, one, other in zip(NAMES, got, want, strict=True):
         # lambda's gradient is one number left of many terms, which are those of the value's gradient; the gradients of
         # queries and keys vanish where every query sees one key.
@@ -39,7 +41,9 @@ def assert_matches(kernel, inputs, first=None, last=None, limit=None):
         size = other.norm() if other.any() and name != "lambda_" else torch.maximum(other.norm(), scale)
         assert torch.isfinite(one).all(), f"{name} is not finite"
         error = float((one.double() - other).norm() / size) if size > 0 else float(one.double().norm())
-        assert error <= limit, f"{name}: relative error {error:.1e}"
+        # Gradients are what is left of larger terms, the more so the fewer keys a query sees.
+        assert error <= (limit if name == "out" else 4 * limit), f"{name}: relative error {error:.1e}"
+    limit = max(limit, 1e-6)  # they are float32 always
     torch.testing.assert_close(max_logits.cpu().double(), largest, rtol=limit, atol=limit)
 
 
@@ -250,7 +254,8 @@ def test_the_reference_is_exact_in_float64(kernel):
     if INTERPRETED or ON_GPU:
         pytest.skip("runs where the operators are plain torch")
     for first, last in ((None, None), padded((11, 4), 11, "left", "cpu")):
-        assert_matches(kernel, make(2, 11, 11, 2, 3, 8, torch.float64, "cpu"), first, last, limit=1e-12)
+        inputs = in_float64(make(2, 11, 11, 2, 3, 8, torch.float64, "cpu"))
+        assert_matches(kernel, inputs, first, last, limit=1e-12)
 
 
 def test_what_is_supported(kernel, device):

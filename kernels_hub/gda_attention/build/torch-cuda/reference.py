@@ -61,7 +61,7 @@ def forward(signal_query, noise_query, key, value, lambda_, weight, first, last,
         largest[group] = logits.amax(dim=(0, 2, 3)).float() / LOG2_E if logits.numel() else -torch.inf
     difference = _difference(raw, lambda_)
     normed = difference * torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
-    out = (normed * (_wide(weight) * out_scale)).to(signal_query.dtype)
+    out = (normed * (weight.to(normed.dtype) * out_scale)).to(signal_query.dtype)
     kept = raw if training else raw[:, :, :, -1:]
     return out, kept.to(signal_query.dtype).contiguous(), lse, largest
 
@@ -74,7 +74,7 @@ def backward(
     difference = _difference(raw, lambda_)
     inverse_rms = torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
     normed = difference * inverse_rms
-    dnormed = _wide(dout) * (_wide(weight) * out_scale)
+    dnormed = _wide(dout) * (weight.to(normed.dtype) * out_scale)
     ddifference = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
     dweight = (_wide(dout) * normed).sum((0, 1, 2, 3)) * out_scale
     dlambda = -(ddifference * _wide(raw[:, :, :, -1:])).sum()
