@@ -2,6 +2,8 @@
 
 from torch.distributed import DistError
 
+GLOO_SIGNS = ("gloo/transport", "Connection closed by peer", "caused pair closure")
+
 
 class RunStoppedError(RuntimeError):
     """A run cannot go on; its last complete checkpoint is untouched."""
@@ -20,6 +22,5 @@ class LossSpikeError(RunStoppedError):
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank is gone or silent."""
-    text = str(error)
-    return isinstance(error, DistError) or "gloo" in text or "Connection closed by peer" in text
+    """Whether an error of a collective says that another rank is gone or silent; gloo says it in words alone."""
+    return isinstance(error, DistError) or any(sign in str(error) for sign in GLOO_SIGNS)
