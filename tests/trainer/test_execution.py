@@ -9,12 +9,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
 from tests.trainer.storages import Storages
 from trainer import execution
 from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
+from trainer.loop import run_pretraining
 from trainer.model import build_model, load_tokenizer
 from trainer.optim import build_muon_clip
 
@@ -190,7 +192,7 @@ class TestCompilation:
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["none", "full", "selective"])
     def test_machine_code_gives_the_eager_losses(self, mode):
-        model, reference = small_model(), small_model()
+        model, reference = small_model(3), small_model(3)
         if mode != "none":
             recompute_layers(model, mode)
         compile_layers(model)
@@ -229,3 +231,14 @@ def test_the_settings_reach_the_model(make_config):
     assert [forward.__name__ for forward in forwards] == ["recomputed", "forward"]
     with pytest.raises(ValueError, match="gradient_checkpointing_every is 0"):
         make_config(gradient_checkpointing_every=0)
+
+
+def test_a_run_in_fp8_with_recomputation_and_chunks_learns_and_exports_a_plain_model(make_config):
+    options = {"fp8": "rowwise_with_gw_hp", "fp8_skip_edge_layers": 0, "fp8_emulate": True, "head_dim": 16}
+    config = make_config(
+        total_tokens=128 * 12, gradient_checkpointing="selective", loss="chunked", micro_batch_tokens=64, **options
+    )
+    result = run_pretraining(config)
+    assert all(result.last_eval[name] < result.first_eval[name] - 0.1 for name in "ab")
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
