@@ -305,3 +305,15 @@ def test_a_way_that_holds_sdpa_to_a_kernel_compiles():
     compiled = torch.compile(lambda *states: layer.attend(way, *states)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs, intervals), want)
     torch.testing.assert_close(compiled(*inputs, None), want)
+
+
+@pytest.mark.parametrize("name", attention_choice.CHOOSERS)
+def test_transformers_takes_the_names(name, tmp_path):
+    model = small_model(dtype=torch.float32)
+    model.set_attn_implementation(name)
+    assert model.config._attn_implementation == name
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
+    ids = random_ids(1, 9)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert (tmp_path / "attention_choice.py").exists()
