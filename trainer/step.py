@@ -114,7 +114,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.model.train()
-        sums = self._backward_with_proof(batch)  # (2, N)
+        with fast_attention():  # over the backward too, which may recompute the forward
+            sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         measured = self._measure(sums, _whole(grad_norm))
         loss, grad_norm = sum(measured.losses) / batch.predicted_tokens, measured.grad_norm
@@ -185,7 +186,7 @@ class TrainStep:
             tensor.to(device, non_blocking=True) for tensor in (input_ids, labels, position_ids)
         )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (R, T)
-        with fast_attention(), self.head_loss.targets(targets):
+        with self.head_loss.targets(targets):
             losses = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # (R, T)
         return losses, targets != IGNORE_INDEX
 
@@ -199,7 +200,8 @@ class TrainStep:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for index in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
-            losses, counted = self.token_losses(**batches[min(index, len(batches) - 1)])
+            with fast_attention():
+                losses, counted = self.token_losses(**batches[min(index, len(batches) - 1)])
             if index < len(batches):  # a rank without a batch of its own only keeps the others company
                 sums += torch.stack([losses.double().sum(), counted.sum().double()])
         for attention, max_logits in zip(self.attentions, tracked, strict=True):

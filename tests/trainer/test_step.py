@@ -1,5 +1,6 @@
 """One step on several layouts of ranks: FSDP2, HSDP and tensor parallelism, by torch's own functions on gloo."""
 
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -198,6 +199,28 @@ def test_the_first_step_proves_that_the_polynorm_kernel_runs():
         layer.mlp.forward = lambda hidden, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(hidden) * mlp.up_proj(hidden))
     with pytest.raises(AssertionError, match="0 ran: something replaced the forward"):
         replaced.run(batch(replaced, 0), 1.0)
+
+
+def test_attention_kernels_are_chosen_for_forward_and_backward_alike(monkeypatch):
+    """A layer that is recomputed in the backward pass must meet the kernels of the forward pass."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def noted():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr("trainer.step.fast_attention", noted)
+    step = make_step("one")
+    original = step.accelerator.backward
+    monkeypatch.setattr(step.accelerator, "backward", lambda loss: seen.append(bool(inside)) or original(loss))
+    step.model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(bool(inside)))
+    step.run(batch(step, 0), 1.0)
+    rows = batch(step, 1)
+    step.evaluate([{name: getattr(rows, name) for name in ("input_ids", "labels", "position_ids")}])
+    assert seen == [True, True, True]
+    assert inside == []
 
 
 def test_step_and_optimizer_need_no_library_that_they_do_not_use():
