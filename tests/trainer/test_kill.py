@@ -23,7 +23,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "num_kills", "asynchronous"),
     [
-        (1, 3, True),
+        (1, 2, True),
         pytest.param(1, 20, True, marks=slow),
         pytest.param(2, 20, True, marks=slow),
         pytest.param(1, 20, False, marks=slow),
@@ -31,7 +31,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_random_kills_do_not_change_the_curve(make_config, tmp_path, monkeypatch, num_ranks, num_kills, asynchronous):
-    steps = 20 + 14 * num_kills
+    steps = 8 + 14 * num_kills
     settings = {
         "total_tokens": 128 * steps,
         "checkpoint_steps": 2,
