@@ -76,12 +76,20 @@ def test_long_lengths(kernel, device, poisoned, tokens, dim):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the tiles that a GPU takes")
-@pytest.mark.parametrize("ratio", [1, 4, 8])
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
 @pytest.mark.parametrize("tokens", [1, 100, 128, 700, 2049])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_on_a_gpu(kernel, device, poisoned, dtype, dim, tokens, ratio):
-    assert_matches(kernel, make(2, tokens, tokens, 2, ratio, dim, dtype, device))
+@pytest.mark.parametrize(
+    ("dtype", "dim", "ratio"),
+    [(torch.bfloat16, 128, 4), (torch.bfloat16, 64, 1), (torch.float16, 128, 8)],
+    ids=str,
+)
+def test_half_precision_on_a_gpu(kernel, device, poisoned, dtype, dim, ratio, tokens, packed):
+    inputs = make(2, tokens, tokens, 2, ratio, dim, dtype, device)
+    bounds = (None, None)
+    if packed:
+        ends = torch.tensor([0, tokens // 3, tokens // 3 + 1, tokens], device=device)
+        bounds = kernel.packed_intervals(ends, tokens)
+    assert_matches(kernel, inputs, *bounds)
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(1, 40), (5, 40), (20, 37), (9, 4)])

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cpu_8e56e1e
+ops = torch.ops._gda_attention_cpu_949aede
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cpu_8e56e1e::{op_name}"
+    return f"_gda_attention_cpu_949aede::{op_name}"

@@ -12,7 +12,7 @@ import triton.language as tl
 from .tiles import interval, key_runs, load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def epilogue_kernel(
     dout_ptr, raw_ptr, lambda_ptr, weight_ptr, draw_ptr, delta_ptr, dlambda_ptr, dweight_ptr,
     dout_row, dout_token, dout_group, dout_head, num_queries, num_groups, eps, out_scale,
@@ -120,7 +120,7 @@ def _collect_runs(
     return dkey, dlow, dhigh
 
 
-@triton.jit(do_not_specialize=["interval_stride"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
 def key_value_kernel(
     signal_ptr, noise_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, runs_ptr,
     dkey_ptr, dvalue_ptr,
@@ -217,7 +217,7 @@ def _descend(
     return dquery
 
 
-@triton.jit(do_not_specialize=["interval_stride"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
 def query_kernel(
     query_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, dquery_ptr,
     query_row, query_token, query_group, query_head,

@@ -43,7 +43,7 @@ def _attend(
     return low, high, largest, total
 
 
-@triton.jit(do_not_specialize=["interval_stride"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, lambda_ptr, weight_ptr, first_ptr, last_ptr, raw_ptr, out_ptr, lse_ptr, largest_ptr,
     query_row, query_token, query_group, query_head,
