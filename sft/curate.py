@@ -13,7 +13,7 @@ from pathlib import Path
 from sft.data import DataReport, load_rows
 from sft.examples import write_conversations
 from sft.samplers import Endpoint, EndpointError, Judge
-from sft.scoring import score_conversation, select_by_quality
+from sft.scoring import Score, score_conversation, select_by_quality
 from trainer.cli import parse_recipe
 
 
@@ -69,7 +69,7 @@ def curate(config: CurateConfig, judge: Callable[[str, str], float] | None = Non
     if not loaded:
         raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")
     rows = [row for _, row in loaded]
-    scores = [score_conversation(row, judge) for row in rows]
+    scores = [_score(row, judge, report.dropped) for row in rows]
     kept, dropped = select_by_quality(rows, scores, config.keep_share, config.min_completeness)
     if not kept:
         raise ValueError(f"none of {len(rows)} rows is complete enough; lower min_completeness")
@@ -80,9 +80,18 @@ def curate(config: CurateConfig, judge: Callable[[str, str], float] | None = Non
             line = {"place": place, "domain": row.get("domain"), "kept": index not in reasons}
             line |= {"reason": reasons.get(index, "kept"), "total": scores[index].total, **asdict(scores[index])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    counts = Counter({"kept": len(kept), **report.dropped})
+    counts = Counter({"kept": len(kept)}) + report.dropped
     counts.update("incomplete" if reason.startswith("incomplete") else "low score" for reason in reasons.values())
     return train_file, counts
+
+
+def _score(row: dict, judge: Callable[[str, str], float] | None, counts: Counter) -> Score:
+    """A row's score; where the judge's reply is no number, its own scores alone, counted."""
+    try:
+        return score_conversation(row, judge)
+    except ValueError:
+        counts["scored without the judge, whose reply was no number"] += 1
+        return score_conversation(row)
 
 
 def main(argv: list[str] | None = None) -> None:

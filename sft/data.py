@@ -161,7 +161,8 @@ def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:
         return f"more than {max_characters} characters"
     if messages[-1]["role"] != "assistant":
         return "last turn is not the assistant's"
-    if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and len(messages) == 2):
+    opening = messages[messages[0]["role"] == "system"]
+    if opening["role"] != "user":
         return "no user turn before the assistant's"
     try:
         tools = row_tools(row)

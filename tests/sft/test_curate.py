@@ -38,6 +38,19 @@ def test_judge_can_turn_the_order(write_rows, tmp_path):
     assert [kept for _, kept in read_rows(train_file)] == [rows[0]]
 
 
+def test_a_judge_without_a_number_is_counted_and_stops_nothing(write_rows, tmp_path):
+    def judge(question, answer):
+        if answer == GOOD:
+            raise ValueError("judge replied 'great', which is no number")
+        return 1.0
+
+    _, counts = curate(config(write_rows([row(PLAIN), row(GOOD)]), tmp_path / "out", keep_share=1.0), judge)
+    assert counts["kept"] == 2
+    assert counts["scored without the judge, whose reply was no number"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "decisions.jsonl").read_text().splitlines()]
+    assert [line["judge"] for line in lines] == [1.0, None]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -61,6 +61,13 @@ def test_rows_that_must_stay(name, tokenizer, write_rows):
     assert len(data) == 1
 
 
+@pytest.mark.parametrize(
+    "opening", [[REPLY], [{"role": "tool", "content": "3"}], [{"role": "system", "content": "x"}]]
+)
+def test_a_user_begins(opening):
+    assert row_problem(turns(*opening, REPLY)) == "no user turn before the assistant's"
+
+
 def test_bad_rows_are_counted_by_reason_and_place(tokenizer, write_rows):
     path = write_rows([GOOD, *MUST_GO.values(), GOOD])
     data, report = load_conversations([path], tokenizer, max_length=200, max_characters=1000)

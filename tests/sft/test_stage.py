@@ -1,6 +1,8 @@
 """A stage through TRL equals a plain loop, records attention, resumes exactly, and refuses what cannot work."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,24 @@ def test_entry_point_trains_and_names_mistakes(settings, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--config", str(tmp_path / "recipe.yaml"), "--learning_rat", "1"])
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["sft.train", "sft.trl_sft"])
+def test_accelerate_launches_both_entries(settings, tmp_path, workplace, module):
+    root = Path(__file__).resolve().parents[2]
+    config = settings("run", max_steps=1, gradient_accumulation_steps=1)
+    config.save(tmp_path / "recipe.yaml")
+    if module == "sft.trl_sft":
+        (tmp_path / "recipe.yaml").write_text(
+            f"model_name_or_path: {workplace / 'base'}\noutput_dir: {tmp_path / 'run' / 'model'}\nmax_steps: 1\n"
+            f"datasets: [{{path: json, data_files: {workplace / 'train.jsonl'}, columns: [messages]}}]\n"
+            "packing: true\nassistant_only_loss: true\nmax_length: 256\nbf16: false\nuse_cpu: true\nkernels: torch\n"
+            "per_device_train_batch_size: 1\ndtype: float32\nreport_to: none\nsave_strategy: 'no'\n"
+        )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+    command = [*launch, "-m", module, "--config", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PolyNorm by" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").generation_config.eos_token_id
