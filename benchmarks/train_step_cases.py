@@ -35,6 +35,8 @@ from trainer.optim import build_muon_clip
 from trainer.schedules import BatchPlan
 from trainer.step import TrainStep
 
+# Without a GPU a step's seconds are the process's own on its CPU cores: other work on the machine does not count.
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 MEAN_DOCUMENT_TOKENS = 1000  # assumption: of the packed rows
 
 
@@ -194,9 +196,10 @@ class OurRun:
     Args:
         shape: sizes.
         variant: how it runs.
+        backend: of torch.compile; by default none that makes machine code on a CPU.
     """
 
-    def __init__(self, shape: Shape, variant: Variant):
+    def __init__(self, shape: Shape, variant: Variant, backend: str | None = None):
         self.shape = replace(shape, micro_rows=variant.micro_rows or shape.micro_rows)
         self.accelerator = make_accelerator("bf16")
         torch.manual_seed(0)
@@ -210,7 +213,7 @@ class OurRun:
         if variant.recompute != "none":
             recompute_layers(model, variant.recompute)
         if variant.compiled:
-            compile_layers(model, "inductor" if torch.cuda.is_available() else "aot_eager")
+            compile_layers(model, backend or ("inductor" if torch.cuda.is_available() else "aot_eager"))
         self.polynorm = use_polynorm(model, "auto")
         options: dict[str, Any] = {}
         if variant.optimizer == "adamw":
@@ -239,12 +242,12 @@ class OurRun:
         seconds, waits, flops = [], [], []
         with PartTimer(self) as parts:
             for _ in range(repeats):
-                started = time.perf_counter()
+                started, called = clock(), time.perf_counter()
                 batch = self.loader.next_batch()
-                waits.append(time.perf_counter() - started)
+                waits.append(time.perf_counter() - called)
                 outcome = self.step.run(batch, 0.01)
                 synchronize()
-                seconds.append(time.perf_counter() - started)
+                seconds.append(clock() - started)
                 flops.append(motif_flops(self.config, batch.nominal_tokens, batch.attention_pairs))
                 if outcome.skipped:
                     raise RuntimeError(f"a step had loss {outcome.loss} and gradient norm {outcome.grad_norm}")
@@ -313,7 +316,7 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize(reset_peak=state.global_step == self.warm_ups)
-        now = time.perf_counter()
+        now = clock()
         if state.global_step > self.warm_ups:
             self.seconds.append(now - self._last)
         self._last = now
@@ -408,7 +411,7 @@ def synchronize(reset_peak: bool = False) -> None:
 def mark():
     """A point in time: a device event, or the clock."""
     if not torch.cuda.is_available():
-        return time.perf_counter()
+        return clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
