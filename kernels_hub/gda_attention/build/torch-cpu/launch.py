@@ -142,15 +142,12 @@ def _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
 
 
 def _runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> torch.Tensor:
-    """Which queries see a tile of keys: start, middle (they see all of it), middle's end, end; (B or 1, 4, tiles)."""
+    """Which queries see any key of a tile: the first, and the one after the last; (B or 1, 2, tiles)."""
     starts = torch.arange(0, num_keys, tile, device=first.device, dtype=torch.int32).expand(first.shape[0], -1)
     ends = (starts + tile).clamp(max=num_keys) - 1
-    starts, ends = starts.contiguous(), ends.contiguous()
     bounds = (
-        torch.searchsorted(last, starts, out_int32=True),
-        torch.searchsorted(last, ends, out_int32=True),
-        torch.searchsorted(first, starts, right=True, out_int32=True),
-        torch.searchsorted(first, ends, right=True, out_int32=True),
+        torch.searchsorted(last, starts.contiguous(), out_int32=True),
+        torch.searchsorted(first, ends.contiguous(), right=True, out_int32=True),
     )
     return torch.stack(bounds, dim=1)
 

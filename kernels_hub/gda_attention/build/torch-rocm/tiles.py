@@ -2,7 +2,7 @@
 
 A query sees an interval of keys, `first` to `last` inclusive; both never decrease along a row's queries. Without
 intervals it is causal order, the last query seeing every key. So the keys of a tile of queries form three runs: an
-edge that some see, a middle that all see (no mask needed), another edge; and so do the queries of a tile of keys.
+edge that some see, a middle that all see (no mask needed), another edge; and the queries of a tile of keys form one.
 
 Shapes: T queries, S keys, M queries of a tile, N keys of a tile, D head dimension.
 """
