@@ -430,8 +430,8 @@ def cpu_mark(bench: Bench, shape: Shape) -> None:
     llama = taken["Llama by transformers' Trainer"]
     bench.note(
         "cpu mark",
-        f"CPU seconds over the Llama's: {taken['Motif-2'] / llama:.3f}, compiled {taken['Motif-2, compiled'] / llama:.3f}; "
-        f"arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
+        f"CPU seconds over the Llama's: {taken['Motif-2'] / llama:.3f}, compiled "
+        f"{taken['Motif-2, compiled'] / llama:.3f}; arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
     )
 
 

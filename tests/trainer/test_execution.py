@@ -233,6 +233,7 @@ def test_the_settings_reach_the_model(make_config):
         make_config(gradient_checkpointing_every=0)
 
 
+@pytest.mark.slow
 def test_a_run_in_fp8_with_recomputation_and_chunks_learns_and_exports_a_plain_model(make_config):
     options = {"fp8": "rowwise_with_gw_hp", "fp8_skip_edge_layers": 0, "fp8_emulate": True, "head_dim": 16}
     config = make_config(

@@ -223,6 +223,7 @@ def test_attention_kernels_are_chosen_for_forward_and_backward_alike(monkeypatch
     assert inside == []
 
 
+@pytest.mark.slow
 def test_step_and_optimizer_need_no_library_that_they_do_not_use():
     program = """
 import sys
