@@ -94,3 +94,14 @@ def test_the_hopper_kernels_use_its_units_and_fit(kernel, largest_spill, tmp_pat
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= largest_spill, said
     assert "serialized" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gda_attention.py", "decode.py"])
+def test_the_benchmarks_run_through(script, tmp_path):
+    command = [sys.executable, f"benchmarks/{script}", "--tiny", "--output", str(tmp_path)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "failed: nothing" in run.stdout
+    assert len(list(tmp_path.glob("*_tiny.csv"))) == 1
