@@ -430,8 +430,8 @@ def cpu_mark(bench: Bench, shape: Shape) -> None:
     ratios = {name: seconds / taken["Llama by transformers' Trainer"] for name, seconds in taken.items()}
     bench.note(
         "cpu mark",
-        f"CPU seconds over the Llama's: {ratios['Motif-2']:.3f}, compiled {ratios['Motif-2, compiled']:.3f}; arithmetic's "
-        f"ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
+        f"CPU seconds over the Llama's: {ratios['Motif-2']:.3f}, compiled {ratios['Motif-2, compiled']:.3f}; "
+        f"arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
     )
 
 
