@@ -165,7 +165,7 @@ def test_generation_is_the_same():
     assert torch.equal(static, plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+@pytest.mark.parametrize("name", ["gda_kernel", pytest.param("gda_fastest", marks=pytest.mark.slow)])
 def test_the_layer_compiles_as_one_graph(name):
     model = with_kernel(name, dtype=torch.float32)
     ids = random_ids(2, 9)
