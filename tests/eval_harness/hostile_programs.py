@@ -163,12 +163,13 @@ def f(x): return x + 1
 NESTED_MEMORY = """
 import os, time
 ready, done = os.pipe()
-held = []
+held = None
 for _ in range(8):
     if os.fork():
         time.sleep(60)
     os.setsid()
-    held.append(bytearray(b'x') * {size})
+    held = None
+    held = bytearray(b'x') * {size}
 time.sleep(60)
 """
 MANY_THREADS = """

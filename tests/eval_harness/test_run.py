@@ -79,7 +79,9 @@ def test_dry_run_lists_rows_and_what_cannot_be_run(checkpoint, data_dir, capsys)
         (["--tasks", "motif2_gsm8k_4shot", "--model", "/nope"], "model '/nope' is no folder"),
         (["--tasks", "motif2_gsm8k_4shot", "--model", "no/such"], "model 'no/such' could not be loaded"),
         (["--tasks", "motif2_gsm8k_4shot", "--model_args", "colour=3"], "colour"),
-        (["--suite", "base", "--tasks", "arc_easy"], "arc_easy could not be read"),
+        pytest.param(
+            ["--suite", "base", "--tasks", "arc_easy"], "arc_easy could not be read", marks=pytest.mark.slow
+        ),  # datasets asks again and again before it gives up
     ],
 )
 def test_mistakes_are_explained(checkpoint, data_dir, tmp_path, capsys, more, message):

@@ -73,6 +73,7 @@ def test_kernels_loads_a_variant_and_maps_its_layer():
     ],
     ids=["LOCAL_KERNELS", "folder on the path"],
 )
+@pytest.mark.slow
 def test_other_ways_to_load(load):
     code = load.format(build=POLYNORM / "build") + "; import torch; print(k.poly_norm(*map(torch.ones, (3, 3, 1))))"
     environment = os.environ | {"LOCAL_KERNELS": f"motif2/polynorm={POLYNORM}", "HF_HUB_OFFLINE": "1"}

@@ -65,6 +65,7 @@ def test_report_stands_on_its_own(demo):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_second_start_repeats_nothing(demo):
     folder, _ = demo
     before = (folder / "results.json").read_text()

@@ -14,6 +14,7 @@ from trainer.data.arithmetic import generate_problems
 from trainer.data.machine_corpus import machine_documents
 
 
+@pytest.mark.slow
 def test_docstring_conversations_train_on_nothing_held_out():
     rows = docstring_conversations(300, seed=1)
     assert len(rows) == 300

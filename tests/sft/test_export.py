@@ -104,6 +104,7 @@ def test_generation_after_loading_ends_with_the_turn(finished):
         assert written.shape[1] == length + 4, name
 
 
+@pytest.mark.slow
 def test_upload_carries_weights_card_template_and_sources(finished, tmp_path):
     """In a process of its own: huggingface_hub reads its endpoint when imported."""
     with RecordingHub() as hub:
