@@ -17,28 +17,31 @@ FLOAT32 = {"lambda", "weight", "lse", "largest", "total", "partial", "delta"}
 QUICK = "heads and (test_values and float16 or test_full_caches and 33 and float32) or test_windows and 5"
 
 
-def run_own_tests(interpreted: bool, *options: str) -> None:
-    """Runs the repository's tests in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
+def own_tests_passed(interpreted: bool, *options: str) -> int:
+    """How many of the repository's tests passed; any failure fails the caller.
+
+    They run in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "kernels_hub/gda_attention/tests"]
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     run = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    return int(re.search(r"(\d+) passed", run.stdout)[1])
 
 
 def test_in_torch():
-    run_own_tests(interpreted=False)
+    assert own_tests_passed(interpreted=False) > 0
 
 
 @pytest.mark.timeout(600)
 def test_in_the_interpreter():
-    run_own_tests(True, "-k", QUICK)
+    assert own_tests_passed(True, "-k", QUICK) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_everything_in_the_interpreter():
-    run_own_tests(True, "-m", "not gpu", "--timeout", "3600")
+    assert own_tests_passed(True, "-m", "not gpu", "--timeout", "3600") > 0
 
 
 def compile_for_hopper(function, constants: dict, tiles):

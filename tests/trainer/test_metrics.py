@@ -72,7 +72,8 @@ def test_a_sign_is_warned_of_and_recorded(make_config):
 def test_a_sound_run_raises_no_warning(make_config):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FailureWarning)
-        run_pretraining(make_config(norm_steps=1))
+        result = run_pretraining(make_config(norm_steps=1))
+    assert not any(entry.get("warnings") for entry in read_metrics(result.metrics_path)[0])
 
 
 def test_tensorboard_is_the_default_and_gets_every_measurement(make_config, tmp_path):

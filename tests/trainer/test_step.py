@@ -230,5 +230,7 @@ import sys
 for name in ("trl", "datasets", "kernels", "lm_eval", "torchao", "liger_kernel"):
     sys.modules[name] = None
 import trainer.step, trainer.optim, trainer.execution, trainer.flops
+print("imported")
 """
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr
