@@ -280,11 +280,8 @@ def write_profile(bench: Bench, run: OurRun, timing: Timing) -> None:
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if on_device != bench.cuda or event.key.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
             continue
-        kind = next((kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)), None)
         seconds = 1e-6 * (event.self_device_time_total if bench.cuda else event.self_cpu_time_total)
-        spent[kind or "other elementwise and copies"] = (
-            spent.get(kind or "other elementwise and copies", 0.0) + seconds
-        )
+        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + seconds
     wall = statistics.median(timing.seconds)
     busy = sum(spent.values())
     config = run.config
