@@ -122,7 +122,7 @@ if triton is not None:
         tokens_at = tile * TILE + tl.arange(0, TILE)
         dims = tl.arange(0, BLOCK_D)
         queries = tl.load(
-            query + tokens_at[:, None] * query_t.to(tl.int64) + dims[None, :] * query_d,
+            query + tokens_at.to(tl.int64)[:, None] * query_t + dims[None, :] * query_d,
             mask=(tokens_at < tokens)[:, None] & (dims < dim)[None, :],
             other=0.0,
         )  # (TILE, D)
@@ -142,14 +142,14 @@ if triton is not None:
             else:
                 keys_at = step * TILE + tl.arange(0, TILE)
                 keys = tl.load(
-                    key + keys_at[None, :] * key_s.to(tl.int64) + dims[:, None] * key_d,
+                    key + keys_at.to(tl.int64)[None, :] * key_s + dims[:, None] * key_d,
                     mask=(keys_at < length)[None, :] & (dims < dim)[:, None],
                     other=0.0,
                 )  # (D, TILE)
                 logits = tl.dot(queries, keys, input_precision="ieee").to(tl.float32) * scaling
                 seen = (tokens_at < tokens)[:, None] & (keys_at < length)[None, :]
                 if MASKED:
-                    at = visible + tokens_at[:, None] * visible_t.to(tl.int64) + keys_at[None, :] * visible_s
+                    at = visible + tokens_at.to(tl.int64)[:, None] * visible_t + keys_at[None, :] * visible_s
                     seen = seen & tl.load(at, mask=seen, other=0).to(tl.int1)
                 else:
                     seen = seen & (keys_at[None, :] <= tokens_at[:, None] + (length - tokens))

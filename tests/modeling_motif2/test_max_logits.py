@@ -90,15 +90,23 @@ def test_triton(case):
     check(*case, device="cuda")
 
 
+SIZES = ("heads", "ratio", "tokens", "length", "dim")
+STRIDES = tuple(
+    f"{name}_{axis}" for name, axes in (("query", "bhtd"), ("key", "bgsd"), ("visible", "bts")) for axis in axes
+)
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_kernel_compiles_for_hopper(masked):
+@pytest.mark.parametrize("ones", [(), SIZES, STRIDES], ids=["any", "sizes of 1", "strides of 1"])
+def test_kernel_compiles_for_hopper(masked, ones):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from modeling_motif2.max_logits import _kernel
 
-    constants = {"MASKED": masked, "TILE": 64, "BLOCK_D": 128}
+    # Triton turns an argument that equals 1 into a constant.
+    constants = {"MASKED": masked, "TILE": 64, "BLOCK_D": 128} | dict.fromkeys(ones, 1)
     signature = {name: "constexpr" if name in constants else "i32" for name in _kernel.arg_names}
     signature |= {"query": "*bf16", "key": "*bf16", "visible": "*i1", "scaling": "fp32", "gate": "fp32"}
     signature |= dict.fromkeys(("query_lengths", "key_lengths", "largest"), "*fp32")
