@@ -14,6 +14,7 @@ from .sources import KernelUnavailable, _load_remote, load_local
 
 REPOSITORY = "motif2/gda-attention"
 SOURCES = ("auto", "local", "hub", "torch")
+ATTENTIONS = ("gda_fastest", "gda_kernel")
 
 
 class KernelFunctions(NamedTuple):
@@ -40,14 +41,20 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def use_gda_attention(
-    model: nn.Module, source: str = "auto", *, revision: str | None = None, trust_remote_code: bool = False
+    model: nn.Module,
+    source: str = "auto",
+    *,
+    attn_implementation: str = "gda_fastest",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
-    """Puts the attention kernel into every layer of `model`, and sets `attn_implementation` to "gda_fastest".
+    """Puts the attention kernel into every layer of `model`, and sets the model's `attn_implementation`.
 
     Args:
         model: a Motif-2 model, or one that wraps it.
         source: "local" (this checkout), "hub", "auto" (the first of these that can be had), or "torch" to take the
             kernel out and go back to "sdpa".
+        attn_implementation: "gda_fastest" to measure and choose, "gda_kernel" to take the kernel wherever it can run.
         revision: commit, tag or branch on the Hub; version 1 if None.
         trust_remote_code: load from a publisher whom the Hub does not list as trusted.
 
@@ -55,11 +62,13 @@ def use_gda_attention(
         str: namespace of the kernel's operators, empty where there is none: the layers then choose among libraries.
 
     Raises:
-        ValueError: unknown source, or a model without this attention.
+        ValueError: unknown source or attention, or a model without this attention.
         KernelUnavailable: the source that was asked for cannot be had.
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
+    if attn_implementation not in ATTENTIONS:
+        raise ValueError(f"attn_implementation is {attn_implementation!r}: choose one of {', '.join(ATTENTIONS)}")
     layers = _layers(model)
     functions, refused = None, []
     for candidate in ("local", "hub") if source == "auto" else (source,) * (source != "torch"):
@@ -79,7 +88,7 @@ def use_gda_attention(
         print(f"attention chooses among libraries, without a kernel: {'; '.join(refused)}", file=sys.stderr)
     for layer in layers:
         layer.kernel = functions
-        layer.config._attn_implementation = "sdpa" if source == "torch" else "gda_fastest"
+        layer.config._attn_implementation = "sdpa" if source == "torch" else attn_implementation
     return functions.namespace if functions is not None else ""
 
 

@@ -74,7 +74,7 @@ class SftStageConfig:
     fp8: str = _field("none", "none, rowwise or rowwise_with_gw_hp: products of the decoder layers in FP8 (torchao)")
     fp8_skip_edge_layers: int = _field(1, "layers at each end that stay out of FP8, besides embedding and head")
     fp8_emulate: bool = _field(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
-    attn_implementation: str = _field("sdpa", "attention function: sdpa, eager, flash_attention_2 …")
+    attn_implementation: str = _field("sdpa", "gda_fastest, gda_kernel (our kernel), or transformers': sdpa, eager …")
     gradient_checkpointing: bool = _field(True, "recompute activations in the backward pass")
     use_cpu: bool = _field(False, "train on the CPU although an accelerator is there")
 

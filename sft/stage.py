@@ -25,7 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
-from kernels_hub import KernelChoice, assert_polynorm_runs, polynorm_in_use, use_polynorm
+from kernels_hub import KernelChoice, assert_polynorm_runs, polynorm_in_use, use_gda_attention, use_polynorm
+from kernels_hub.gda import ATTENTIONS
 from modeling_motif2.diagnostics import track_max_logits
 from sft.callbacks import MetricsCallback, QuietProgress
 from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
@@ -215,6 +216,8 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
     set_stop_tokens(model, tokenizer)
     model.config.use_cache = False
     use_polynorm(model, source=config.kernels, training=True)
+    if config.attn_implementation in ATTENTIONS:
+        use_gda_attention(model, attn_implementation=config.attn_implementation)
     track_max_logits(model)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)

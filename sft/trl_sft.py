@@ -20,7 +20,8 @@ from trl import (
     get_quantization_config,
 )
 
-from kernels_hub import use_polynorm
+from kernels_hub import use_gda_attention, use_polynorm
+from kernels_hub.gda import ATTENTIONS
 from sft.chat import attach_chat_template, set_stop_tokens
 from sft.config import KERNEL_SOURCES
 from sft.export import gather_whole_weights
@@ -115,6 +116,8 @@ def _load_model(
     loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
     set_stop_tokens(loaded, tokenizer)
     use_polynorm(loaded, source=motif2.kernels, training=True)
+    if model.attn_implementation in ATTENTIONS:
+        use_gda_attention(loaded, attn_implementation=model.attn_implementation)
     return loaded
 
 

@@ -192,6 +192,8 @@ def test_the_kernel_can_be_taken_out_and_the_model_copied():
         kernels_hub.gda_attention_in_use(model)
     with pytest.raises(ValueError, match="source is 'best'"):
         kernels_hub.use_gda_attention(model, "best")
+    with pytest.raises(ValueError, match="attn_implementation is 'best'"):
+        kernels_hub.use_gda_attention(model, attn_implementation="best")
     with pytest.raises(ValueError, match="no grouped differential attention"):
         kernels_hub.use_gda_attention(torch.nn.Linear(2, 2))
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
+from kernels_hub import gda_attention_in_use
 from sft import stage
 from sft.callbacks import MetricsCallback
 from sft.stage import run_stage
@@ -196,6 +197,27 @@ def test_adapters_train_alone_and_are_merged(settings, workplace):
     assert changed == {name for name in base if any(target in name for target in config.lora_target_modules)}
     assert (result.output_dir / "adapter" / "adapter_model.safetensors").exists()
     assert all(value is not None for line in metric_lines(result.output_dir) for value in line["max_logits"])
+
+
+def test_the_attention_kernel_trains_as_sdpa_does(settings, monkeypatch):
+    held = []
+    build = stage.build_trainer
+
+    def look(config, model, *rest):
+        held.append(gda_attention_in_use(model))
+        return build(config, model, *rest)
+
+    monkeypatch.setattr(stage, "build_trainer", look)
+    plain, kernel = (
+        run_stage(settings(name, max_steps=3, attn_implementation=name)) for name in ("sdpa", "gda_kernel")
+    )
+    assert held[0] == ""
+    assert "gda" in held[1]
+    losses = [
+        [line["loss"] for line in metric_lines(result.model_dir.parent) if "loss" in line]
+        for result in (plain, kernel)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("packing", [False, True])
