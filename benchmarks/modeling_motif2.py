@@ -404,6 +404,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for every shape of the checks
     report = Report(device)
     sections = [check_backends, check_compile, check_generation, check_precision]
     if device.type == "cuda" and not options.checks_only:
