@@ -183,7 +183,7 @@ def _compile_variants(direction: str, mul: bool, variants: list) -> None:
 
 
 def sweep(table: Table, bandwidth: float) -> None:
-    """Times launch variants at T = 2048 and 8192 and prints the best of each kernel."""
+    """Times launch variants for each T and prints the best of each kernel, over all T and for one."""
     cases = {
         (direction, mul): _variants(direction, mul)
         for direction, mul in product(("forward", "backward"), (False, True))
@@ -198,7 +198,7 @@ def sweep(table: Table, bandwidth: float) -> None:
             job.result()
     for (direction, mul), variants in cases.items():
         shares = {variant: [] for variant in variants}
-        for rows in (2048, 8192):
+        for rows in ROWS:
             sets = [
                 [None if i is None else i.detach() for i in make_inputs((rows, COLUMNS), torch.bfloat16, mul)]
                 + [torch.rand(rows, 3, device="cuda")]
@@ -215,16 +215,13 @@ def sweep(table: Table, bandwidth: float) -> None:
                     continue
                 share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / times[0] * 1e3
                 shares[variant].append(share)
-        best = sorted((s for s in shares.items() if len(s[1]) == 2), key=lambda item: -sum(item[1]))
-        for variant, (small, large) in best[:8]:
-            print(f"sweep {direction:8} {'*up  ' if mul else 'plain'} T2048 {small:.3f}  T8192 {large:.3f}  {variant}")
-        best_of = {}
-        for variant, pair in sorted(best, key=lambda item: -item[1][1]):
-            best_of.setdefault(variant._replace(programs=0), (variant, pair))
-        for variant, (small, large) in list(best_of.values())[:16]:
-            print(f"   by T8192: T2048 {small:.3f}  T8192 {large:.3f}  {tuple(variant)}", flush=True)
-        for variant, (small, large) in sorted(best, key=lambda item: -item[1][0])[:6]:
-            print(f"   by T2048: T2048 {small:.3f}  T8192 {large:.3f}  {tuple(variant)}", flush=True)
+        whole = {variant: share for variant, share in shares.items() if len(share) == len(ROWS)}
+        orders = {"all": min} | {f"T{rows}": lambda share, at=at: share[at] for at, rows in enumerate(ROWS)}
+        for order, key in orders.items():
+            for variant, share in sorted(whole.items(), key=lambda item: -key(item[1]))[:8]:
+                by_rows = "  ".join(f"T{rows} {one:.3f}" for rows, one in zip(ROWS, share, strict=True))
+                name = f"{direction:8} {'*up  ' if mul else 'plain'}"
+                print(f"sweep {name} best for {order:6} {by_rows}  {tuple(variant)}", flush=True)
 
 
 def whole_layers(table: Table) -> None:
