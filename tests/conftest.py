@@ -1,6 +1,10 @@
 """Settings every test shares: no hub, one thread a process, and where the real data lies."""
 
+import functools
+import gc
 import os
+
+gc.disable()  # imports leave no garbage to look for; `pytest_collection_finish` turns it on again
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,8 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import collect_env
 
 torch.set_num_threads(1)
+# Every evaluation asks for it, and it starts a dozen programs to find out what stays the same.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of every later collection: each would look through all of it again."""
+    gc.freeze()
+    gc.enable()
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
