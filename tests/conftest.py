@@ -4,8 +4,6 @@ import functools
 import gc
 import os
 
-gc.disable()  # imports leave no garbage to look for; `pytest_collection_finish` turns it on again
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +15,7 @@ import torch
 from torch.utils import collect_env
 
 torch.set_num_threads(1)
+gc.disable()  # imports leave no garbage to look for; `pytest_collection_finish` turns it on again
 # Every evaluation asks for it, and it starts a dozen programs to find out what stays the same.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 

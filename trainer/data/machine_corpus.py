@@ -20,6 +20,7 @@ HELDOUT_PERCENT = 5
 MIN_DOCUMENT_CHARACTERS = 200
 PROBLEMS_PER_DOCUMENT = 8
 CORPUS_KINDS = ("add", "add", "subtract")
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -65,10 +66,9 @@ def machine_documents(domain: str, split: str, max_bytes: int, seed: int = 0) ->
         yield {"text": text, "source": source, "license": license_name, "domain": domain}
 
 
-@cache
 def library_docstrings() -> tuple[tuple[str, str], ...]:
     """(Qualified name, docstring) of the public functions, classes and modules of the standard library."""
-    return tuple(entry for path, tree in _library_trees() for entry in _docstrings(tree, _module_name(path)))
+    return _library_texts()[0]
 
 
 @cache
@@ -77,7 +77,7 @@ def _library_documents(domain: str) -> tuple[str, ...]:
     if domain == "general":
         texts = [*topics.values(), *(f"{name}\n\n{text}" for name, text in library_docstrings())]
     else:
-        texts = [text for path, tree in _library_trees() for text in _code_chunks(path, tree)]
+        texts = _library_texts()[1]
     texts = {text.strip() for text in texts if len(text.strip()) >= MIN_DOCUMENT_CHARACTERS}
     return tuple(sorted(texts, key=_digest))
 
@@ -91,20 +91,26 @@ def _math_documents(split: str, seed: int) -> Iterator[str]:
 
 
 @cache
-def _library_trees() -> tuple[tuple[Path, ast.Module], ...]:
-    """Path and syntax tree of each library source, in a fixed order; the few that are templates are left out."""
+def _library_texts() -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Docstrings with their names, and pieces of code, of the library's sources; the few templates are left out.
+
+    A syntax tree is kept no longer than its file is read: all of them are a million and a half objects.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    trees = []
+    docstrings, code = [], []
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]):
             continue
+        source = path.read_text("utf-8", "ignore")
         try:
-            trees.append((path, ast.parse(path.read_text("utf-8", "ignore"))))
+            tree = ast.parse(source)
         except (SyntaxError, ValueError):
             continue
-    if not trees:
+        docstrings += _docstrings(tree, _module_name(path))
+        code += _code_chunks(source, tree)
+    if not docstrings:
         raise FileNotFoundError(f"no library sources under {root}; install Python with its library's .py files")
-    return tuple(trees)
+    return tuple(docstrings), tuple(code)
 
 
 def _module_name(path: Path) -> str:
@@ -117,18 +123,17 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     if text:
         yield name, text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+        if isinstance(child, _DEFINITIONS) and not child.name.startswith("_"):
             yield from _docstrings(child, f"{name}.{child.name}")
 
 
-def _code_chunks(path: Path, tree: ast.Module) -> Iterator[str]:
+def _code_chunks(source: str, tree: ast.Module) -> Iterator[str]:
     """Top-level functions and classes of a file, without docstrings."""
-    lines = path.read_text("utf-8", "ignore").splitlines()
-    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    documented = [n.body[0] for n in ast.walk(tree) if isinstance(n, definitions) and ast.get_docstring(n)]
+    lines = source.splitlines()
+    documented = [n.body[0] for n in ast.walk(tree) if isinstance(n, _DEFINITIONS) and ast.get_docstring(n)]
     hidden = {number for node in documented for number in range(node.lineno, node.end_lineno + 1)}
     for node in tree.body:
-        if isinstance(node, definitions):
+        if isinstance(node, _DEFINITIONS):
             numbers = range(node.lineno, node.end_lineno + 1)
             yield "\n".join(lines[number - 1] for number in numbers if number not in hidden)
 
