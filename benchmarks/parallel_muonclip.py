@@ -1,18 +1,20 @@
 """One optimizer step over the 12.7B's matrices, in the form of the report's Table 4, beside its peers.
 
+    torchrun --nproc_per_node 8 benchmarks/parallel_muonclip.py --layers 40
+    torchrun --nproc_per_node 4 benchmarks/parallel_muonclip.py --layers 20
     torchrun --nproc_per_node 2 benchmarks/parallel_muonclip.py --layers 10
 
-Ten layers on two accelerators give each rank the share that it has of all 40 on eight. First the results are compared
-with a float64 polynomial; nothing is timed if one is wrong. Then every row is timed in this one run and written to
-`parallel_muonclip.csv` in $OUT, else in benchmarks/results/. With --peers DIR, dion is timed too if DIR holds it.
-`--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its times mean nothing.
+Each gives a rank the same share, that of all 40 layers on eight. First the results are compared with a float64
+polynomial; nothing is timed if one is wrong. Then every row is timed in this one run, beside the report's own, and
+written to `parallel_muonclip_x<ranks>_l<layers>.csv` in $OUT, else in benchmarks/results/. With --peers DIR, dion is
+timed too if DIR holds it. `--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its times mean nothing.
 
 "Equivalent" TFLOPS count the classic form without symmetry (the table's own count), "executed" what the kernels do.
 """
 
 import argparse
 import csv
-import functools
+import gc
 import os
 import statistics
 import subprocess
@@ -28,13 +30,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from benchmarks.parallel_muonclip_checks import check_kernels, check_step, compare_step
 from trainer.optim import ParallelMuonClip
-from trainer.optim.muon_clip_reference import newton_schulz_reference, update_scale
 from trainer.optim.orthogonalise import Orthogonaliser
 
 LAYER = {
@@ -46,7 +48,6 @@ LAYER = {
     "v_proj": (2048, 4096),
     "o_proj": (4096, 8192),
 }
-SPECTRA = ("gaussian", "power_law", "low_rank_noise")
 TABLE = {
     "Distributed": {"method": "classic", "mode": "distributed"},
     "Parallel, not pipelined": {"method": "classic", "chunk_size": None, "pipelined": False, "balanced": False},
@@ -58,15 +59,35 @@ TABLE = {
     "Gram, chunk 2": {"method": "gram", "chunk_size": 2},
     "Gram, chunk 3": {"method": "gram", "chunk_size": 3},
 }
-COLUMNS = ("row", "chunk", "ms", "p20_ms", "p80_ms", "extra_mb", "equivalent_tflops", "executed_tflops", "commit",
-           "device", "torch", "world_size", "layers")  # fmt: skip
+# The report's table: ms and MB of extra memory, 40 layers on 8 H200.
+REPORTED = {
+    "Distributed": (1574.67, 832),
+    "Parallel, not pipelined": (221.27, 11904),
+    "Parallel, pipelined": (262.83, 2894),
+    "Parallel, pipelined, balanced": (216.46, 3904),
+}
+HSDP_TABLE = {
+    "HSDP, copies together": {"method": "gram", "chunk_size": 2},
+    "HSDP, each copy for itself": {"method": "gram", "chunk_size": 2, "max_replicas": 1},
+}
+PROFILED = ("Parallel, pipelined, balanced", "Gram, not pipelined", "Gram, chunk 1", "Gram, chunk 2")
+KINDS = {  # kernels by words in their names; the first match wins
+    "symmetric products": ("symmetric_product_kernel",),
+    "network": ("nccl",),
+    "other products": ("gemm", "nvjet", "cutlass", "product_kernel"),
+    "normalisation": ("square_sums_kernel", "normalise_kernel"),
+    "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
+}
+COLUMNS = ("row", "chunk", "ms", "p20_ms", "p80_ms", "extra_mb", "equivalent_tflops", "executed_tflops",
+           "reported_ms", "reported_mb", *KINDS, "rest", "commit", "device", "torch", "world_size",
+           "layers")  # fmt: skip
 
 
 class Bench:
     """This run: ranks, device, the layers' shards, and the rows so far."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
+        self.arguments, self.started = arguments, time.perf_counter()
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -74,9 +95,8 @@ class Bench:
         where = {"backend": "nccl", "device_id": self.device} if self.cuda else {"backend": "gloo"}
         dist.init_process_group(**where, timeout=timedelta(seconds=90))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.mesh = init_device_mesh(self.device.type, (self.world_size,))
         self.shapes = {name: (a // arguments.scale, b // arguments.scale) for name, (a, b) in LAYER.items()}
-        self.layers = [self._new_layer() for _ in range(arguments.layers)]
+        self.renew_layers(copies=1)
         self.rows: list[dict] = []
         root = Path(__file__).resolve().parents[1]
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -90,14 +110,35 @@ class Bench:
         self.folder = Path(os.environ.get("OUT") or root / "benchmarks" / "results")
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def share_out(self, copies: int) -> None:
+        """Split matrices made from now on over the ranks, or over each half of them (HSDP) and so on."""
+        shards = self.world_size // copies
+        names = ("replicate", "shard") if copies > 1 else ("shard",)
+        self.mesh = init_device_mesh(self.device.type, (copies, shards)[-len(names) :], mesh_dim_names=names)
+        self.placements = [*[Replicate()] * (copies > 1), Shard(0)]
+        self.shards, self.shard = shards, self.rank % shards
+
+    def renew_layers(self, copies: int) -> None:
+        """New random layers in place of those there are, shared out anew."""
+        self.layers: list[dict[str, nn.Parameter]] = []
+        gc.collect()
+        self.share_out(copies)
+        self.layers = [self._new_layer() for _ in range(self.arguments.layers)]
+
+    def own_rows(self, matrix: Tensor) -> Tensor:
+        """This rank's rows of a whole matrix, in memory of their own."""
+        return matrix.chunk(self.shards)[self.shard].clone()
+
     def sharded(self, local: Tensor, shape: tuple[int, int]) -> DTensor:
-        """A float32 DTensor of rows split over all ranks, as FSDP2 keeps it."""
-        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+        """A float32 DTensor of rows split as FSDP2 or HSDP keep them."""
+        stride = (shape[1], 1)
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def _new_layer(self) -> dict[str, nn.Parameter]:
+        """This rank's shards of a decoder layer's matrices, with gradients."""
         layer = {}
         for name, shape in self.shapes.items():
-            rows = shape[0] // self.world_size
+            rows = shape[0] // self.shards
             weight, gradient = (0.02 * torch.randn(rows, shape[1], device=self.device) for _ in range(2))
             layer[name] = nn.Parameter(self.sharded(weight, shape))
             layer[name].grad = self.sharded(gradient, shape)
@@ -116,7 +157,7 @@ class Bench:
             for layer in layers
         ]
         parameters = [parameter for layer in layers for parameter in layer.values()]
-        return ParallelMuonClip(parameters, lr=1e-4, attentions=attentions, **options)
+        return ParallelMuonClip(parameters, lr=1e-4, attentions=attentions, timeout_seconds=90, **options)
 
     def say(self, text: str = "") -> None:
         """Print once."""
@@ -159,17 +200,19 @@ class Bench:
         flops = Orthogonaliser("classic", "motif", "auto").kernels.newton_schulz_flops
         equivalent = sum(flops(*shape, method="classic", symmetric=False) for shape in shapes)
         executed = sum(flops(*shape, **executed_form(method)) for shape in shapes)
-        executed *= self.world_size if row == "Distributed" else 1
+        executed *= {"Distributed": self.world_size, "HSDP, each copy for itself": 2}.get(row, 1)
         seconds = 1e-3 * statistics.median(times) * self.world_size
         low, high = quantiles(times)
         values = (row, chunk, statistics.median(times), low, high, extra_mb, equivalent / seconds, executed / seconds)
         values = [value / 1e12 if index > 5 else value for index, value in enumerate(values)]
-        self.rows.append(dict(zip(COLUMNS, values, strict=False)) | self.common)
-        self.say(f"| {row:34} | {chunk!s:>5} | " + " | ".join(f"{value:9.2f}" for value in values[2:]) + " |")
+        reported = REPORTED.get(row, ("", ""))
+        self.rows.append(dict(zip(COLUMNS, (*values, *reported), strict=False)) | self.common)
+        figures = [f"{value:9.2f}" for value in values[2:]] + [f"{value:9}" for value in reported]
+        self.say(f"| {row:34} | {chunk!s:>5} | " + " | ".join(figures) + " |")
 
     def section(self, title: str, body: Callable[[], None]) -> None:
         """Run one part; a failure is shown and the next part runs."""
-        self.say(f"\n## {title}\n")
+        self.say(f"\n## {title} (after {time.perf_counter() - self.started:.0f} s)\n")
         try:
             body()
         except Exception:
@@ -181,7 +224,8 @@ class Bench:
     def save(self) -> None:
         """Write all rows so far."""
         if self.rank == 0:
-            with open(self.folder / "parallel_muonclip.csv", "w", newline="") as file:
+            name = f"parallel_muonclip_x{self.world_size}_l{self.arguments.layers}.csv"
+            with open(self.folder / name, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(self.rows)
@@ -198,114 +242,56 @@ def quantiles(times: list[float]) -> tuple[float, float]:
     return ordered[int(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))]
 
 
-def matrix_of(spectrum: str, shape: tuple[int, int], device: torch.device, seed: int) -> Tensor:
-    """A float32 matrix with Gaussian entries, singular values falling as 1/k, or 16 directions in noise."""
-    generator = torch.Generator(device).manual_seed(seed)
-    randn = functools.partial(torch.randn, generator=generator, device=device)
-    if spectrum == "gaussian":
-        return randn(shape)
-    if spectrum == "low_rank_noise":
-        return randn(shape[0], 16) @ randn(16, shape[1]) + 1e-2 * randn(shape)
-    size = min(shape)
-    left = torch.linalg.qr(randn(shape[0], size))[0]
-    right = torch.linalg.qr(randn(shape[1], size))[0]
-    return left / torch.arange(1, size + 1, device=device) @ right.mT
-
-
-def real_gradients(bench: Bench) -> dict[str, Tensor]:
-    """Gradients of one full-size Motif-2 layer on real text: the bytes of a long Python source."""
-    scale = bench.arguments.scale
-    torch.manual_seed(0)
-    config = Motif2Config(
-        vocab_size=256,
-        hidden_size=4096 // scale,
-        intermediate_size=16384 // scale,
-        num_hidden_layers=1,
-        num_attention_heads=40,
-        num_key_value_heads=16,
-        num_noise_heads=8,
-        head_dim=128 // scale,
-    )
-    with bench.device:
-        model = Motif2ForCausalLM(config)
-    text = Path(argparse.__file__).read_bytes()
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: 4 * 4096 // scale].long().view(4, -1)
-    ids = ids.to(bench.device)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    layer = model.model.layers[0]
-    modules = {name: getattr(layer.mlp if name[:4] in ("gate", "up_p", "down") else layer.self_attn, name)
-               for name in LAYER}  # fmt: skip
-    return {name: module.weight.grad for name, module in modules.items()}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference, relative to `expected` (float64)."""
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def plain_bfloat16(matrix: Tensor) -> Tensor:
-    """The report's path: the classic form in bfloat16 without symmetric kernels."""
-    return newton_schulz_reference(matrix.bfloat16())
-
-
-def check_kernels(bench: Bench) -> None:
-    """Every shape and spectrum against the float64 polynomial, beside the report's bfloat16 path."""
-    bench.say("| shape | spectrum | report's bfloat16 | classic | gram |\n|---|---|---|---|---|")
-    makers = {method: Orthogonaliser(method, "motif", "auto") for method in ("classic", "gram")}
-    cases = [(shape, spectrum) for shape in sorted(set(bench.shapes.values())) for spectrum in SPECTRA]
-    gradients = real_gradients(bench)
-    cases += [(bench.shapes[name], f"gradient of {name}") for name in gradients]
-    for index, (shape, spectrum) in enumerate(cases):
-        errors = torch.zeros(3, dtype=torch.float64, device=bench.device)
-        if index % bench.world_size == bench.rank:
-            real = gradients.get(spectrum.removeprefix("gradient of "))
-            matrix = matrix_of(spectrum, shape, bench.device, seed=index) if real is None else real
-            expected = newton_schulz_reference(matrix.double())
-            results = [plain_bfloat16(matrix), *(maker(matrix.clone()[None])[0] for maker in makers.values())]
-            errors += torch.tensor([relative_error(result, expected) for result in results], device=bench.device)
-        dist.all_reduce(errors)
-        plain, classic, gram = errors.tolist()
-        bench.say(f"| {shape[0]} x {shape[1]} | {spectrum} | {plain:.1e} | {classic:.1e} | {gram:.1e} |")
-        if not (classic <= 1.05 * plain + 1e-6 and gram <= 1.05 * plain + 1e-6):
-            raise SystemExit(f"{shape} {spectrum}: an error is larger than the report's path has: nothing is timed")
-
-
-def check_step(bench: Bench) -> None:
-    """One step on one layer against float64 on the whole matrices, and every row's step against the others' bits."""
-    weights = {name: 0.02 * matrix_of("gaussian", shape, bench.device, 7) for name, shape in bench.shapes.items()}
-    gradients = {name: matrix_of("gaussian", shape, bench.device, 8) for name, shape in bench.shapes.items()}
-    first: dict[str, dict[str, Tensor]] = {}
-    for row, options in TABLE.items():
-        layer = {}
-        for name, shape in bench.shapes.items():
-            layer[name] = nn.Parameter(bench.sharded(weights[name].chunk(bench.world_size)[bench.rank].clone(), shape))
-            gradient = gradients[name].chunk(bench.world_size)[bench.rank].clone()
-            layer[name].grad = bench.sharded(gradient, shape)
-        bench.optimizer([layer], qk_clip_threshold=1e9, weight_decay=0.0, **options).step()
-        same = first.setdefault(options["method"], {name: p.detach().full_tensor() for name, p in layer.items()})
-        worst = 0.0
-        for name, parameter in layer.items():
-            full = parameter.detach().full_tensor()
-            if not torch.equal(full, same[name]):
-                raise SystemExit(f"{row} differs from other {options['method']} rows in {name}: nothing is timed")
-            update = (weights[name].double() - full) / (1e-4 * update_scale(*full.shape))
-            worst = max(worst, relative_error(update, newton_schulz_reference(gradients[name].double())))
-        bench.say(f"{row}: largest relative error of an update {worst:.1e}")
-        # bfloat16 on the wire and in the classic form is good for less than 1e-2 (assumption: twice that is a fault)
-        if not worst < 2e-2:
-            raise SystemExit(f"{row} is wrong by {worst}: nothing is timed")
-
-
-def time_table(bench: Bench) -> None:
-    """The rows of Table 4, and ours."""
-    header = ("row", "chunk", "ms", "p20", "p80", "extra MB", "equiv.", "exec.")
+def time_table(bench: Bench, table: dict[str, dict]) -> None:
+    """Rows of a table."""
+    header = ("row", "chunk", "ms", "p20", "p80", "extra MB", "equiv.", "exec.", "report's ms", "report's MB")
     bench.say("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for row, options in TABLE.items():
+    for row, options in table.items():
         optimizer = bench.optimizer(bench.layers, **options)
         times, extra = bench.measure(optimizer.step)
         chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
         bench.report(row, chunk, options["method"], times, extra)
         optimizer.state.clear()
+
+
+def kernel_times(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of each kind of kernel on this rank in one step; kinds run beside each other."""
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as recorded:
+        step()
+        if bench.cuda:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys((*KINDS, "rest"), 0.0)
+    for event in recorded.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "rest")
+        spent[kind] += 1e-3 * (event.self_device_time_total if bench.cuda else event.self_cpu_time_total)
+    return spent
+
+
+def profile_rows(bench: Bench) -> None:
+    """What the first rank's kernels take in some rows, in ms; last, since a profiler slows what comes after it."""
+    bench.renew_layers(copies=1)
+    bench.say("| row | step | " + " | ".join((*KINDS, "rest")) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
+    for row in (row for row in bench.rows if row["row"] in PROFILED):
+        optimizer = bench.optimizer(bench.layers, **TABLE[row["row"]])
+        optimizer.step()
+        row |= kernel_times(bench, optimizer.step)
+        optimizer.state.clear()
+        bench.say(f"| {row['row']} | " + " | ".join(f"{row[kind]:.1f}" for kind in ("ms", *KINDS, "rest")) + " |")
+
+
+def time_copies(bench: Bench, first: dict) -> None:
+    """HSDP: two copies, each over half of the ranks, so each rank holds twice as much; the bits are as without."""
+    if bench.world_size < 4 or bench.world_size % 2:
+        bench.say("not run: it takes four ranks or another even number above")
+        return
+    bench.layers.clear()
+    bench.share_out(copies=2)
+    for row, options in HSDP_TABLE.items():
+        compare_step(bench, row, options, first)
+    bench.renew_layers(copies=2)
+    time_table(bench, HSDP_TABLE)
 
 
 def time_newton_schulz(bench: Bench) -> None:
@@ -395,13 +381,16 @@ def main() -> None:
     bench.say("\n## Error against the float64 polynomial\n")
     check_kernels(bench)
     bench.say("\n## One layer's step\n")
-    check_step(bench)
-    bench.section("A step in the form of Table 4", lambda: time_table(bench))
+    first = check_step(bench, TABLE)
+    bench.section("A step in the form of Table 4", lambda: time_table(bench, TABLE))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
     bench.section("dion", lambda: time_dion(bench))
+    bench.section("HSDP, two copies", lambda: time_copies(bench, first))
+    bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
+    bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     bench.save()
     dist.destroy_process_group()
 
