@@ -17,6 +17,7 @@ import csv
 import gc
 import importlib.util
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,20 +29,31 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import train_step_cases as cases
+from benchmarks import train_step_profile as step_profile
 from benchmarks.train_step_cases import OurRun, Shape, Timing, Variant, trainer_run
 from trainer.flops import count_parameters
 from trainer.head_loss import HeadLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
-CEILING = 0.8  # share of the peak that a large bfloat16 product reaches on an H100 (780-800 of 989 TFLOP/s)
 COLUMNS = (
-    *("section", "row", "optimizer", "fp8", "compiled", "recompute", "loss", "packed", "parameters", "tokens_a_step"),
+    *(
+        "section",
+        "row",
+        "optimizer",
+        "attention",
+        "fp8",
+        "compiled",
+        "recompute",
+        "loss",
+        "packed",
+        "parameters",
+        "tokens_a_step",
+    ),
     *(
         "micro_rows",
         "seconds",
@@ -58,33 +70,23 @@ COLUMNS = (
 )
 MAIN = Variant("Motif-2, compiled", compiled=True)
 VARIANTS = (
+    Variant("Motif-2, compiled, attention kernel", compiled=True, attention="gda_kernel"),
+    Variant("Motif-2, compiled, attention kernel, 5 rows", compiled=True, attention="gda_kernel", micro_rows=5),
+    Variant("Motif-2, compiled, 5 rows", compiled=True, micro_rows=5),
     Variant("Motif-2, eager"),
-    Variant("Motif-2, compiled, FP8", compiled=True, fp8="rowwise"),
-    Variant("Motif-2, compiled, FP8, bfloat16 weight gradients", compiled=True, fp8="rowwise_with_gw_hp"),
+    Variant("Motif-2, eager, attention kernel", attention="gda_kernel"),
     Variant("Motif-2, compiled, AdamW", compiled=True, optimizer="adamw"),
     Variant("Motif-2, compiled, packed documents", compiled=True, packed=True),
+    Variant(
+        "Motif-2, compiled, packed documents, attention kernel", compiled=True, packed=True, attention="gda_kernel"
+    ),
     Variant("Motif-2, compiled, selective recomputation", compiled=True, recompute="selective"),
 )
-TRITON_KERNELS = {  # of this repository, by the function's name
-    "PolyNorm": (
-        "forward_kernel",
-        "backward_kernel",
-        "long_forward_kernel",
-        "long_backward_kernel",
-        "sum_partials_kernel",
-    ),
-    "Newton-Schulz": ("symmetric_product_kernel", "product_kernel", "square_sums_kernel", "normalise_kernel"),
-    "maximum logits": ("_kernel",),
-    "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
-}
-KINDS = {  # other kernels, by words in their name in lower case; the first match wins
-    "attention": ("flash", "fmha", "sdpa", "attention"),
-    "communication": ("nccl",),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "::bmm", "_scaled_mm", "wgmma"),
-    "fused by the compiler": ("triton_",),
-    "momentum and update": ("adam",),
-}
-ANNOTATIONS = ("ProfilerStep", "FSDP", "Torch-Compiled", "Compiled", "## Call", "Optimizer.", "autograd::", "nccl:")
+FP8_VARIANTS = (  # last: an illegal memory access in one of them ends what a process can do with the device
+    Variant("Motif-2, compiled, FP8", compiled=True, fp8="rowwise"),
+    Variant("Motif-2, compiled, FP8, bfloat16 weight gradients", compiled=True, fp8="rowwise_with_gw_hp"),
+)
+PROFILED = (MAIN.name, "Motif-2, compiled, attention kernel, 5 rows")
 
 
 class Bench:
@@ -106,6 +108,7 @@ class Bench:
         self.common = {"commit": commit.stdout.strip() or arguments.commit, "device": name, **versions}
         self.common["world_size"] = self.world_size
         self.rows: list[dict] = []
+        self.lost = ""  # section after which the device answers no more
         self.references: dict[bool, tuple[float, float]] = {}
         self.folder = Path(arguments.output)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,19 +130,30 @@ class Bench:
         if passed > self.arguments.budget_seconds:
             self.note(title, f"not run: {passed:.0f} s of {self.arguments.budget_seconds} had passed")
             return
+        if self.lost:
+            self.note(title, f"not run: the device was lost in {self.lost}")
+            return
         try:
             body()
         except Exception as error:
             print(traceback.format_exc(), flush=True)
             self.note(title, f"failed: {type(error).__name__}: {str(error)[:200]}")
-        self.clean()
+        self.clean(title)
+        self.save()
 
-    def clean(self) -> None:
-        """Give memory back, and save what there is."""
+    def clean(self, title: str = "") -> None:
+        """Give memory back; after an illegal memory access no more can be done on the device in this process."""
         torch._dynamo.reset()
         gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        try:
+            if self.cuda:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except torch.AcceleratorError:
+            self.lost = self.lost or title
+
+    def save(self) -> None:
+        """Write the rows so far."""
         if self.main:
             with self.path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
@@ -221,7 +235,7 @@ def time_variant(bench: Bench, shape: Shape, variant: Variant) -> None:
     if lacking:
         bench.note(variant.name, f"not run: {lacking} is not installed")
         return
-    micro_rows = shape.micro_rows
+    micro_rows = variant.micro_rows or shape.micro_rows
     while not attempt(bench, shape, replace(variant, micro_rows=micro_rows)):
         micro_rows //= 2
         if not micro_rows:
@@ -239,7 +253,8 @@ def attempt(bench: Bench, shape: Shape, variant: Variant) -> bool:
         entry = bench.report("step", variant.name, timing, variant.micro_rows, **columns)
         if variant.name == MAIN.name:
             compare_with_one(bench, entry)
-            write_profile(bench, run, timing)
+        if variant.name in PROFILED:
+            write_profile(bench, run, variant, timing)
         return True
     except torch.OutOfMemoryError:
         return False
@@ -247,7 +262,7 @@ def attempt(bench: Bench, shape: Shape, variant: Variant) -> bool:
         if run is not None:
             run.close()
         del run
-        bench.clean()
+        bench.clean(variant.name)
 
 
 def compare_with_one(bench: Bench, entry: dict) -> None:
@@ -266,65 +281,29 @@ def compare_with_one(bench: Bench, entry: dict) -> None:
     bench.note("scaling", f"{share:.1%} of {bench.world_size} times one rank")
 
 
-def write_profile(bench: Bench, run: OurRun, timing: Timing) -> None:
-    """Where the time of a step goes, by kind of kernel, and what each kind would take at its limit."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
+def write_profile(bench: Bench, run: OurRun, variant: Variant, timing: Timing) -> None:
+    """Where the time of a step goes, beside the table: of the main variant, or of another under its own name."""
     batch = run.loader.next_batch()
-    with profile(activities=activities) as recorded:
+
+    def step() -> None:
         run.step.run(batch, 0.01)
         cases.synchronize()
+
+    spans = step_profile.record(step, bench.cuda)
     if not bench.main:
         return
-    spent: dict[str, float] = {}
-    for event in recorded.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device != bench.cuda or event.key.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
-            continue
-        seconds = 1e-6 * (event.self_device_time_total if bench.cuda else event.self_cpu_time_total)
-        spent[kind_of(event.key)] = spent.get(kind_of(event.key), 0.0) + seconds
-    wall = statistics.median(timing.seconds)
-    busy = sum(spent.values())
-    config = run.config
-    products = (
-        6 * (count_parameters(config)["matrices"] + config.vocab_size * config.hidden_size) * batch.nominal_tokens
-    )
-    flops = {"products": products / bench.world_size, "attention": timing.flops - products / bench.world_size}
     lines = [
-        f"# Where a step of {run.parameters / 1e9:.2f}B parameters goes",
+        f"# Where a step of {run.parameters / 1e9:.2f}B parameters goes: {variant.name}",
         "",
         f"{bench.common['device']}, torch {bench.common['torch']}, commit {bench.common['commit']}, "
-        f"{bench.world_size} rank(s), {timing.tokens:,} tokens a step, {wall:.4f} s (median, not profiled).",
+        f"{bench.world_size} rank(s), {timing.tokens:,} tokens a step, {variant.micro_rows} rows at once, "
+        f"{statistics.median(timing.seconds):.4f} s (median, not profiled).",
         "",
-        "| kind | seconds | share of the step | TFLOP/s | seconds at the limit | lost |",
-        "|---|---|---|---|---|---|",
+        *step_profile.describe(spans, run.config, timing, batch.nominal_tokens, bench.world_size, bench.peak_tflops),
     ]
-    ceiling = bench.peak_tflops and CEILING * bench.peak_tflops * 1e12
-    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        rate = limit = lost = ""
-        if kind in flops:
-            rate = f"{flops[kind] / seconds / 1e12:.1f}"
-            if ceiling:
-                least = flops[kind] / ceiling
-                limit, lost = f"{least:.4f}", f"{(seconds - least) / wall:.1%} of the step"
-        lines.append(f"| {kind} | {seconds:.4f} | {seconds / wall:.1%} | {rate} | {limit} | {lost} |")
-    lines += [
-        f"| device idle, or work at once | {wall - busy:.4f} | {1 - busy / wall:.1%} | | 0 | {1 - busy / wall:.1%} |",
-        "",
-        "Products include Newton-Schulz where it runs as plain products: their rate counts the model's FLOPs alone. "
-        f"The limit is {CEILING:.0%} of {bench.peak_tflops or 'unknown'} TFLOP/s, what a large product reaches.",
-        f"Parts of the step: {', '.join(f'{part} {share:.1%}' for part, share in (timing.parts or {}).items())}; "
-        f"waiting for data {timing.wait_seconds / wall:.2%}.",
-        "",
-    ]
-    (bench.folder / f"{bench.path.stem}_profile.md").write_text("\n".join(lines))
+    suffix = "" if variant.name == MAIN.name else "_" + re.sub(r"\W+", "_", variant.name.lower())
+    (bench.folder / f"{bench.path.stem}_profile{suffix}.md").write_text("\n".join(lines))
     bench.say("\n".join(lines))
-
-
-def kind_of(kernel: str) -> str:
-    """What a kernel or operator is part of, by its name."""
-    ours = (kind for kind, names in TRITON_KERNELS.items() if kernel in names)
-    others = (kind for kind, words in KINDS.items() if any(word in kernel.lower() for word in words))
-    return next(ours, None) or next(others, "other elementwise and copies")
 
 
 def time_linear_part(bench: Bench, shape: Shape) -> None:
@@ -352,7 +331,7 @@ def time_linear_part(bench: Bench, shape: Shape) -> None:
         base = base or statistics.median(times)
         note = f"{base / statistics.median(times):.3f} times as fast as bfloat16"
         bench.report("linear part", f"products of a layer, {fp8}", timing, shape.micro_rows, fp8=fp8, note=note)
-        bench.clean()
+        bench.clean(fp8)
 
 
 def time_head(bench: Bench, shape: Shape, vocabulary: int) -> None:
@@ -486,7 +465,9 @@ def main() -> None:
     if bench.world_size == 1:
         bench.section("loss", lambda: time_head(bench, shape, 2048 if arguments.tiny else 219_520))
         bench.section("peer: Llama, Trainer, compiled", lambda: time_peer(bench, shape, "Llama", True))
-    bench.clean()
+    for variant in FP8_VARIANTS:
+        bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))
+    bench.save()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kernels_hub import use_polynorm
+from kernels_hub import use_gda_attention, use_polynorm
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.data.curriculum import DomainShare, Mixture
 from trainer.data.loader import CurriculumLoader
@@ -100,6 +100,7 @@ class Variant:
 
     name: str
     optimizer: str = "muon_clip"
+    attention: str = "sdpa"
     fp8: str = "none"
     compiled: bool = False
     recompute: str = "none"
@@ -208,6 +209,8 @@ class OurRun:
         with self.accelerator.device:
             model = Motif2ForCausalLM(self.config)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        if variant.attention != "sdpa":
+            use_gda_attention(model, attn_implementation=variant.attention)
         if variant.fp8 != "none":
             convert_to_fp8(model, variant.fp8, emulate=not torch.cuda.is_available())
         if variant.recompute != "none":
