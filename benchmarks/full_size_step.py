@@ -3,16 +3,15 @@
     torchrun --nproc_per_node 8 benchmarks/full_size_step.py                                # FSDP2
     torchrun --nproc_per_node 8 benchmarks/full_size_step.py --replicas 2                   # HSDP, 2 x 4
     torchrun --nproc_per_node 8 benchmarks/full_size_step.py --fp8 rowwise_with_gw_hp
-    torchrun --nproc_per_node 2 benchmarks/full_size_step.py --tiny                         # tries the program, on CPUs
+    torchrun --nproc_per_node 2 benchmarks/full_size_step.py --tiny                        # tries the program on CPUs
 
 One way to run a call, so that one which fails loses no other's results. A step is the trainer's, as in train_step.py:
 layers compiled and recomputed, chunked loss, float32 weights, MuonClip with QK-clip. All rows of a step go through at
 once, since FSDP2 holds whole gradients while it accumulates. Without --rows it takes the most, up to eight, that
-`trainer.flops.memory_by_rank` lets fit. A first loss that is not that of random weights ends the run before any timing.
+`trainer.flops.memory_by_rank` lets fit. A first loss that is not that of random weights ends the run, untimed.
 
-Writes full_size_step_x<ranks>_<layout>_<precision>.csv in $OUT, else in benchmarks/results/, and a table of where the
-step's time goes beside it. FLOPs are the model's, attention over visible pairs included, recomputation and optimizer
-not.
+Writes full_size_step_x<ranks>_<layout>_<precision>.csv in $OUT, else in benchmarks/results/. FLOPs are the model's,
+attention over visible pairs included, recomputation and optimizer not.
 """
 
 import argparse
@@ -29,12 +28,12 @@ import torch
 import torch.distributed as dist
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.train_step_cases import TINY, OurRun, Shape, Timing, Variant
 from trainer.flops import memory_by_rank
 
+ROOT = Path(__file__).resolve().parents[1]
 FULL_SIZE = Shape(4096, 16384, 40, 16, 128, 219_520, 4096, 8, 8)
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 MEMORY_SHARE = 0.85  # assumption: what the count of memory leaves out fits into the rest
