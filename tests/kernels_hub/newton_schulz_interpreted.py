@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter: `TRITON_INTERPRET=1 pytest <this file>`.
 
-They need that variable before triton is imported anywhere, so `test_newton_schulz_kernels.py` runs them in a process
-of their own. The interpreter multiplies bfloat16 wrongly (it takes the bits for integers): float16 stands for both.
+They need that variable before triton is imported anywhere, so `test_interpreter.py` runs them in another process.
+The interpreter multiplies bfloat16 wrongly (it takes the bits for integers): float16 stands for both.
 """
 
 import importlib
@@ -48,7 +48,17 @@ def poisoned(*shape):
 
 
 @pytest.mark.parametrize("config", [WIDE, SQUARE, ONE_SHOT], ids=["wide", "square", "one_shot"])
-@pytest.mark.parametrize("shape", [(2, 16, 16), (1, 5, 40), (3, 33, 9), (2, 48, 50), (1, 80, 17)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 16, 16),
+        (1, 5, 40),
+        (2, 33, 9),
+        pytest.param((3, 33, 9), marks=pytest.mark.slow),
+        pytest.param((2, 48, 50), marks=pytest.mark.slow),
+        pytest.param((1, 80, 17), marks=pytest.mark.slow),
+    ],
+)
 def test_symmetric_products(shape, config):
     batch, size, _ = shape
     x = half(*shape)
@@ -72,8 +82,9 @@ def test_a_diagonal_block_is_made_symmetric():
 
 
 @pytest.mark.parametrize("config", [WIDE, ONE_SHOT], ids=["persistent", "one_shot"])
-def test_the_batch_does_not_change_a_matrix(config):
-    x = half(5, 48, 24)
+@pytest.mark.parametrize("shape", [(3, 40, 8), pytest.param((5, 48, 24), marks=pytest.mark.slow)])
+def test_the_batch_does_not_change_a_matrix(shape, config):
+    x = half(*shape)
     together = kernels.symmetric_product(x, config=config)
     for index, matrix in enumerate(x):
         assert torch.equal(kernels.symmetric_product(matrix[None], config=config)[0], together[index])
@@ -96,7 +107,7 @@ def test_normalise(transpose):
     assert relative_error(out.mT if transpose else out, expected) < 4e-4
 
 
-@pytest.mark.parametrize("method", ["gram", "classic"])
+@pytest.mark.parametrize("method", ["gram", pytest.param("classic", marks=pytest.mark.slow)])
 def test_whole_pass(method):
     matrices = torch.randn(2, 20, 33)
     run = {"method": method, "compute_dtype": torch.float16}

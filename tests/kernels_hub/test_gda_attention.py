@@ -1,4 +1,4 @@
-"""The attention repository's own tests on the CPU, in torch and in Triton's interpreter, and its code for Hopper."""
+"""The attention kernels' code for Hopper, and their benchmarks."""
 
 import os
 import re
@@ -13,35 +13,6 @@ import kernels_hub
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER_SHARED_BYTES = 232_448
 FLOAT32 = {"lambda", "weight", "lse", "largest", "total", "partial", "delta"}
-# What the default run interprets: every kernel, with and without intervals; the whole takes minutes.
-QUICK = "heads and (test_values and float16 or test_full_caches and 33 and float32) or test_windows and 5"
-
-
-def own_tests_passed(interpreted: bool, *options: str) -> int:
-    """How many of the repository's tests passed; any failure fails the caller.
-
-    They run in a process of their own: Triton reads TRITON_INTERPRET once, when it is imported.
-    """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "kernels_hub/gda_attention/tests"]
-    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
-    run = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    return int(re.search(r"(\d+) passed", run.stdout)[1])
-
-
-def test_in_torch():
-    assert own_tests_passed(interpreted=False) > 0
-
-
-@pytest.mark.timeout(600)
-def test_in_the_interpreter():
-    assert own_tests_passed(True, "-k", QUICK) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_everything_in_the_interpreter():
-    assert own_tests_passed(True, "-m", "not gpu", "--timeout", "3600") > 0
 
 
 def compile_for_hopper(function, constants: dict, tiles):

@@ -1,12 +1,9 @@
-"""The Newton-Schulz kernels without a GPU: in the interpreter, compiled for Hopper, and as a Hub repository."""
+"""The Newton-Schulz kernels without a GPU: compiled for Hopper, and as a Hub repository."""
 
 import importlib
-import os
 import re
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +11,7 @@ import torch
 from kernels_hub.build import differences
 from tests.kernels_hub.newton_schulz_cases import REPOSITORY, load_package
 
-ROOT = REPOSITORY.parents[1]
 HOPPER_SHARED_BYTES = 232_448
-
-
-def test_kernels_in_the_interpreter():
-    """One process for all of them: the interpreter must be switched on before triton is first imported."""
-    tests = Path(__file__).with_name("newton_schulz_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def compile_for_hopper(config, has_addend: bool):

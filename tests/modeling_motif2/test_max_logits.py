@@ -1,9 +1,6 @@
 """The gated maximum of attention logits: exact above the gate, never below the truth, in torch and in the kernel."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -61,27 +58,18 @@ CASES = [
     ((2, 1, 4, 33, 130, 100), torch.float32, "masked"),
     ((2, 2, 2, 70, 70, 32), torch.float16, "causal"),
 ]
+SMALL_CASES = [
+    CASES[0],
+    ((2, 2, 3, 33, 33, 24), torch.float32, "causal"),
+    ((1, 1, 4, 17, 66, 20), torch.float32, "masked"),
+    ((1, 2, 1, 7, 40, 16), torch.float16, "causal"),
+]
 ACCELERATOR_CASES = [*CASES, ((2, 2, 4, 300, 300, 128), torch.bfloat16, "causal")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch(case):
     check(*case)
-
-
-def test_triton_interpreted():
-    program = (
-        "from tests.modeling_motif2.test_max_logits import CASES, check\n"
-        "from modeling_motif2 import max_logits\n"
-        "calls = []\n"
-        "launch = max_logits._launch\n"
-        "max_logits._launch = lambda *arguments: calls.append(1) or launch(*arguments)\n"
-        "[check(*case) for case in CASES]\n"
-        "print(len(calls))"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(len(CASES) * len(GATES)), done.stderr
 
 
 @pytest.mark.gpu

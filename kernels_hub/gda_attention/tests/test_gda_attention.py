@@ -53,6 +53,15 @@ def test_values_and_gradients(kernel, device, poisoned, dtype, head_first):
     assert_matches(kernel, make(2, 37, 37, 2, 2, 16, dtype, device, head_first=head_first))
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("window", [None, 5], ids=["causal", "window"])
+def test_two_tiles_of_sixteen(kernel, device, poisoned, dtype, window):
+    """Small enough for the interpreter: a whole tile and a part of one, heads that lie apart."""
+    last = torch.arange(19, dtype=torch.int32, device=device)[None]
+    bounds = (None, None) if window is None else ((last - window + 1).clamp(min=0), last)
+    assert_matches(kernel, make(1, 19, 19, 2, 2, 16, dtype, device, head_first=True), *bounds)
+
+
 @pytest.mark.parametrize("ratio", range(1, 9))
 def test_ratios(kernel, device, poisoned, ratio):
     assert_matches(kernel, make(1, 19, 19, 1, ratio, 16, torch.float32, device, seed=ratio))

@@ -23,6 +23,7 @@ if INTERPRETED:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels_ci: run by the Hub's continuous integration")
+    config.addinivalue_line("markers", "slow: minutes in Triton's interpreter")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,5 @@
 """The fused elementwise passes equal what they stand for: in torch, in Triton's interpreter, and on accelerators."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -38,16 +34,6 @@ def check(nesterov_function, update_function, device: str) -> None:
 
 def test_torch():
     check(nesterov, apply_update, "cpu")
-
-
-def test_triton_interpreted():
-    program = (
-        "from tests.trainer.optim.test_fused import check; from trainer.optim import fused_kernels as k; "
-        "check(k.nesterov, k.apply_update, 'cpu'); print('equal')"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "equal", done.stderr
 
 
 @pytest.mark.gpu
