@@ -24,7 +24,10 @@ EPS, OUT_SCALE = 1e-5, 0.64
 
 
 class Report:
-    """Rows of results: printed as they come, written to a CSV file after every section."""
+    """Rows of results: printed as they come, written to a CSV file after every section.
+
+    The file keeps what it holds of other sections and devices.
+    """
 
     def __init__(self, path: Path, device: torch.device):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -60,12 +63,19 @@ class Report:
         return not any(each.startswith(f"{name}:") for each in self.failed)
 
     def write(self) -> None:
-        """Writes the CSV file."""
+        """Writes the CSV file: this run's rows after the file's rows of other sections and devices."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        measured, device = {row["section"] for row in self.rows}, self.common["device"]
+        kept = []
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                kept = [
+                    row for row in csv.DictReader(file) if row["section"] not in measured or row["device"] != device
+                ]
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*FIELDS, *self.common])
             writer.writeheader()
-            writer.writerows(row | self.common for row in self.rows)
+            writer.writerows([*kept, *(row | self.common for row in self.rows)])
 
     def finish(self) -> int:
         """Prints what failed and where the file is; returns the exit code."""

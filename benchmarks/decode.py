@@ -40,6 +40,9 @@ GROUPS, RATIO, DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
 CACHE_BYTES = 40 * 2**30  # larger caches are left out (assumption: what an 80 GB GPU has beside the weights)
+# With coordinate descent a product with one row becomes a sum that Inductor tiles itself.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True} if torch.cuda.is_available() else {}
+COMPILED = ("llama sdpa", "motif2 gda_kernel")
 # A model of 1.3B parameters without embeddings, as for the training table.
 SIZES = {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 8192, "vocab_size": 32000}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
@@ -141,7 +144,7 @@ class Suite:
         note = f"{batch / value * 1e3:.0f} tokens/s"
         self.report.add(section, name, shape, "step", value, "ms", share=share, peak_gib=peak, note=note, **times)
 
-    def decode_steps(self, section: str, name: str, model, batch: int, context: int) -> None:
+    def decode_steps(self, section: str, name: str, model, batch: int, context: int, compiled: bool = False) -> None:
         """Times a model's step from a filled cache; what is too large for the GPU is left out."""
         length = context + 10 * self.new_tokens
         config = model.config
@@ -157,10 +160,20 @@ class Suite:
             cache = filled_cache(model, batch, context, length, self.device)
             ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
             positions = torch.full((batch, 1), context, device=self.device)
+            mask = None
+            if config._attn_implementation == "eager":
+                # transformers makes eager's own mask by way of a tensor on the host, which no graph can capture.
+                seen = torch.arange(length, device=self.device) <= context
+                mask = torch.zeros(batch, 1, 1, length, device=self.device, dtype=self.dtype)
+                mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
 
             def step():
-                return model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+                arguments = {"past_key_values": cache, "position_ids": positions, "attention_mask": mask}
+                return model(ids, **arguments, use_cache=True).logits
 
+            if compiled:
+                name += " compiled"
+                step = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
             read = parameters_read(model) + batch * context * per_token
             self.step(section, name, f"B{batch} S{context}", step, read, batch)
 
@@ -192,6 +205,11 @@ class Suite:
                     self.decode_steps("models", name, model, batch, context)
                 except Exception as error:
                     print(f"models {name} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
+            if name in COMPILED:
+                try:
+                    self.decode_steps("models", name, model, 1, self.contexts[0], compiled=True)
+                except Exception as error:
+                    print(f"models {name} compiled: {type(error).__name__}: {str(error)[:200]}")
             del model
 
     def prepare(self, model, attention: str) -> None:
@@ -229,6 +247,11 @@ class Suite:
                     self.decode_steps("full_size", attention, model, batch, context)
                 except Exception as error:
                     print(f"full_size {attention} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
+        for context in self.contexts[:1]:
+            try:
+                self.decode_steps("full_size", "gda_kernel", model, 1, context, compiled=True)
+            except Exception as error:
+                print(f"full_size compiled S{context}: {type(error).__name__}: {str(error)[:200]}")
 
     def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
         """Tokens a second of a prompt without a cache, logits of the last token only."""
