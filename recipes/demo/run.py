@@ -70,8 +70,8 @@ class DemoConfig:
 
     def __post_init__(self):
         if self.miniature:
-            self.train_bytes, self.heldout_bytes, self.vocab_size = 60_000, 3_000, 512
-            self.num_conversations, self.num_problems = 60, 8
+            self.train_bytes, self.heldout_bytes, self.vocab_size = 60_000, 1_500, 512
+            self.num_conversations, self.num_problems = 60, 4
         for name in ("train_bytes", "heldout_bytes", "num_conversations", "num_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
