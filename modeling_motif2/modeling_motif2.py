@@ -41,6 +41,7 @@ from .attention_choice import KERNEL, Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
 from .diagnostics import raise_max_logits, update_max_logits, update_output_norms, visible_positions
 from .hub import Motif2HubMixin
+from .visible_intervals import boolean_mask, is_intervals
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
@@ -703,9 +704,15 @@ class Motif2Model(Motif2PreTrainedModel):
         modules = [layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer)]
         if all(module.max_logits is None and module.output_norms is None for module in modules):
             return {}
-        if isinstance(attention_mask, dict):  # what `generate` prepared; None stands for a mask without padding
-            if any(mask is not None for mask in attention_mask.values()):
-                return {layer_type: visible_positions(mask, None) for layer_type, mask in attention_mask.items()}
+        if isinstance(attention_mask, dict):  # prepared by `generate` or a trainer; None stands for no padding
+            given = {
+                layer_type: boolean_mask(mask, mask.shape[-1]) if is_intervals(mask) else mask
+                for layer_type, mask in attention_mask.items()
+            }
+            if any(mask is not None for mask in given.values()):
+                return {layer_type: visible_positions(mask, None) for layer_type, mask in given.items()}
+            if past_key_values is None and set(given) == {"full_attention"}:
+                return {}  # plain causal order
             attention_mask = None
         eager = copy.copy(self.config)
         eager._attn_implementation = "eager"

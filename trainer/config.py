@@ -54,7 +54,10 @@ class PretrainConfig:
     rope_theta: float = setting(1_000_000.0, "base of the rotary embedding")
     max_position_embeddings: int = setting(32_768, "longest sequence the model is declared for")
     tie_word_embeddings: bool = setting(False, "share the embedding with the output head")
-    attn_implementation: str = setting("sdpa", "attention backend of transformers: sdpa, eager, flex_attention, …")
+    attn_implementation: str = setting(
+        "sdpa",
+        "attention: sdpa, eager, flex_attention, …; gda_kernel (ours), or gda_fastest (what was measured fastest)",
+    )
     polynorm: Literal["auto", "official", "hub", "local", "torch"] = setting(
         "auto", "where PolyNorm's kernel comes from"
     )

@@ -4,6 +4,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_motif2  # noqa: F401  registers the model with the Auto classes
+from kernels_hub import use_gda_attention
+from kernels_hub.gda import ATTENTIONS
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
 from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
@@ -62,11 +64,14 @@ def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
         ValueError: the settings ask for what this machine or the model's sizes do not allow.
     """
     architecture = model_config(config, tokenizer)
-    options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
+    name = config.attn_implementation
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa" if name in ATTENTIONS else name}
     if config.model_name_or_path is None:
         model = AutoModelForCausalLM.from_config(architecture, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
+    if name in ATTENTIONS:
+        use_gda_attention(model, attn_implementation=name)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     if config.gradient_checkpointing != "none":

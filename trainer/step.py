@@ -22,6 +22,7 @@ from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
+from trainer.masks import attention_masks, send
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,7 +92,8 @@ class TrainStep:
             )
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
-        self.head_loss = HeadLoss(accelerator.unwrap_model(model).get_output_embeddings(), loss)
+        self.bare_model = accelerator.unwrap_model(model)
+        self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._proven = compiled or polynorm_in_use(model).source == "torch"
         self.attentions = attention_modules(model)
@@ -155,9 +157,8 @@ class TrainStep:
                     batch.input_ids[part], batch.labels[part], batch.position_ids[part]
                 )
                 self.accelerator.backward(losses.sum() * scale)
-            domain_ids = batch.domain_ids[part].to(sums.device)
-            member = F.one_hot(domain_ids, len(self.domains)).to(sums.dtype)  # (R, N)
-            sums += torch.stack([losses.detach().sum(1), counted.sum(1).to(sums.dtype)]) @ member
+            member = F.one_hot(batch.domain_ids[part], len(self.domains)).to(sums.dtype)  # (R, N)
+            sums += torch.stack([losses.detach().sum(1), counted.sum(1).to(sums.dtype)]) @ send(member, sums.device)
         return sums * self.data_ranks / self.accelerator.num_processes  # tensor parallel ranks count the same rows
 
     @contextlib.contextmanager
@@ -176,19 +177,18 @@ class TrainStep:
         """Cross-entropy of each position's next token.
 
         Args:
-            input_ids, labels, position_ids: (R, T) int64, on any device.
+            input_ids, labels, position_ids: (R, T) int64, best on the host.
 
         Returns:
             tuple: losses (R, T) float32, 0 where nothing is predicted; and which positions are predicted, (R, T) bool.
         """
         device = self.accelerator.device
-        input_ids, labels, position_ids = (
-            tensor.to(device, non_blocking=True) for tensor in (input_ids, labels, position_ids)
-        )
+        masks = attention_masks(self.bare_model.config, position_ids, device)
+        input_ids, labels, position_ids = (send(tensor, device) for tensor in (input_ids, labels, position_ids))
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (R, T)
         with self.head_loss.targets(targets):
-            losses = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # (R, T)
-        return losses, targets != IGNORE_INDEX
+            output = self.model(input_ids=input_ids, attention_mask=masks, position_ids=position_ids, use_cache=False)
+        return output.logits, targets != IGNORE_INDEX
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, torch.Tensor]]) -> float:

@@ -155,10 +155,10 @@ class ParallelMuonClip(MuonClip):
             dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps. Where the model
                 tracks behind a gate, logits up to the threshold are upper bounds.
         """
-        layers = [] if self._last_logits is None else self._last_logits.split(self._clip.num_heads)
-        by_layer = [float(layer.max()) for layer in layers]
+        logits = torch.empty(0) if self._last_logits is None else self._last_logits.cpu()  # one wait for the device
+        by_layer = [float(layer.max()) for layer in logits.split(self._clip.num_heads)] if len(logits) else []
         return {
-            "clipped_heads": sum(int((layer > self.qk_clip_threshold).sum()) for layer in layers),
+            "clipped_heads": int((logits > self.qk_clip_threshold).sum()) if len(logits) else 0,
             "max_logit": max(by_layer, default=-math.inf),
             "max_logits_by_layer": by_layer,
             "skipped_steps": self.skipped_steps,
