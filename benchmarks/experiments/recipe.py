@@ -1,0 +1,239 @@
+"""What an experiment's recipe says, and which runs follow from it. Imports no torch: it only plans."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECALL = "recall"
+DIVERGED = "diverged"
+ATTENTIONS = ("motif2", "softmax")
+# `--tiny`: every part in seconds on a CPU, too short to learn anything.
+TINY = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "sequence_length": 128,
+    "batch_tokens": 512,
+    "micro_batch_tokens": None,
+    "total_tokens": 4096,
+    "annealing_tokens": 0,
+    "eval_steps": 4,
+    "eval_tokens": 512,
+    "exact_logit_steps": 2,
+    "mixed_precision": "no",
+}
+TINY_SEEDS = 2
+# Settings of every run: nothing is kept, printed or tracked but metrics.jsonl.
+QUIET = {
+    "overwrite": True,
+    "verify_checksums": False,
+    "checkpoint_steps": 0,
+    "spike_window_steps": 0,
+    "norm_steps": 0,
+    "log_steps": 1_000_000,
+    "trackers": [],
+    "progress": False,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared.
+
+    Args:
+        name: short, for files.
+        label: for tables.
+        settings: fields of `PretrainConfig` in which it differs.
+        attention: "motif2", or "softmax" for standard attention.
+        sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
+        against: the arm it is compared with; None is the recipe's first.
+    """
+
+    name: str
+    label: str
+    settings: dict = field(default_factory=dict)
+    attention: str = "motif2"
+    sweep: list[dict] | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        recipe: name of its recipe.
+        arm: name of its arm.
+        point: number of its learning rate in the arm's sweep.
+        seed: decides weights and the order of the data.
+        settings: of `PretrainConfig`, complete but for folders.
+        attention: as for `Arm`.
+    """
+
+    recipe: str
+    arm: str
+    point: int
+    seed: int
+    settings: dict
+    attention: str
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the run depends on but the data."""
+        content = json.dumps({"settings": self.settings, "attention": self.attention}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.arm}/lr{self.settings['learning_rate']:g}/seed{self.seed}"
+
+    @property
+    def size(self) -> float:
+        """About how long it takes, in no unit: tokens times layers, as launches limit small models."""
+        return self.settings["total_tokens"] * self.settings["num_hidden_layers"]
+
+
+@dataclass
+class Recipe:
+    """A recipe of `recipes/experiments`.
+
+    Args:
+        name: of its results' folder.
+        page: document whose part between `<!-- results: NAME -->` and `<!-- end of results -->` the report fills.
+        question: one sentence.
+        data_dir: holds `tokenizer` and `shards`.
+        seeds: every arm has a run with each; arms with one seed see the same text in the same order.
+        warmup_share, decay_share, annealing_share: parts of a run's tokens.
+        pretrain: settings of every run.
+        arms: by name; the first is the baseline.
+        sweep: learning rates, as lists of settings; the one with the lowest held-out loss on the first seed is each
+            arm's. Empty: those in `pretrain`.
+        measures: columns of the table, the first is what the verdict is about.
+        lower_is_better: of the first measure.
+        plot: what the figure's panels show over tokens.
+        same: "parameters", "flops" or nothing: what must be equal between arms within `within`.
+        within: largest relative difference.
+
+    Raises:
+        ValueError: an arm, setting or measure does not fit; the message says which.
+    """
+
+    name: str
+    page: str
+    question: str
+    data_dir: str
+    seeds: list[int]
+    pretrain: dict
+    arms: dict[str, Arm]
+    measures: list[str]
+    warmup_share: float = 0.06
+    decay_share: float = 0.3
+    annealing_share: float = 0.0
+    sweep: list[dict] = field(default_factory=list)
+    lower_is_better: bool = True
+    plot: list[str] = field(default_factory=lambda: ["heldout_mean"])
+    same: str | None = None
+    within: float = 0.01
+    tiny: bool = False
+
+    def __post_init__(self):
+        if self.tiny:
+            self.seeds = self.seeds[:TINY_SEEDS]
+        self.arms = {name: self._arm(name, arm) for name, arm in self.arms.items()}
+        for arm in self.arms.values():
+            if arm.attention not in ATTENTIONS:
+                raise ValueError(f"arm {arm.name!r} has attention {arm.attention!r}: choose one of {ATTENTIONS}")
+            if self.baseline(arm.name) not in self.arms:
+                raise ValueError(f"arm {arm.name!r} is compared with {arm.against!r}: name one of {list(self.arms)}")
+        if self.same not in (None, "parameters", "flops"):
+            raise ValueError(f"same is {self.same!r}: write parameters, flops, or leave it out")
+        if not self.seeds or not self.arms or not self.measures:
+            raise ValueError(f"{self.name}: seeds, arms and measures must each have an entry")
+        shares = (self.warmup_share, self.decay_share, self.annealing_share)
+        if min(shares) < 0 or self.warmup_share + self.decay_share > 1 or self.annealing_share >= 1:
+            raise ValueError(f"{self.name}: warm-up, decay and annealing are {shares} of a run: use shares below 1")
+
+    @classmethod
+    def read(cls, path: str | Path, tiny: bool = False) -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            ValueError: it cannot be read, or a key is unknown or missing.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"recipe {str(path)!r} does not exist: they are in recipes/experiments")
+        recipe = yaml.safe_load(Path(path).read_text())
+        known = {entry.name for entry in fields(cls)} - {"name", "tiny"}
+        missing = {"page", "question", "data_dir", "seeds", "pretrain", "arms", "measures"} - set(recipe)
+        if set(recipe) - known or missing:
+            raise ValueError(f"{path}: unknown {sorted(set(recipe) - known)}, missing {sorted(missing)}")
+        return cls(name=Path(path).stem, tiny=tiny, **recipe)
+
+    @property
+    def domains(self) -> list[str]:
+        """Every domain that a run of it reads."""
+        named = [arm.settings.get("domains") or self.pretrain.get("domains") or {} for arm in self.arms.values()]
+        return list(dict.fromkeys(name for domains in named for name in domains))
+
+    def baseline(self, arm: str) -> str:
+        """The arm that `arm` is compared with; itself when it is a baseline."""
+        return self.arms[arm].against or next(iter(self.arms))
+
+    def points(self, arm: str) -> list[dict]:
+        """Learning rates of an arm, as settings."""
+        own = self.arms[arm].sweep
+        return (self.sweep if own is None else own) or [{}]
+
+    def run(self, arm: str, point: int, seed: int) -> Run:
+        """One run with all its settings."""
+        settings = {**self.pretrain, **self.arms[arm].settings, **self.points(arm)[point], **QUIET, "seed": seed}
+        if self.tiny:
+            settings |= TINY
+        batch = settings["batch_tokens"]
+        total = settings["total_tokens"] // batch * batch
+        settings["total_tokens"] = total
+        settings["warmup_tokens"] = int(self.warmup_share * total)
+        settings["decay_tokens"] = int(self.decay_share * total)
+        settings["annealing_tokens"] = int(self.annealing_share * total)
+        return Run(self.name, arm, point, seed, settings, self.arms[arm].attention)
+
+    def runs(self, records: Mapping[str, dict]) -> list[Run]:
+        """All runs that are known by now, the most important first.
+
+        First every arm with every seed at its first learning rate; then the other learning rates on the first seed;
+        and once an arm has been tried at all of them, the other seeds at its best one.
+
+        Args:
+            records: of finished runs, by key.
+        """
+        first = [self.run(arm, 0, seed) for seed in self.seeds for arm in self.arms]
+        others = [
+            self.run(arm, point, self.seeds[0]) for arm in self.arms for point in range(1, len(self.points(arm)))
+        ]
+        chosen = {arm: self.best_point(arm, records) for arm in self.arms}
+        best = [self.run(arm, point, seed) for seed in self.seeds[1:] for arm, point in chosen.items() if point]
+        return first + others + best
+
+    def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
+        """Number of the learning rate with the lowest held-out loss on the first seed; None before all are tried."""
+        losses = []
+        for point in range(len(self.points(arm))):
+            record = records.get(self.run(arm, point, self.seeds[0]).key)
+            if record is None:
+                return None
+            loss = record.get("heldout_mean")
+            losses.append(math.inf if record["status"] == DIVERGED or loss in (None, "") else float(loss))
+        return losses.index(min(losses))
+
+    def _arm(self, name: str, arm: dict) -> Arm:
+        known = {entry.name for entry in fields(Arm)} - {"name"}
+        if set(arm) - known or "label" not in arm:
+            raise ValueError(f"arm {name!r} needs label and may have {sorted(known)}, it has {sorted(arm)}")
+        return Arm(name, **arm)

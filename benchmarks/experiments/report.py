@@ -1,0 +1,307 @@
+"""What the runs of a recipe show: a table with intervals over seeds, differences, verdicts and a figure.
+
+The text goes into the recipe's page between `<!-- results: NAME -->` and `<!-- end of results: NAME -->`.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.experiments.recipe import DIVERGED, Recipe
+from benchmarks.experiments.results import Results
+
+# 97.5% points of Student's t by degrees of freedom: the half width of a 95% interval in standard errors.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+TITLES = {"heldout": "loss,", "recall_accuracy": "recall,", "forgotten": "forgotten,", "best": "best head,"}
+COLORS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6")
+FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
+
+
+def report(recipe: Recipe, results: Results, pages: Path) -> str:
+    """Fill the recipe's part of its page and draw its figure.
+
+    Args:
+        recipe: what was asked.
+        results: its finished runs.
+        pages: folder that the recipe's `page` is in; where the page does not exist, only the figure is written.
+
+    Returns:
+        str: the text.
+    """
+    lines = [f"<!-- results: {recipe.name} -->"]
+    chosen = {arm: chosen_runs(recipe, results.records, arm) for arm in recipe.arms}
+    page = pages / recipe.page
+    picture = page.with_name(f"{recipe.name}.png")
+    if any(len(records) > 1 for records in chosen.values()):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(recipe, results, chosen, picture)
+        lines += [f"![{', '.join(map(title, recipe.plot))} over tokens]({picture.name})", ""]
+    lines += [*settings_lines(recipe, results), ""]
+    if recipe.same:
+        lines += [spread(recipe, chosen), ""]
+    lines += [*table(recipe, chosen), ""]
+    lines += [*differences(recipe, chosen, results), ""]
+    if any(len(recipe.points(arm)) > 1 for arm in recipe.arms):
+        lines += [*sweep_table(recipe, results.records), ""]
+    lines += [f"<!-- end of results: {recipe.name} -->"]
+    text = "\n".join(lines)
+    if page.is_file():
+        fill(page, text)
+    return text
+
+
+def chosen_runs(recipe: Recipe, records: Mapping[str, dict], arm: str) -> dict[int, dict]:
+    """An arm's finished runs at its best learning rate by seed; while the sweep goes on, at its first one."""
+    point = recipe.best_point(arm, records) or 0
+    keys = {seed: recipe.run(arm, point, seed).key for seed in recipe.seeds}
+    return {seed: records[key] for seed, key in keys.items() if key in records}
+
+
+def values_of(records: Mapping[int, dict], measure: str) -> dict[int, float]:
+    """A measure by seed, of runs that ended well."""
+    return {
+        seed: float(record[measure])
+        for seed, record in records.items()
+        if record["status"] != DIVERGED and record.get(measure) not in (None, "")
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half width of its 95% interval by Student's t; NaN for one value.
+
+    Raises:
+        ValueError: there are more values than the table of t has.
+    """
+    if len(values) < 2:
+        return values[0], math.nan
+    if len(values) - 1 not in STUDENT:
+        raise ValueError(f"{len(values)} seeds: the table of Student's t ends at {max(STUDENT) + 1}")
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), STUDENT[len(values) - 1] * error
+
+
+def spread(recipe: Recipe, chosen: Mapping[str, dict[int, dict]]) -> str:
+    """How far the arms are apart in what should be the same."""
+    column = {"parameters": "parameters", "flops": "flops_per_token"}[recipe.same]
+    sizes = [first(records, column) for records in chosen.values() if records]
+    apart = max(sizes) / min(sizes) - 1
+    warning = "" if recipe.tiny or apart <= recipe.within else f" **That is more than {recipe.within:.1%}.**"
+    return f"The arms' {column.replace('_', ' ')} differ by at most {apart:.2%}.{warning}"
+
+
+def table(recipe: Recipe, chosen: Mapping[str, dict[int, dict]]) -> list[str]:
+    """Arms by measures, each a mean with its interval."""
+    arms = [arm for arm in recipe.arms if chosen[arm]]
+    lines = [
+        f"| measure | {' | '.join(recipe.arms[arm].label for arm in arms)} |",
+        "|---" * (len(arms) + 1) + "|",
+        "| learning rate | " + " | ".join(f"{rate(chosen[arm]):g}" for arm in arms) + " |",
+        "| seeds | " + " | ".join(seeds_of(chosen[arm]) for arm in arms) + " |",
+        "| parameters | " + " | ".join(f"{first(chosen[arm], 'parameters') / 1e6:.2f}M" for arm in arms) + " |",
+        "| MFLOPs a token | "
+        + " | ".join(f"{first(chosen[arm], 'flops_per_token') / 1e6:.1f}" for arm in arms)
+        + " |",
+    ]
+    for measure in recipe.measures:
+        cells = [cell(values_of(chosen[arm], measure)) for arm in arms]
+        if any(cells):
+            lines.append(f"| {title(measure)} | {' | '.join(text or '-' for text in cells)} |")
+    return lines
+
+
+def cell(values: Mapping[int, float]) -> str:
+    """`mean ± half width`."""
+    if not values:
+        return ""
+    mean, half = interval(list(values.values()))
+    return number(mean, mean) + ("" if math.isnan(half) else f" ± {number(half, mean)}")
+
+
+def number(value: float, beside: float) -> str:
+    """With decimals that suit a value of the size of `beside`."""
+    return f"{value:.0f}" if abs(beside) >= 1000 else f"{value:.1f}" if abs(beside) >= 20 else f"{value:.4f}"
+
+
+def seeds_of(records: Mapping[int, dict]) -> str:
+    """Number of seeds, and how many of them diverged."""
+    diverged = sum(record["status"] == DIVERGED for record in records.values())
+    return f"{len(records)}" + (f", {diverged} diverged" if diverged else "")
+
+
+def rate(records: Mapping[int, dict]) -> float:
+    return first(records, "learning_rate")
+
+
+def first(records: Mapping[int, dict], name: str) -> float:
+    return float(next(iter(records.values()))[name])
+
+
+def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: Results) -> list[str]:
+    """Each arm against its baseline, paired by seed, with a verdict on the first measure."""
+    lines = [
+        "Differences, paired by seed, with their 95% interval:",
+        "",
+        "| arm | against | measure | difference | interval | shown? | tokens to the baseline's last loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    verdicts = []
+    for arm in recipe.arms:
+        baseline = recipe.baseline(arm)
+        if arm == baseline:
+            continue
+        for index, measure in enumerate(recipe.measures):
+            pairs = paired(chosen[arm], chosen[baseline], measure)
+            if not pairs:
+                continue
+            mean, half = interval(pairs)
+            shown = not math.isnan(half) and abs(mean) > half
+            share = tokens_to_equal(chosen[arm], chosen[baseline], results) if index == 0 else ""
+            bounds = "one seed" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
+            names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
+            lines.append(f"| {names} | {mean:+.4f} | {bounds} | {'yes' if shown else 'no'} | {share} |")
+            if index == 0:
+                verdicts.append(verdict(recipe, arm, baseline, mean, bounds, shown))
+    return [*lines, "", *(f"- {text}" for text in verdicts)]
+
+
+def paired(records: Mapping[int, dict], baseline: Mapping[int, dict], measure: str) -> list[float]:
+    """Differences of a measure by seed, where both have it."""
+    own, other = values_of(records, measure), values_of(baseline, measure)
+    return [own[seed] - other[seed] for seed in own if seed in other]
+
+
+def verdict(recipe: Recipe, arm: str, baseline: str, mean: float, bounds: str, shown: bool) -> str:
+    """One sentence on the first measure."""
+    names = f"**{recipe.arms[arm].label}** against {recipe.arms[baseline].label}: {title(recipe.measures[0])}"
+    if not shown:
+        return f"{names}: no difference shown ({mean:+.4f}, {bounds})."
+    better = (mean < 0) == recipe.lower_is_better
+    return f"{names}: {'better' if better else 'worse'} by {abs(mean):.4f} ({bounds})."
+
+
+def tokens_to_equal(records: Mapping[int, dict], baseline: Mapping[int, dict], results: Results) -> str:
+    """Share of its tokens after which a run is at the last loss of the baseline's run with the same seed."""
+    shares = []
+    for seed in sorted(set(records) & set(baseline)):
+        own, other = (curve_of(results, runs[seed], "heldout_mean") for runs in (records, baseline))
+        if not own or not other:
+            continue
+        reached = crossing(own, other[-1][1])
+        if reached is None:
+            return "not reached"
+        shares.append(reached / other[-1][0])
+    return cell(dict(enumerate(shares)))
+
+
+def crossing(curve: list[tuple[int, float]], level: float) -> float | None:
+    """Tokens at which a falling curve first is at `level`, between its points along a line; None if it never is."""
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if low <= level:
+            return before + (after - before) * (1.0 if high <= low else max(0.0, (high - level) / (high - low)))
+    return None
+
+
+def curve_of(results: Results, record: dict, measure: str) -> list[tuple[int, float]]:
+    return [(tokens, value) for tokens, name, value in results.curves.get(record["key"], []) if name == measure]
+
+
+def sweep_table(recipe: Recipe, records: Mapping[str, dict]) -> list[str]:
+    """Held-out loss on the first seed at every learning rate; the chosen one in bold."""
+    lines = [
+        f"Learning rates, chosen by the mean held-out loss on seed {recipe.seeds[0]}:",
+        "",
+        "| arm | learning rate: loss |",
+        "|---|---|",
+    ]
+    for arm in recipe.arms:
+        points = recipe.points(arm)
+        if len(points) < 2:
+            continue
+        best, cells = recipe.best_point(arm, records), []
+        for index in sorted(range(len(points)), key=lambda point: points[point]["learning_rate"]):
+            record = records.get(recipe.run(arm, index, recipe.seeds[0]).key, {"status": "not run"})
+            loss = record.get("heldout_mean") if record["status"] == "done" else None
+            text = f"{points[index]['learning_rate']:g}: {float(loss):.4f}" if loss else record["status"]
+            cells.append(f"**{text}**" if index == best else text)
+        lines.append(f"| {recipe.arms[arm].label} | {', '.join(cells)} |")
+    return lines
+
+
+def settings_lines(recipe: Recipe, results: Results) -> list[str]:
+    """Where and how the runs were made, and what the full size would cost at their speed."""
+    records = list(results.records.values())
+    if not records:
+        return ["No run has been made."]
+    places = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}" for row in records})
+    tokens = sum(float(row["tokens"]) for row in records)
+    seconds = sum(float(row["seconds"]) / float(row["workers_per_device"]) for row in records)
+    speeds = sorted(float(row["tokens_per_second"]) for row in records if row.get("tokens_per_second"))
+    parameters = statistics.mean(float(row["parameters"]) for row in records)
+    planned = len({run.key for run in recipe.runs(results.records)})
+    full_hours = seconds / tokens * FULL_TOKENS * planned * FULL_PARAMETERS / parameters / 3600
+    return [
+        f"{len(records)} of {planned} runs, {tokens / len(records) / 1e6:.1f}M tokens each, on {'; '.join(places)}; "
+        f"{seconds / 3600:.2f} GPU-hours in all, {speeds[len(speeds) // 2]:,.0f} tokens a second a run (median) with "
+        f"{records[-1]['workers_per_device']} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
+        f"parameters and {FULL_TOKENS / 1e6:.0f}M tokens would take about {full_hours:,.0f} GPU-hours at this "
+        "throughput a parameter, which larger models exceed."
+    ]
+
+
+def title(measure: str) -> str:
+    """A measure in a table."""
+    for start, words in TITLES.items():
+        if measure == start or measure.startswith(f"{start}_"):
+            rest = measure.removeprefix(start).strip("_").replace("_", "-" if start == "recall_accuracy" else " ")
+            return f"{words} {rest or 'all'}" + (" pairs" if start == "recall_accuracy" and rest else "")
+    return measure.replace("_", " ")
+
+
+def fill(page: Path, text: str) -> None:
+    """Put the text between its marks.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    start, end = text.splitlines()[0], text.splitlines()[-1]
+    content = page.read_text(encoding="utf-8")
+    if start not in content or end not in content:
+        raise ValueError(f"{page} has no lines {start!r} and {end!r}: put them where the results shall be")
+    page.write_text(
+        content[: content.index(start)] + text + content[content.index(end) + len(end) :], encoding="utf-8"
+    )
+
+
+def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]], picture: Path) -> None:
+    """The recipe's curves: the mean over seeds, and the range of the seeds around it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(recipe.plot), figsize=(4.6 * len(recipe.plot), 3.4), layout="constrained")
+    for axes, measure in zip(panels if len(recipe.plot) > 1 else [panels], recipe.plot, strict=True):
+        highest = []
+        for color, arm in zip(COLORS, recipe.arms, strict=False):
+            curves = [curve_of(results, record, measure) for record in chosen[arm].values()]
+            curves = [dict(curve) for curve in curves if curve]
+            tokens = sorted(set.intersection(*map(set, curves))) if curves else []
+            tokens = [count for count in tokens if count] or tokens  # untrained models would press the rest together
+            if not tokens:
+                continue
+            values = [[curve[count] for curve in curves] for count in tokens]
+            millions = [count / 1e6 for count in tokens]
+            axes.plot(millions, [statistics.mean(v) for v in values], color=color, label=recipe.arms[arm].label)
+            axes.fill_between(millions, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2)
+            highest.append(max(max(v) for v in values))
+        if measure == "max_logit" and highest and max(highest) > 0:
+            axes.set_yscale("log")
+        axes.set_title(title(measure), fontsize=10)
+        axes.set_xlabel("millions of tokens")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e8eb")
+    (panels[0] if len(recipe.plot) > 1 else panels).legend(frameon=False, fontsize=8)
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)

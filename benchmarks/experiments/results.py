@@ -1,0 +1,65 @@
+"""What finished runs leave: `runs.csv`, a line a run, and `curves.csv`, a line a value."""
+
+import csv
+import os
+from pathlib import Path
+
+RUNS, CURVES = "runs.csv", "curves.csv"
+FIRST = ("key", "arm", "learning_rate", "seed", "status", "parameters", "flops_per_token", "tokens", "seconds")
+CURVE_FIELDS = ("key", "tokens", "measure", "value")
+
+
+class Results:
+    """The finished runs of one recipe, on disk after every run.
+
+    Args:
+        folder: of the two files; runs that they hold are not made again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.records: dict[str, dict] = {}
+        self.curves: dict[str, list[tuple[int, str, float]]] = {}
+        if (folder / RUNS).is_file():
+            self.records = {row["key"]: {k: v for k, v in row.items() if v != ""} for row in _read(folder / RUNS)}
+            for row in _read(folder / CURVES):
+                point = (int(row["tokens"]), row["measure"], float(row["value"]))
+                self.curves.setdefault(row["key"], []).append(point)
+
+    def add(self, record: dict) -> None:
+        """Keep a finished run."""
+        record = dict(record)
+        self.curves[record["key"]] = record.pop("curve")
+        self.records[record["key"]] = record
+        self.save()
+
+    def save(self) -> None:
+        """Write both files, each complete or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        columns = [*FIRST, *sorted({name for row in self.records.values() for name in row} - set(FIRST))]
+        rows = [{name: _short(value) for name, value in row.items()} for row in self.records.values()]
+        _write(self.folder / RUNS, columns, rows)
+        points = [
+            dict(zip(CURVE_FIELDS, (key, *point), strict=True))
+            for key, points in self.curves.items()
+            for point in points
+        ]
+        _write(self.folder / CURVES, CURVE_FIELDS, points)
+
+
+def _short(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _read(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, columns, rows: list[dict]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
