@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                                  # one GPU, under nine minutes
     torchrun --nproc_per_node 2 benchmarks/train_step.py             # FSDP2; compares itself with the table of one GPU
+    python benchmarks/train_step.py --ranks 1 2 4                    # the main step alone on 1, 2 and 4 GPUs
     python benchmarks/train_step.py --tiny                           # tries the program itself, on a CPU
     python benchmarks/train_step.py --cpu_mark                       # a 10M model beside a Llama on this CPU
 
@@ -124,7 +125,7 @@ class Bench:
         """Run one part unless time is up; a failure is shown and noted, and the next part runs."""
         passed = time.perf_counter() - self.started
         wanted = (*self.arguments.only, "reference")
-        if self.arguments.only and not any(word in title for word in wanted):
+        if self.arguments.only and not any(re.search(pattern, title) for pattern in wanted):
             return
         self.say(f"\n## {title} (after {passed:.0f} s)\n")
         if passed > self.arguments.budget_seconds:
@@ -422,6 +423,19 @@ def trainer_optimizer_flops(config) -> int:
     return sum(flops(*matrix.shape, method="gram", symmetric=False) for matrix in matrices)
 
 
+def scale(ranks: list[int]) -> int:
+    """Runs this program's main step on each number of ranks, one after the other; returns a failed one's exit code."""
+    given = sys.argv[1:]
+    at = given.index("--ranks")
+    others = given[:at] + given[at + 1 + len(ranks) :]
+    failed = 0
+    for count in ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+        only = ["--only", f"{re.escape(MAIN.name)}$"]
+        failed = subprocess.run([sys.executable, *launcher, __file__, *others, *only]).returncode or failed
+    return failed
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=os.environ.get("OUT") or str(ROOT / "benchmarks/results"), help="folder")
@@ -432,7 +446,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of the CPU mark")
     parser.add_argument("--rows", type=int, default=None, help="rows of a step on each rank")
     parser.add_argument("--micro_rows", type=int, default=None, help="rows at once")
-    parser.add_argument("--only", nargs="*", default=[], help="run only sections whose title holds one of these words")
+    parser.add_argument("--ranks", nargs="*", type=int, help="time the main step on each of these numbers of GPUs")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="run only sections whose title holds one of these patterns"
+    )
     parser.add_argument("--budget_seconds", type=float, default=430, help="start no section after this")
     parser.add_argument(
         "--peak_tflops", type=float, default=None, help="of the device, where the program knows it not"
@@ -444,6 +461,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Check, time, profile, and write the table."""
     arguments = parse()
+    if arguments.ranks:
+        sys.exit(scale(arguments.ranks))
     bench = Bench(arguments)
     bench.say(str(bench.common))
     if arguments.cpu_mark:
