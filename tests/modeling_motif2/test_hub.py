@@ -357,6 +357,7 @@ def run_without_package(tmp_path, folder, again):
     return torch.load(out)
 
 
+@pytest.mark.slow  # a process that imports everything anew; the demo's test has one too, in the default run
 def test_a_saved_folder_works_without_this_package(tmp_path):
     model = small_model(attention="sdpa")
     model.save_pretrained(tmp_path / "saved")

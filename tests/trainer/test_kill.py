@@ -25,7 +25,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "num_kills", "asynchronous"),
     [
-        (1, 2, True),
+        (1, 1, True),
+        pytest.param(1, 2, True, marks=slow),
         pytest.param(1, 20, True, marks=slow),
         pytest.param(2, 20, True, marks=slow),
         pytest.param(1, 20, False, marks=slow),

@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -70,7 +71,11 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_files(tmp_path, tokeniz
     assert not (tmp_path / "x/a/progress.json").exists()
 
 
-def test_workers_write_the_same_shards_and_go_on_where_another_stopped(tmp_path, tokenizer):
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_write_the_same_shards_and_go_on_where_another_stopped(tmp_path, tokenizer, monkeypatch, start):
+    """The workers are spawned in use; forked ones do the same without importing everything again."""
+    context = multiprocessing.get_context(start)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     documents = make_documents(1800)
 
     def broken():
