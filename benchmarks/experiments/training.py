@@ -111,7 +111,7 @@ def summarise(steps: list[dict]) -> dict:
             found |= {"max_logit": max(logits), "last_max_logit": logits[-1]}
     if len(evaluations) > 1:
         losses = evaluations[-1]["eval"]
-        text = [name for name in losses if name != RECALL]
+        text = [name for name in losses if name != RECALL] or list(losses)
         found["heldout_mean"] = statistics.mean(losses[name] for name in text)
         for name, loss in losses.items():
             found[f"heldout_{name}"] = loss
@@ -130,7 +130,7 @@ def curve(steps: list[dict]) -> list[tuple[int, str, float]]:
         points.append((row["tokens"], "max_logit", _exact_logit(row)))
     for row in steps:
         if "eval" in row:
-            text = [loss for name, loss in row["eval"].items() if name != RECALL]
+            text = [loss for name, loss in row["eval"].items() if name != RECALL] or list(row["eval"].values())
             points += [(row["tokens"], f"heldout_{name}", loss) for name, loss in row["eval"].items()]
             points.append((row["tokens"], "heldout_mean", statistics.mean(text)))
     return [(tokens, measure, float(f"{value:.5g}")) for tokens, measure, value in points if value is not None]

@@ -1,0 +1,290 @@
+"""The experiments: recipes, the order of runs, intervals, the recall task, and standard attention as the control."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.experiments.recall import measure_recall, recall_documents
+from benchmarks.experiments.recipe import DIVERGED, Recipe
+from benchmarks.experiments.report import crossing, interval, report
+from benchmarks.experiments.results import Results
+from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
+from benchmarks.experiments.training import softmax_flops, summarise
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from trainer.config import PretrainConfig
+from trainer.data.shards import TokenCorpus, build_shards
+from trainer.data.tokenizer import train_tokenizer
+from trainer.flops import flops_per_token
+from trainer.model import model_config
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(set((ROOT / "recipes" / "experiments").glob("*.yaml")) - {ROOT / "recipes/experiments/growth.yaml"})
+VOCABULARY = 16384
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 4,
+    "num_noise_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_arms_have_what_must_be_equal_within_bounds(path):
+    recipe = Recipe.read(path)
+    sizes = []
+    for arm in recipe.arms:
+        run = recipe.run(arm, 0, recipe.seeds[0])
+        folders = {"tokenizer": "t", "data_dir": "d", "output_dir": "o", "vocab_size": VOCABULARY}
+        config = PretrainConfig(**run.settings, **folders)
+        architecture = model_config(config)
+        length = config.sequence_length
+        flops = flops_per_token(architecture, length)
+        if run.attention == "softmax":
+            architecture = softmax_config(architecture)
+            flops = softmax_flops(architecture, length)
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(architecture).num_parameters()
+        sizes.append({"parameters": parameters, "flops": flops}[recipe.same or "parameters"])
+        assert config.total_tokens % config.batch_tokens == 0
+        assert 8e6 < parameters < 30e6
+    assert max(sizes) / min(sizes) - 1 <= recipe.within
+    assert (ROOT / recipe.page).is_file()
+
+
+def make_recipe(**changes) -> Recipe:
+    settings = {
+        "name": "example",
+        "page": "page.md",
+        "question": "?",
+        "data_dir": "data",
+        "seeds": [0, 1, 2],
+        "pretrain": {"total_tokens": 1000, "batch_tokens": 100, "num_hidden_layers": 2, "domains": {}},
+        "arms": {"a": {"label": "A"}, "b": {"label": "B", "sweep": [{"learning_rate": 5.0}]}},
+        "sweep": [{"learning_rate": 1.0}, {"learning_rate": 2.0}],
+        "measures": ["heldout_mean"],
+    }
+    return Recipe(**settings | changes)
+
+
+def record(recipe: Recipe, arm: str, point: int, seed: int, loss: float, status: str = "done") -> dict:
+    run = recipe.run(arm, point, seed)
+    return {
+        **{"key": run.key, "arm": arm, "seed": seed, "learning_rate": run.settings["learning_rate"]},
+        **{"status": status, "heldout_mean": loss, "parameters": 10, "flops_per_token": 60, "tokens": 1000},
+        **{
+            "seconds": 1,
+            "device": "cpu",
+            "torch": "2",
+            "commit": "c",
+            "tokens_per_second": 9,
+            "workers_per_device": 1,
+        },
+        "curve": [(0, "heldout_mean", 9.0), (500, "heldout_mean", loss + 1), (1000, "heldout_mean", loss)],
+    }
+
+
+def names(runs) -> list[tuple]:
+    return [(run.arm, run.point, run.seed) for run in runs]
+
+
+def test_other_seeds_follow_at_the_best_learning_rate():
+    recipe = make_recipe()
+    first = [(arm, 0, seed) for seed in (0, 1, 2) for arm in "ab"]
+    assert names(recipe.runs({})) == [*first, ("a", 1, 0)]
+    records = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0))}
+    assert names(recipe.runs(records)) == [*first, ("a", 1, 0), ("a", 1, 1), ("a", 1, 2)]
+    diverged = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0, DIVERGED))}
+    assert names(recipe.runs(diverged)) == [*first, ("a", 1, 0)]
+
+
+def test_runs_differ_in_key_by_arm_rate_and_seed_only():
+    recipe = make_recipe()
+    keys = [run.key for run in recipe.runs({})]
+    assert len(set(keys)) == len(keys)
+    assert recipe.run("a", 0, 0).key == make_recipe(name="other").run("a", 0, 0).key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"a": {}}}, "needs label"),
+        ({"arms": {"a": {"label": "A", "attention": "linear"}}}, "'linear': choose one of"),
+        ({"arms": {"a": {"label": "A", "against": "z"}}}, "'z': name one of"),
+        ({"same": "memory"}, "'memory': write parameters"),
+        ({"seeds": []}, "must each have an entry"),
+        ({"decay_share": 1.5}, "use shares below 1"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(**changes)
+
+
+def test_interval_is_students():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(interval([5.0])[1])
+
+
+def test_a_curve_crosses_a_level_between_its_points():
+    curve = [(0, 10.0), (100, 6.0), (200, 4.0)]
+    assert crossing(curve, 5.0) == 150
+    assert crossing(curve, 8.0) == 50
+    assert crossing(curve, 3.0) is None
+
+
+def test_report_pairs_runs_by_seed_and_fills_the_page(tmp_path):
+    recipe = make_recipe(sweep=[{"learning_rate": 1.0}])
+    results = Results(tmp_path)
+    for seed, base in enumerate((2.0, 3.0, 4.0)):
+        results.add(record(recipe, "a", 0, seed, base))
+        results.add(record(recipe, "b", 0, seed, base - 0.5 + 0.01 * seed))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: example -->old<!-- end of results: example -->\nafter\n")
+    text = report(recipe, Results(tmp_path), tmp_path)
+    half = 4.303 * 0.01 / math.sqrt(3)
+    assert f"**B** against A: loss, mean: better by 0.4900 ({-0.49 - half:+.4f} to {-0.49 + half:+.4f})." in text
+    assert "| loss, mean | 3.0000 ± 2.4843 | 2.5100 ± 2.5092 |" in text
+    assert page.read_text() == f"before\n{text}\nafter\n"
+    assert (tmp_path / "example.png").stat().st_size > 1000
+
+
+def test_results_come_back_as_they_were_kept(tmp_path):
+    recipe = make_recipe()
+    kept = Results(tmp_path)
+    kept.add(record(recipe, "a", 0, 0, 2.5))
+    again = Results(tmp_path)
+    (key,) = again.records
+    assert float(again.records[key]["heldout_mean"]) == 2.5
+    assert again.curves == kept.curves
+    assert names(recipe.runs(again.records)) == names(recipe.runs(kept.records))
+
+
+def test_summary_tells_what_was_forgotten_and_counts_text_only():
+    steps = [
+        {"tokens": 0, "eval": {"general": 5.0, "recall": 9.0}},
+        {"loss": 4.0, "tokens": 10, "tokens_per_second": 1, "clipped_heads": 2, "max_logits": [3.0, 7.0],
+         "max_logits_exact": True},
+        {"tokens": 10, "eval": {"general": 3.0, "recall": 8.0}},
+        {"loss": 4.0, "tokens": 20, "tokens_per_second": 1, "clipped_heads": 0, "max_logits": [90.0, 5.0],
+         "max_logits_exact": False},
+        {"tokens": 20, "eval": {"general": 3.5, "recall": 2.0}},
+    ]  # fmt: skip
+    found = summarise(steps)
+    assert (found["heldout_mean"], found["forgotten_general"], found["forgotten_recall"]) == (3.5, 0.5, 0.0)
+    assert (found["clipped_heads"], found["clipped_steps"], found["max_logit"]) == (2, 1, 7.0)
+
+
+@pytest.fixture(scope="module")
+def recall_shards(tmp_path_factory):
+    """A tokenizer with enough words of one token, and shards of the recall task made with it."""
+    folder = tmp_path_factory.mktemp("recall")
+    consonants, vowels = "bdfgklmnprst", "aeiou"
+    words = [a + b + c for a in consonants for b in vowels for c in consonants[:2]]
+    text = " " + " ".join(words)
+    tokenizer = train_tokenizer([text] * 20, 600, folder / "tokenizer")
+    build_shards(
+        folder, {"recall": recall_documents(tokenizer, 4000)}, tokenizer, heldout_fraction=0.2, progress=False
+    )
+    return folder, tokenizer
+
+
+def test_recall_documents_are_pairs_twice_in_other_orders(recall_shards):
+    _, tokenizer = recall_shards
+    for document in recall_documents(tokenizer, 2000):
+        first, second = (part.split() for part in document["text"].split("\n"))
+        pairs = list(zip(first[::2], first[1::2], strict=True))
+        assert sorted(pairs) == sorted(zip(second[::2], second[1::2], strict=True))
+        assert len({key for key, _ in pairs}) == len(pairs)
+        assert len(tokenizer(document["text"])["input_ids"]) == 4 * len(pairs) + 1
+    texts = [[document["text"] for document in recall_documents(tokenizer, 500, seed)] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_uniform_maps_lie_on_distractors_as_often_as_there_are_any(recall_shards):
+    folder, tokenizer = recall_shards
+    model = Motif2ForCausalLM(Motif2Config(**SHAPE | {"vocab_size": len(tokenizer)}, attn_implementation="eager"))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    found = measure_recall(model.eval(), folder)
+    corpus = TokenCorpus(folder, "recall", "heldout")
+    target, distractors = [], []
+    for length in corpus.lengths(torch.arange(corpus.num_documents).numpy()):
+        pairs = (int(length) - 2) // 4
+        seen = [2 * pairs + 2 + 2 * query for query in range(pairs)]
+        target += [1 / count for count in seen]
+        distractors += [(2 * pairs - 2) / count for count in seen]
+    for name in ("signal", "noise", "best_signal", "best_noise"):
+        assert found[f"{name}_target"] == pytest.approx(sum(target) / len(target), rel=1e-4)
+        assert found[f"{name}_distractors"] == pytest.approx(sum(distractors) / len(distractors), rel=1e-4)
+    assert found["recall_accuracy"] < 0.2
+
+
+def softmax_model(implementation: str) -> SoftmaxForCausalLM:
+    torch.manual_seed(0)
+    return SoftmaxForCausalLM(SoftmaxConfig(**SHAPE | {"num_attention_heads": 8}, attn_implementation=implementation))
+
+
+def test_the_control_is_plain_attention():
+    attention = softmax_model("eager").model.layers[0].self_attn
+    torch.nn.init.normal_(attention.q_proj.weight)
+    torch.nn.init.normal_(attention.k_proj.weight)
+    hidden = torch.randn(2, 5, 16)
+    cos, sin = torch.ones(2, 5, 4), torch.zeros(2, 5, 4)  # no rotation
+    mask = torch.full((5, 5), -torch.inf).triu(1)[None, None]
+    output, _ = attention(hidden, (cos, sin), mask)
+    query = (hidden @ attention.q_proj.weight.T).view(2, 5, 8, 4)
+    key, value = ((hidden @ layer.weight.T).view(2, 5, 4, 4) for layer in (attention.k_proj, attention.v_proj))
+    expected = torch.empty(2, 5, 8, 4)
+    for head in range(8):
+        logits = query[:, :, head] @ key[:, :, head // 2].mT / 2 + mask[0, 0]
+        expected[:, :, head] = logits.softmax(-1) @ value[:, :, head // 2]
+    torch.testing.assert_close(output, expected.flatten(2) @ attention.o_proj.weight.T)
+
+
+def test_the_control_is_initialised_saved_and_loaded_as_any_model(tmp_path):
+    model = softmax_model("sdpa").eval()
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    assert 0.015 < weight.std() < 0.025
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert isinstance(again, SoftmaxForCausalLM)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    alone = model(ids[:, 6:], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 6:], alone)
+
+
+@pytest.mark.slow
+def test_two_workers_make_all_runs_once(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.experiments", "--recipe", "recipes/experiments/attention.yaml"]
+    command += ["--tiny", "--workers_per_gpu", "2", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "attention" / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["status"] for row in rows} == {"done"}
+    for arm in ("softmax", "differential", "gda"):
+        own = [row for row in rows if row["arm"] == arm]
+        assert {(row["learning_rate"], row["seed"]) for row in own} >= {("0.004", "0"), ("0.004", "1"), ("0.008", "0")}
+    assert {row["worker"] for row in rows} == {"0", "1"}
+    assert not list((tmp_path / "work" / "runs").iterdir())
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "all runs are finished" in again.stdout
