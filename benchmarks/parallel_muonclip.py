@@ -98,6 +98,8 @@ class Bench:
         self.shapes = {name: (a // arguments.scale, b // arguments.scale) for name, (a, b) in LAYER.items()}
         self.renew_layers(copies=1)
         self.rows: list[dict] = []
+        self.teams: dict = {}
+        self.failed = False
         root = Path(__file__).resolve().parents[1]
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
         self.common = {
@@ -121,7 +123,7 @@ class Bench:
     def renew_layers(self, copies: int) -> None:
         """New random layers in place of those there are, shared out anew."""
         self.layers: list[dict[str, nn.Parameter]] = []
-        gc.collect()
+        self.clean()
         self.share_out(copies)
         self.layers = [self._new_layer() for _ in range(self.arguments.layers)]
 
@@ -157,7 +159,9 @@ class Bench:
             for layer in layers
         ]
         parameters = [parameter for layer in layers for parameter in layer.values()]
-        return ParallelMuonClip(parameters, lr=1e-4, attentions=attentions, timeout_seconds=90, **options)
+        optimizer = ParallelMuonClip(parameters, lr=1e-4, attentions=attentions, timeout_seconds=90, **options)
+        optimizer._teams = self.teams  # one communicator for all rows: each takes memory of its own
+        return optimizer
 
     def say(self, text: str = "") -> None:
         """Print once."""
@@ -217,9 +221,15 @@ class Bench:
             body()
         except Exception:
             print(f"rank {self.rank}: {title} failed\n{traceback.format_exc()}", flush=True)
+            self.failed = True
+        self.clean()
+        self.save()
+
+    def clean(self) -> None:
+        """Give memory back: NCCL takes its own from what PyTorch leaves."""
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        self.save()
 
     def save(self) -> None:
         """Write all rows so far."""
@@ -252,6 +262,7 @@ def time_table(bench: Bench, table: dict[str, dict]) -> None:
         chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
         bench.report(row, chunk, options["method"], times, extra)
         optimizer.state.clear()
+        bench.clean()
 
 
 def kernel_times(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
@@ -382,6 +393,7 @@ def main() -> None:
     check_kernels(bench)
     bench.say("\n## One layer's step\n")
     first = check_step(bench, TABLE)
+    bench.clean()
     bench.section("A step in the form of Table 4", lambda: time_table(bench, TABLE))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
@@ -390,8 +402,10 @@ def main() -> None:
     bench.section("dion", lambda: time_dion(bench))
     bench.section("HSDP, two copies", lambda: time_copies(bench, first))
     bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
-    bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     bench.save()
+    bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
+    if bench.failed:
+        os._exit(1)  # what failed may have left a collective behind, which an orderly end would wait for
     dist.destroy_process_group()
 
 
