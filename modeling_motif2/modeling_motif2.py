@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_choice import KERNEL, Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
 from .diagnostics import raise_max_logits, update_max_logits, update_output_norms, visible_positions
+from .gradient_layout import keep_gradient_layout
 from .hub import Motif2HubMixin
 from .visible_intervals import boolean_mask, is_intervals
 
@@ -277,7 +278,10 @@ class Motif2AttentionStream(nn.Module):
             kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True} if long else None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         module = self if way is None else way.stream(self)
-        return attend(module, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        output, maps = attend(module, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        if name == "sdpa" and output.requires_grad and (output.is_cuda or torch.compiler.is_compiling()):
+            output = keep_gradient_layout(output)  # eager too: the plan of its first gradient serves compiled code
+        return output, maps
 
 
 class Motif2Attention(nn.Module):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from transformers.cache_utils import StaticCache
 
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
@@ -59,3 +61,23 @@ def test_compiled_code_gives_the_same_logits(backend):
         for layer in model.model.layers if backend == "sdpa" else []:
             layer.forward = torch.compile(layer.forward, fullgraph=True)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_compiled_sdpa_lies_as_its_output_does():
+    model = small_model(attention="sdpa", ratio=3, layers=1)
+    gradients = []
+
+    def note(graph, inputs):
+        for node in graph.graph.nodes:
+            if "scaled_dot_product" in str(node.target) and "backward" in str(node.target):
+                gradients.append((node.args[0].meta["val"], str(node.args[0].args[0].target)))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=note)
+    model.model.layers[0].forward = torch.compile(model.model.layers[0].forward, fullgraph=True, backend=backend)
+    ids = random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    assert gradients
+    for gradient, source in gradients:
+        assert "tokens_first" in source
+        assert gradient.transpose(1, 2).is_contiguous()  # (B, H, T, D)
