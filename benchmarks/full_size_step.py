@@ -10,8 +10,9 @@ layers compiled and recomputed, chunked loss, float32 weights, MuonClip with QK-
 once, since FSDP2 holds whole gradients while it accumulates. Without --rows it takes the most, up to eight, that
 `trainer.flops.memory_by_rank` lets fit. A first loss that is not that of random weights ends the run, untimed.
 
-Writes full_size_step_x<ranks>_<layout>_<precision>.csv in $OUT, else in benchmarks/results/. FLOPs are the model's,
-attention over visible pairs included, recomputation and optimizer not.
+Writes full_size_step_x<ranks>_<layout>_<precision>_l<layers>.csv in $OUT, else in benchmarks/results/, and then where the first
+rank's time goes, beside it as .md. FLOPs are the model's, attention over visible pairs included, recomputation and
+optimizer not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train_step_cases import TINY, OurRun, Shape, Timing, Variant
+from benchmarks import train_step_profile as step_profile
+from benchmarks.train_step_cases import TINY, OurRun, Shape, Timing, Variant, synchronize
 from trainer.flops import memory_by_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +83,7 @@ def check_first_step(run: OurRun, vocabulary: int) -> tuple[float, float]:
     return loss, norm
 
 
-def describe(run: OurRun, timing: Timing, peak_tflops: float | None) -> dict:
+def describe(run: OurRun, timing: Timing, peak: float | None) -> dict:
     """A run's figures; seconds are the first rank's, peaks every rank's."""
     seconds = statistics.median(timing.seconds)
     peaks: list[float | None] = [None] * dist.get_world_size()
@@ -95,7 +98,7 @@ def describe(run: OurRun, timing: Timing, peak_tflops: float | None) -> dict:
         "tokens_per_second": timing.tokens / seconds,
         "tokens_per_second_a_gpu": timing.tokens / seconds / len(peaks),
         "tflops_a_gpu": rate,
-        "mfu": rate / peak_tflops if peak_tflops else "",
+        "mfu": rate / peak if peak else "",
         **{f"{part}_share": share for part, share in (timing.parts or {}).items()},
         "optimizer_ms": 1e3 * timing.parts["optimizer"] * statistics.mean(timing.seconds),
         "peak_gb_by_rank": " ".join(f"{peak:.1f}" for peak in peaks),
@@ -103,60 +106,99 @@ def describe(run: OurRun, timing: Timing, peak_tflops: float | None) -> dict:
     }
 
 
-def main() -> None:
+def write_row(run: OurRun, timing: Timing, path: Path, row: dict) -> None:
+    """Write the row, then the profile of one more step; the first rank writes, all take the step."""
+    first = dist.get_rank() == 0
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerow(row)
+        print("\n".join(f"{key}: {value}" for key, value in row.items()), flush=True)
+
+    def step() -> None:
+        run.step.run(run.loader.next_batch(), 0.01)
+        synchronize()
+
+    if not first:
+        return step()
+    spans = step_profile.record(step, torch.cuda.is_available())
+    tokens, ranks, peak = row["tokens_a_step"], row["world_size"], peak_tflops(row["device"])
+    lines = [f"# {row['row']}, {row['rows_a_rank']} rows a rank, {row['seconds']:.3f} s a step", ""]
+    lines += [f"{ranks} x {row['device']}, torch {row['torch']}, commit {row['commit']}", ""]
+    lines += step_profile.describe(spans, run.config, timing, tokens, ranks, peak)
+    path.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines[:20]), flush=True)
+
+
+def peak_tflops(device: str) -> float | None:
+    """bfloat16's peak of a device, where known."""
+    return next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model: HSDP")
     parser.add_argument("--fp8", default="none", choices=("none", "rowwise", "rowwise_with_gw_hp"))
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
     parser.add_argument("--recompute", default="full", choices=("none", "selective", "full"))
+    parser.add_argument("--layers", type=int, help="fewer than the model has, for a layout that would not fit")
     parser.add_argument("--rows", type=int, help="of a rank in a step")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--tiny", action="store_true", help="a toy size")
-    arguments = parser.parse_args()
-    started = time.perf_counter()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prepare, check, time, write."""
+    arguments, started = parse(), time.perf_counter()
     layout = layout_of(arguments.replicas)
-    ranks, main_rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+    ranks = int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
     def say(text: str) -> None:
-        if main_rank:
+        if os.environ["RANK"] == "0":
             print(f"{text} ({time.perf_counter() - started:.0f} s)", flush=True)
 
     size = TINY if arguments.tiny else FULL_SIZE
+    size = replace(size, layers=arguments.layers or size.layers)
     shards = ranks // arguments.replicas
     rows = arguments.rows or rows_that_fit(size, shards, arguments.recompute)
-    shape = Shape(**{**vars(size), "rows": rows, "micro_rows": rows})
+    shape = replace(size, rows=rows, micro_rows=rows)
     counted = count_memory(shape, rows, shards, arguments.recompute)
     say(f"{layout}, {rows} rows a rank; GB counted: { ({part: round(size, 1) for part, size in counted.items()}) }")
-    name = f"{layout}_{'bf16' if arguments.fp8 == 'none' else 'fp8'}"
-    variant = Variant(
-        name, fp8=arguments.fp8, compiled=not arguments.eager, recompute=arguments.recompute, loss="chunked"
-    )
-    run = OurRun(shape, variant)
+    name = f"{layout}_{'bf16' if arguments.fp8 == 'none' else 'fp8'}_l{shape.layers}"
+    settings = {key: getattr(arguments, key) for key in ("fp8", "attention", "recompute")}
+    run = OurRun(shape, Variant(name, compiled=not arguments.eager, loss="chunked", **settings))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what whole layers left behind before they were sharded; NCCL needs some
     say("model and optimizer are ready")
     loss, norm = check_first_step(run, shape.vocabulary)
     say(f"first loss {loss:.4f}, gradient norm {norm:.4f}")
     timing = run.time(1, arguments.repeats)
+    say("timed")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    peak = next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     row = {
-        **{"row": name, "layout": layout, "fp8": arguments.fp8, "recompute": arguments.recompute, "rows_a_rank": rows},
-        **describe(run, timing, peak),
+        **{
+            "row": name,
+            "layout": layout,
+            "layers": shape.layers,
+            **settings,
+            "compiled": not arguments.eager,
+            "rows_a_rank": rows,
+        },
+        **describe(run, timing, peak_tflops(device)),
         **{"counted_gb": sum(counted.values()), "first_loss": loss, "first_gradient_norm": norm},
         **{"commit": commit.stdout.strip() or "unknown", "device": device, "world_size": ranks},
         **{"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    if main_rank:
-        folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"full_size_step_x{ranks}_{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerow(row)
-    for key, value in row.items():
-        say(f"{key}: {value}")
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    write_row(run, timing, folder / f"full_size_step_x{ranks}_{name}.csv", row)
+    say("done")
     run.close()
     dist.destroy_process_group()
 
