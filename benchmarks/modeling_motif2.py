@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,8 @@ HALF_ONLY = {"sdpa cudnn", "sdpa cudnn wide", "flash_attention_2"}
 class Report:
     """Rows of the result table; every row is printed when it is known and written at the end."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, path: Path):
+        self.path = path
         self.rows: list[dict] = []
         self.failed: set[str] = set()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -69,15 +70,13 @@ class Report:
         traceback.print_exc()
         self.add(section, backend, note=f"FAILED {type(error).__name__}: {error}".splitlines()[0][:300])
 
-    def write(self) -> Path:
-        """Writes the CSV and returns its path."""
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path = RESULTS / "modeling_motif2.csv"
-        with path.open("w", newline="") as file:
+    def write(self) -> None:
+        """Writes the CSV."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=[*FIELDS, *self.common])
             writer.writeheader()
             writer.writerows(row | self.common for row in self.rows)
-        return path
 
 
 def commit() -> str:
@@ -133,13 +132,15 @@ def small_model(device: torch.device, dtype: torch.dtype) -> Motif2ForCausalLM:
     return Motif2ForCausalLM(config).to(device, dtype).eval()
 
 
-def check_backends(report: Report, device: torch.device) -> None:
+def check_backends(report: Report, device: torch.device, dtypes: Sequence[torch.dtype] = tuple(TOLERANCES)) -> None:
     """Logits of whole, padded and packed rows, gradients and maximum logits, by backend and dtype."""
     lengths = (150, 61, 300)
     documents = [
         torch.randint(3, 512, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths
     ]
     for dtype, tolerance in TOLERANCES.items():
+        if dtype not in dtypes:
+            continue
         model = small_model(device, dtype)
         cpu = small_model(torch.device("cpu"), dtype)
         records = [{} for _ in documents]
@@ -396,27 +397,43 @@ def measure(run: Callable, inputs: list[torch.Tensor], parameters: list, rounds:
     }
 
 
+# What can be run by itself, as `--parts float16 compile`; a part that was not run checks nothing for those after it.
+PARTS = {
+    **{
+        str(dtype).removeprefix("torch."): lambda report, device, dtype=dtype: check_backends(report, device, [dtype])
+        for dtype in TOLERANCES
+    },
+    "compile": check_compile,
+    "generate": check_generation,
+    "precision": check_precision,
+    "layer": time_layers,
+}
+
+
 def main() -> int:
-    """Runs every section and returns 1 if a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the parts in order and returns 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checks_only", action="store_true", help="do not time anything")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "modeling_motif2.csv", help="table to write")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type != "cuda" and "layer" in options.parts:
+        options.parts.remove("layer")  # times are an accelerator's
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = 64  # FlexAttention compiles for every shape of the checks
-    report = Report(device)
-    sections = [check_backends, check_compile, check_generation, check_precision]
-    if device.type == "cuda" and not options.checks_only:
-        sections.append(time_layers)
-    for section in sections:
+    report = Report(device, options.results)
+    for part in options.parts:
         started = time.perf_counter()
         try:
-            section(report, device)
+            PARTS[part](report, device)
         except Exception as error:
-            report.fail(section.__name__, "all", error)
-        print(f"# {section.__name__}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"# written to {report.write()}; failed: {', '.join(sorted(report.failed)) or 'nothing'}")
+            report.fail(part, "all", error)
+        print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
+        report.write()
+    print(f"# written to {options.results}; failed: {', '.join(sorted(report.failed)) or 'nothing'}")
     return 1 if report.failed else 0
 
 
