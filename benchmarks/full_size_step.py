@@ -11,8 +11,8 @@ once, since FSDP2 holds whole gradients while it accumulates. Without --rows it 
 `trainer.flops.memory_by_rank` lets fit. A first loss that is not that of random weights ends the run, untimed.
 
 Writes full_size_step_x<ranks>_<layout>_<precision>_l<layers>.csv in $OUT, else in benchmarks/results/, and beside it
-as .md where the first rank's time goes. FLOPs are the model's, attention over visible pairs included, recomputation and
-optimizer not.
+as .md where the first rank's time goes. FLOPs are the model's, attention over visible pairs included, recomputation
+and optimizer not.
 """
 
 import argparse
