@@ -42,38 +42,17 @@ from trainer.head_loss import HeadLoss
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 COLUMNS = (
-    *(
-        "section",
-        "row",
-        "optimizer",
-        "attention",
-        "fp8",
-        "compiled",
-        "recompute",
-        "loss",
-        "packed",
-        "parameters",
-        "tokens_a_step",
-    ),
-    *(
-        "micro_rows",
-        "seconds",
-        "p20",
-        "p80",
-        "tokens_per_second",
-        "flops_a_step",
-        "mfu",
-        "peak_gib",
-        "data_wait_share",
-    ),
-    *("forward_share", "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers"),
-    "world_size",
-)
+    "section", "row", *cases.describe(Variant("")), "parameters", "tokens_a_step", "micro_rows", "seconds", "p20",
+    "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
+    "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
+)  # fmt: skip
 MAIN = Variant("Motif-2, compiled", compiled=True)
+LEAN = Variant("Motif-2, compiled, lean", compiled=True, residual="bfloat16", chunk_size=8, loss="full")
 VARIANTS = (
+    replace(LEAN, name="Motif-2, compiled, lean, 5 rows", micro_rows=5),
+    replace(LEAN, name="Motif-2, compiled, lean, 5 rows, attention kernel", micro_rows=5, attention="gda_kernel"),
+    LEAN,
     Variant("Motif-2, compiled, attention kernel", compiled=True, attention="gda_kernel"),
-    Variant("Motif-2, compiled, attention kernel, 5 rows", compiled=True, attention="gda_kernel", micro_rows=5),
-    Variant("Motif-2, compiled, 5 rows", compiled=True, micro_rows=5),
     Variant("Motif-2, eager"),
     Variant("Motif-2, eager, attention kernel", attention="gda_kernel"),
     Variant("Motif-2, compiled, AdamW", compiled=True, optimizer="adamw"),
@@ -87,7 +66,11 @@ FP8_VARIANTS = (  # last: an illegal memory access in one of them ends what a pr
     Variant("Motif-2, compiled, FP8", compiled=True, fp8="rowwise"),
     Variant("Motif-2, compiled, FP8, bfloat16 weight gradients", compiled=True, fp8="rowwise_with_gw_hp"),
 )
-PROFILED = (MAIN.name, "Motif-2, compiled, attention kernel, 5 rows")
+PROFILED = (
+    "Motif-2, compiled",
+    "Motif-2, compiled, lean, 5 rows",
+    "Motif-2, compiled, lean, 5 rows, attention kernel",
+)
 
 
 class Bench:

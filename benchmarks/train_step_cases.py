@@ -29,7 +29,7 @@ from kernels_hub import use_gda_attention, use_polynorm
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.data.curriculum import DomainShare, Mixture
 from trainer.data.loader import CurriculumLoader
-from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
+from trainer.execution import bfloat16_residual, compile_layers, convert_to_fp8, recompute_layers
 from trainer.flops import count_parameters, training_flops
 from trainer.optim import build_muon_clip
 from trainer.schedules import BatchPlan
@@ -104,6 +104,8 @@ class Variant:
     fp8: str = "none"
     compiled: bool = False
     recompute: str = "none"
+    residual: str = "float32"
+    chunk_size: int = 2
     loss: str = "auto"
     packed: bool = False
     micro_rows: int | None = None
@@ -211,6 +213,8 @@ class OurRun:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         if variant.attention != "sdpa":
             use_gda_attention(model, attn_implementation=variant.attention)
+        if variant.residual == "bfloat16":
+            bfloat16_residual(model)
         if variant.fp8 != "none":
             convert_to_fp8(model, variant.fp8, emulate=not torch.cuda.is_available())
         if variant.recompute != "none":
@@ -218,14 +222,15 @@ class OurRun:
         if variant.compiled:
             compile_layers(model, backend or ("inductor" if torch.cuda.is_available() else "aot_eager"))
         self.polynorm = use_polynorm(model, "auto")
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"chunk_size": variant.chunk_size}
         if variant.optimizer == "adamw":
-            options = {"adamw_patterns": (".*",), "weight_decays": {"other": 0.1}, "qk_clip_threshold": None}
+            options |= {"adamw_patterns": (".*",), "weight_decays": {"other": 0.1}, "qk_clip_threshold": None}
         optimizer = build_muon_clip(model, lr=4e-4, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         micro_tokens = self.shape.micro_rows * self.shape.length
+        machine_code = variant.compiled and (torch.cuda.is_available() or backend == "inductor")
         self.step = TrainStep(
-            self.accelerator, self.model, self.optimizer, ["web"], 1.0, micro_tokens, loss=variant.loss
+            self.accelerator, self.model, self.optimizer, ["web"], 1.0, micro_tokens, variant.loss, machine_code
         )
         for attention in self.step.attentions:  # as in nine of ten of the trainer's steps: exact above the threshold
             attention.max_logits_gate = 100.0

@@ -105,6 +105,9 @@ class PretrainConfig:
     momentum: float = setting(0.95, "momentum of MuonClip")
     qk_clip_threshold: float | None = setting(100.0, "attention logit above which a head is scaled down; null is off")
     qk_clip_rule: Literal["official", "q_only", "compensated"] = setting("official", "how QK-clip scales shared keys")
+    muon_chunk_size: int | None = setting(
+        2, "large matrices that a rank orthogonalises at once; more takes memory and fewer launches, null takes all"
+    )
     max_grad_norm: float | None = setting(1.0, "gradient norm is clipped to this; null is off")
     max_skipped_steps: int = setting(
         0, "steps with a non-finite loss or gradient that may be skipped before the run stops"
@@ -112,12 +115,15 @@ class PretrainConfig:
     # Execution
     seed: int = setting(0, "decides initial weights and the order of the data")
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "precision of the forward pass; weights stay float32")
+    residual: Literal["float32", "bfloat16"] = setting(
+        "float32", "residual stream under bf16 without FSDP2, which always keeps it in bfloat16"
+    )
     fp8: Literal["none", "rowwise", "rowwise_with_gw_hp"] = setting(
         "none", "FP8 products in the decoder layers, by torchao; …_gw_hp takes the weights' gradients in bfloat16"
     )
     fp8_skip_edge_layers: int = setting(1, "layers at each end that stay out of FP8, besides embedding and head")
     fp8_emulate: bool = setting(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
-    compile_layers: bool = setting(False, "compile each decoder layer with torch.compile")
+    compile_layers: bool = setting(False, "compile each decoder layer, and the loss, with torch.compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
     )

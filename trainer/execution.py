@@ -1,7 +1,7 @@
 """How a model's decoder layers run: products in FP8, recomputed in the backward pass, compiled.
 
 Each function changes the model in place and keeps its parameters and their names, so that optimizer, checkpoints and
-export see the same model. The order is `convert_to_fp8`, `recompute_layers`, `compile_layers`.
+export see the same model. The order is `bfloat16_residual`, `convert_to_fp8`, `recompute_layers`, `compile_layers`.
 """
 
 import contextlib
@@ -37,6 +37,15 @@ KEPT_OPERATORS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
+
+
+def bfloat16_residual(model: nn.Module) -> None:
+    """Keep the residual stream in bfloat16 where autocast would keep it in float32, as FSDP2's mixed precision does.
+
+    Args:
+        model: a Motif-2 model.
+    """
+    model.model.embed_tokens.register_forward_hook(lambda module, arguments, output: output.bfloat16())
 
 
 def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emulate: bool = False) -> list[str]:
@@ -144,7 +153,7 @@ def _recomputed(forward: Callable, context_fn: Callable | None) -> Callable:
 
 
 def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Compile each decoder layer on its own, without graph breaks; the layers share their code.
+    """Compile each decoder layer on its own, and the last norm, without graph breaks; the layers share their code.
 
     What surrounds a layer's forward, such as FSDP2's transfers, stays outside.
 
@@ -153,8 +162,8 @@ def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> No
         backend: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+    for module in (*model.model.layers, model.model.norm):
+        module.forward = torch.compile(module.forward, backend=backend, fullgraph=True)
 
 
 def fast_attention() -> contextlib.AbstractContextManager:

@@ -29,18 +29,20 @@ class HeadLoss:
         kind: "full" computes all logits and torch's cross-entropy; "chunked" computes them in tiles, again in the
             backward pass, with TRL's function (in Triton on GPUs), and sums gradients in float32; "auto" takes the
             first while its logits fit into 1 GiB.
+        compiled: compile the cross-entropy of full logits, which then are kept in the head's own precision.
 
     Raises:
         ValueError: an unknown kind, or "chunked" where TRL cannot be imported.
     """
 
-    def __init__(self, head: nn.Linear, kind: str = "auto"):
+    def __init__(self, head: nn.Linear, kind: str = "auto", compiled: bool = False):
         if kind not in LOSSES:
             raise ValueError(f"loss is {kind!r}: choose one of {', '.join(LOSSES)}")
         self.head, self.kind = head, kind
         if kind == "chunked":
             chunked_log_probabilities()
         self._logits = head.forward
+        self._cross_entropy = torch.compile(cross_entropy, fullgraph=True) if compiled else cross_entropy
         self._targets: torch.Tensor | None = None
         head.forward = self._forward
 
@@ -69,9 +71,7 @@ class HeadLoss:
         if targets is None:
             return self._logits(hidden_states)
         if not self.takes_chunks(targets.numel()):
-            logits = self._logits(hidden_states).flatten(0, 1).float()  # (R T, V)
-            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-            return losses.view_as(targets)  # (R, T)
+            return self._cross_entropy(self._logits(hidden_states), targets)  # (R, T)
         if isinstance(self.head.weight, DTensor):
             raise ValueError(
                 "loss is 'chunked', but tensor parallelism splits the head's words: set loss full or auto"
@@ -82,6 +82,14 @@ class HeadLoss:
             targets.flatten().clamp(min=0),
         )
         return -log_probabilities.view_as(targets).masked_fill(targets == IGNORE_INDEX, 0)  # (R, T)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses (R, T) float32 of logits (R, T, V) and targets (R, T); 0 where a target is -100."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.view_as(targets)
 
 
 def chunked_log_probabilities():

@@ -116,6 +116,7 @@ class _Run:
             config.max_grad_norm,
             config.micro_batch_tokens,
             config.loss,
+            config.compile_layers,
         )
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,

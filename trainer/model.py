@@ -8,7 +8,7 @@ from kernels_hub import use_gda_attention
 from kernels_hub.gda import ATTENTIONS
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
-from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
+from trainer.execution import bfloat16_residual, compile_layers, convert_to_fp8, recompute_layers
 
 
 def load_tokenizer(name_or_path: str):
@@ -72,6 +72,8 @@ def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
         model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     if name in ATTENTIONS:
         use_gda_attention(model, attn_implementation=name)
+    if config.residual == "bfloat16":
+        bfloat16_residual(model)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     if config.gradient_checkpointing != "none":

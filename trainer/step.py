@@ -63,6 +63,7 @@ class TrainStep:
         max_grad_norm: clips the gradient norm; None is off.
         micro_batch_tokens: tokens of one forward; None takes all rows at once.
         loss: how the head's loss is computed, see `HeadLoss`.
+        compile_loss: compile the cross-entropy.
         tensor_ranks: ranks that share a row's computation by tensor parallelism, and so have the same rows.
 
     Raises:
@@ -78,6 +79,7 @@ class TrainStep:
         max_grad_norm: float | None,
         micro_batch_tokens: int | None,
         loss: str = "auto",
+        compile_loss: bool = False,
         tensor_ranks: int = 1,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
@@ -93,7 +95,7 @@ class TrainStep:
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
         self.bare_model = accelerator.unwrap_model(model)
-        self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss)
+        self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._proven = compiled or polynorm_in_use(model).source == "torch"
         self.attentions = attention_modules(model)

@@ -25,9 +25,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, targets
 
 
-def losses_and_gradients(kind: str, dtype=torch.float32):
+def losses_and_gradients(kind: str, dtype=torch.float32, compiled: bool = False):
     head = make_head()
-    loss = HeadLoss(head, kind)
+    loss = HeadLoss(head, kind, compiled)
     hidden, targets = inputs()
     hidden.requires_grad_()
     with loss.targets(targets), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -45,6 +45,12 @@ def test_losses_are_cross_entropy_and_zero_where_nothing_is_predicted():
         torch.testing.assert_close(losses, wanted.detach(), rtol=1e-5, atol=1e-6)
         assert losses.dtype == torch.float32
         assert (losses[targets == -100] == 0).all()
+
+
+@pytest.mark.slow
+def test_a_compiled_cross_entropy_gives_the_same():
+    for one, other in zip(losses_and_gradients("full", compiled=True), losses_and_gradients("full"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_give_the_gradients_of_all_logits(monkeypatch):
