@@ -16,8 +16,8 @@ import torch
 from modeling_motif2.diagnostics import attention_modules
 from trainer.data.shards import TokenCorpus
 
-FEWEST_PAIRS, MOST_PAIRS = 4, 24  # assumption, and all numbers here
-WORDS = 256
+FEWEST_PAIRS, MOST_PAIRS = 2, 16  # assumption, as all numbers here
+WORDS = 128
 BATCH_DOCUMENTS = 64
 MEASURED_DOCUMENTS = 512
 WORD = re.compile("Ġ[a-z]{3,7}")
@@ -42,9 +42,10 @@ def recall_documents(tokenizer, num_tokens: int, seed: int = 0) -> Iterator[dict
     words = recall_words(tokenizer)
     keys, values = words[: len(words) // 2], words[len(words) // 2 :]
     rng = np.random.default_rng(seed)
+    counts = np.arange(FEWEST_PAIRS, MOST_PAIRS + 1)
     made = 0
     while made < num_tokens:
-        count = int(rng.integers(FEWEST_PAIRS, MOST_PAIRS + 1))
+        count = int(rng.choice(counts, p=1 / counts / (1 / counts).sum()))  # as many tokens of every length
         chosen = zip(rng.choice(len(keys), count, False), rng.choice(len(values), count, False), strict=True)
         pairs = [f" {keys[key]} {values[value]}" for key, value in chosen]
         again = [pairs[index] for index in rng.permutation(count)]
