@@ -20,6 +20,16 @@ gc.disable()  # imports leave no garbage to look for; `pytest_collection_finish`
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
+# Files with single long tests come first, so that no worker is left with one when the others have finished.
+LONG_FILES = ("test_demo.py", "test_interpreter.py", "test_upload.py", "test_kill.py", "test_execution.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Sort by file where the file is a long one; the rest keeps its order."""
+    rank = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 def pytest_collection_finish():
     """Leave what is imported by now out of every later collection: each would look through all of it again."""
     gc.freeze()
