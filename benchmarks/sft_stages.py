@@ -153,7 +153,6 @@ class Run:
             eval_steps=eval_steps,
             eval_tokens=8 * settings["sequence_length"],
             mixed_precision="bf16" if self.device.type == "cuda" else "no",
-            compile_layers=self.device.type == "cuda",
             log_steps=50,
             progress=False,
         )
@@ -179,7 +178,6 @@ class Run:
             max_steps=steps,
             learning_rate=LEARNING_RATES[stage],
             dtype="bfloat16" if self.device.type == "cuda" else "float32",
-            attn_implementation="gda_kernel" if self.device.type == "cuda" else "sdpa",
             gradient_checkpointing=False,
             preview_samples=1 if stage == 1 else 0,
             progress=False,
