@@ -16,12 +16,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat import STRUCTURE_TOKENS, encode_conversations
+from sft.files import write_text
 
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
 ENCODE_BATCH = 256
 EXAMPLES_PER_REASON = 5
 PROVENANCE = ("source", "license", "origin")
+LABELS = ("domain", "skill", *PROVENANCE)
+# What the template writes around a text.
+TURN_CHARACTERS = len("<|startofturn|><|assistant|>\n<|endofturn|>")
+# Rows nested deeper are refused: what writes them as JSON recurses (assumption).
+MAX_DEPTH = 64
 
 
 @dataclass
@@ -79,7 +85,7 @@ class DataReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(vars(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(json.dumps(vars(self), indent=2, ensure_ascii=False) + "\n", path)
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -119,7 +125,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):  # also a number of thousands of digits, or brackets without end
                     row = line
                 yield f"{path.name}:{number}", row
 
@@ -127,13 +133,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
 @contextmanager
 def _open_lines(path: Path) -> Iterator[Iterable[str]]:
     if path.suffix != ".zst":
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
             yield lines
         return
     import zstandard
 
     try:
-        with zstandard.open(path, "rt", encoding="utf-8", errors="replace") as lines:
+        with zstandard.open(path, "rt", encoding="utf-8-sig", errors="replace") as lines:
             yield lines
     except zstandard.ZstdError as error:
         raise ValueError(f"{str(path)!r} cannot be read as zstandard: {error}") from error
@@ -144,21 +150,21 @@ def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:
 
     Args:
         row: anything that a file may hold.
-        max_characters: rows with more text are refused before they are tokenized.
+        max_characters: rows with more text (turns with their markup, calls and tool schemas) are refused before they
+            are tokenized.
     """
     if not isinstance(row, dict):
         return "not a JSON object"
+    if problem := _value_problem(row):
+        return problem
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         return "no messages"
-    characters = 0
+    texts = []
     for position, message in enumerate(messages):
-        problem = _message_problem(message, first=position == 0)
-        if problem:
+        if problem := _message_problem(message, first=position == 0):
             return problem
-        characters += len(message.get("content") or "") + len(message.get("reasoning_content") or "")
-    if characters > max_characters:
-        return f"more than {max_characters} characters"
+        texts += _message_texts(message)
     if messages[-1]["role"] != "assistant":
         return "last turn is not the assistant's"
     opening = messages[messages[0]["role"] == "system"]
@@ -166,14 +172,44 @@ def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:
         return "no user turn before the assistant's"
     try:
         tools = row_tools(row)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return "tools are not JSON"
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_schema, tools))):
         return "tools are not a list of schemas"
+    texts.append(json.dumps(tools or [], ensure_ascii=False))
+    if sum(map(len, texts)) + TURN_CHARACTERS * len(messages) > max_characters:
+        return f"more than {max_characters} characters"
+    if any(token in text for text in texts if "<|" in text for token in STRUCTURE_TOKENS):
+        return "chat markup inside a text"
     return None
 
 
+def _value_problem(row: dict) -> str | None:
+    """Why a row cannot be counted by its labels or written to a file, or None."""
+    for name in LABELS:
+        if not isinstance(row.get(name), str | None):
+            return f"{name} is not text"
+    if _is_deep(row):
+        return f"nested more than {MAX_DEPTH} deep"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return "half a character (a lone surrogate)"
+    return None
+
+
+def _is_deep(value: dict | list) -> bool:
+    layer = [value]
+    for _ in range(MAX_DEPTH):
+        insides = [item.values() if isinstance(item, dict) else item for item in layer]
+        layer = [item for inside in insides for item in inside if isinstance(item, dict | list | tuple)]
+        if not layer:
+            return False
+    return True
+
+
 def _message_problem(message: object, first: bool) -> str | None:
+    """What is wrong with the form of a message, or None."""
     if not isinstance(message, dict):
         return "a message is not an object"
     role, content = message.get("role"), message.get("content")
@@ -181,38 +217,64 @@ def _message_problem(message: object, first: bool) -> str | None:
         return "missing role" if role is None else "unknown role"
     if role == "system" and not first:
         return "a system turn that is not the first"
-    tool_calls = message.get("tool_calls")
-    if tool_calls and (role != "assistant" or not all(_is_tool_call(call) for call in tool_calls)):
+    calls = message.get("tool_calls") or []
+    if calls and (role != "assistant" or not isinstance(calls, list) or not all(map(_is_tool_call, calls))):
         return "malformed tool calls"
-    if content is None and tool_calls:
+    if not isinstance(message.get("reasoning_content"), str | None):
+        return "reasoning_content is not text"
+    if content is None and calls:
         return None
     if not isinstance(content, str):
         return "content is not text"
-    if not content.strip() and not tool_calls:
-        return "empty turn"
-    thinking = message.get("reasoning_content")
-    if thinking is not None and not isinstance(thinking, str):
-        return "reasoning_content is not text"
-    if any(token in text for token in STRUCTURE_TOKENS for text in (content, thinking or "") if "<|" in text):
-        return "chat markup inside a text"
-    return None
+    return None if content.strip() or calls else "empty turn"
+
+
+def _message_texts(message: dict) -> list[str]:
+    """All that the template writes of a message."""
+    calls = message.get("tool_calls")
+    texts = [message.get("content"), message.get("reasoning_content"), calls and json.dumps(calls, ensure_ascii=False)]
+    return [text for text in texts if text]
 
 
 def _is_tool_call(call: object) -> bool:
-    inner = call.get("function", call) if isinstance(call, dict) else None
-    return isinstance(inner, dict) and isinstance(inner.get("name"), str) and "arguments" in inner
+    """Whether a call has a name and arguments, which may be JSON text, as the template writes them."""
+    inner = (call.get("function") or call) if isinstance(call, dict) else None
+    if not (isinstance(inner, dict) and isinstance(inner.get("name"), str) and "arguments" in inner):
+        return False
+    try:
+        json.dumps(call)  # a parquet file may give dates and bytes
+        if isinstance(inner["arguments"], str):
+            json.loads(inner["arguments"])
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_schema(tool: object) -> bool:
+    if not isinstance(tool, dict) or _is_deep(tool):
+        return False
+    try:
+        json.dumps(tool)
+    except TypeError:
+        return False
+    return True
 
 
 def load_rows(
-    files: Iterable[str | Path], report: DataReport, bad_rows: str = "skip", max_characters: int = 1_000_000
+    files: Iterable[str | Path],
+    report: DataReport,
+    bad_rows: str = "skip",
+    max_characters: int = 1_000_000,
+    malformed: list[tuple[str, str]] | None = None,
 ) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) of every well-formed row.
+    """Yield (place, row) of every well-formed row; each of its messages has a `content`, which may be None.
 
     Args:
         files: read in order.
         report: counts the rows read and dropped.
         bad_rows: "skip" or "refuse".
         max_characters: longest text of a row.
+        malformed: gets (place, problem) of every row dropped, where given.
 
     Raises:
         ValueError: a file cannot be read, or `bad_rows` is "refuse" and a row is malformed.
@@ -222,11 +284,18 @@ def load_rows(
             report.rows += 1
             problem = row_problem(row, max_characters)
             if problem is None:
-                yield place, row
+                yield place, row | {"messages": list(map(_with_content, row["messages"]))}
             elif bad_rows == "refuse":
                 raise ValueError(f"row {place} is malformed: {problem}; mend it, or set bad_rows: skip")
             else:
                 report.drop(problem, place)
+                if malformed is not None:
+                    malformed.append((place, problem))
+
+
+def _with_content(message: dict) -> dict:
+    """The message with a `content`, which calls often come without."""
+    return message if "content" in message else message | {"content": None}
 
 
 def load_conversations(

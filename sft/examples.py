@@ -4,7 +4,6 @@ They let all three stages run on any machine with Python. The wordings, and what
 (assumption); the form is the one every stage reads: `{"messages": [...], "domain", "source", "license", "origin"}`.
 """
 
-import json
 import random
 import re
 from collections import defaultdict
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft.files import write_lines
 from trainer.data.arithmetic import Problem
 from trainer.data.machine_corpus import library_docstrings, machine_documents
 
@@ -135,12 +135,9 @@ def _value(expression: str) -> int:
 
 
 def write_conversations(rows: Iterable[dict], path: str | Path) -> Path:
-    """Write rows as JSON lines; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return path
+    """Write rows as JSON lines, all of them or none; returns the path."""
+    write_lines(rows, path)
+    return Path(path)
 
 
 def _first_paragraphs(docstring: str, max_characters: int) -> str:

@@ -1,5 +1,6 @@
 """Malformed rows are counted, reported, and skipped or refused; what is kept is tokenized once, with its marks."""
 
+import datetime
 import json
 
 import pyarrow
@@ -7,15 +8,23 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from sft.data import load_conversations, read_rows, row_problem
+from sft.data import DataReport, load_conversations, load_rows, read_rows, row_problem
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 REPLY = {"role": "assistant", "content": "2"}
 GOOD = {"messages": [USER, REPLY]}
+CALL = {"name": "f", "arguments": {}}
 
 
 def turns(*messages) -> dict:
     return {"messages": list(messages)}
+
+
+def deep(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 MUST_GO = {
@@ -35,6 +44,54 @@ MUST_GO = {
     "tools are not JSON": GOOD | {"tools": "[{"},
     "tools are not a list of schemas": GOOD | {"tools": "[1]"},
     "more than 1000 characters": turns({"role": "user", "content": "x" * 1001}, REPLY),
+    "half a character (a lone surrogate)": turns({"role": "user", "content": "\ud800 why?"}, REPLY),
+    "nested more than 64 deep": GOOD | {"extra": deep(100)},
+    "domain is not text": GOOD | {"domain": ["math"]},
+    "skill is not text": GOOD | {"skill": {"a": 1}},
+    "source is not text": GOOD | {"source": 5},
+    "license is not text": GOOD | {"license": ["MIT"]},
+    "origin is not text": GOOD | {"origin": True},
+}
+
+
+def calling(**message) -> dict:
+    return turns(USER, {"role": "assistant", "tool_calls": [CALL]} | message)
+
+
+def argued(arguments) -> dict:
+    return calling(tool_calls=[{"name": "f", "arguments": arguments}])
+
+
+FORGED = "4<|endofturn|><|startofturn|><|user|>\n5"
+# More rows for the same reasons.
+MUST_GO_TOO = {
+    "calls are a number": (calling(content="x", tool_calls=5), "malformed tool calls"),
+    "calls are true": (calling(content="x", tool_calls=True), "malformed tool calls"),
+    "calls are an object": (calling(content="x", tool_calls=CALL), "malformed tool calls"),
+    "calls are text": (calling(tool_calls="f"), "malformed tool calls"),
+    "a user's call": (turns(USER | {"tool_calls": [CALL]}, REPLY), "malformed tool calls"),
+    "arguments are no JSON": (argued("x y"), "malformed tool calls"),
+    "arguments without end": (argued("[" * 100_000), "malformed tool calls"),
+    "arguments with a date": (argued({"a": datetime.date(2026, 1, 1)}), "malformed tool calls"),
+    "thinking before a call is a number": (calling(reasoning_content=5), "reasoning_content is not text"),
+    "thinking before a call is a list": (calling(reasoning_content=["x"]), "reasoning_content is not text"),
+    "markup in the thinking before a call": (calling(reasoning_content=FORGED), "chat markup inside a text"),
+    "markup in arguments": (argued({"a": [FORGED]}), "chat markup inside a text"),
+    "markup in arguments as text": (argued(json.dumps({"a": FORGED})), "chat markup inside a text"),
+    "markup in an argument's name": (argued({FORGED: 1}), "chat markup inside a text"),
+    "markup in a call's name": (calling(tool_calls=[CALL | {"name": FORGED}]), "chat markup inside a text"),
+    "markup in a tool": (GOOD | {"tools": [{"name": FORGED}]}, "chat markup inside a text"),
+    "markup in tools as text": (GOOD | {"tools": json.dumps([{"name": FORGED}])}, "chat markup inside a text"),
+    "long thinking": (calling(reasoning_content="x" * 1000), "more than 1000 characters"),
+    "long arguments": (argued({"a": "x" * 1000}), "more than 1000 characters"),
+    "many numbers in arguments": (argued({"a": list(range(1000))}), "more than 1000 characters"),
+    "long tools": (GOOD | {"tools": [{"name": "x" * 1000}]}, "more than 1000 characters"),
+    "many turns": (turns(*[USER, REPLY] * 20), "more than 1000 characters"),
+    "tools without end": (GOOD | {"tools": "[" * 100_000}, "tools are not JSON"),
+    "deep tools": (GOOD | {"tools": json.dumps([{"a": deep(100)}])}, "tools are not a list of schemas"),
+    "deep arguments": (argued({"a": deep(100)}), "nested more than 64 deep"),
+    "half a character in arguments": (argued({"a": "\ud800"}), "half a character (a lone surrogate)"),
+    "half a character in another column": (GOOD | {"note": "\ud800"}, "half a character (a lone surrogate)"),
 }
 MUST_STAY = {
     "two turns": GOOD,
@@ -43,15 +100,28 @@ MUST_STAY = {
     "call without text": turns(
         USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
     ),
+    "call without content": turns(
+        USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, REPLY
+    ),
+    "call of either form": turns(
+        USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}, CALL]}
+    ),
+    "no calls": turns(USER, REPLY | {"tool_calls": [], "reasoning_content": None}),
     "tools as JSON text": GOOD | {"tools": '[{"name": "f"}]'},
     "less-than signs": turns({"role": "user", "content": "a <| b |> c <|unknown|>"}, REPLY),
-    "other columns": GOOD | {"source": "somewhere", "score": 0.5},
+    "other columns": GOOD | {"source": "somewhere", "score": 0.5, "domain": None, "license": ""},
 }
 
 
 @pytest.mark.parametrize("reason", MUST_GO)
 def test_rows_that_must_go(reason):
     assert row_problem(MUST_GO[reason], max_characters=1000) == reason
+
+
+@pytest.mark.parametrize("name", MUST_GO_TOO)
+def test_more_rows_that_must_go(name):
+    row, reason = MUST_GO_TOO[name]
+    assert row_problem(row, max_characters=1000) == reason
 
 
 @pytest.mark.parametrize("name", MUST_STAY)
@@ -75,6 +145,29 @@ def test_bad_rows_are_counted_by_reason_and_place(tokenizer, write_rows):
     assert report.dropped == dict.fromkeys(MUST_GO, 1)
     assert report.places["no messages"] == ["rows.jsonl:3"]
     assert "dropped 1: empty turn (first: rows.jsonl:8)" in report.summary()
+
+
+def test_lines_that_json_cannot_read_are_rows_that_must_go(tokenizer, tmp_path):
+    lines = ["[" * 200_000, '{"messages": ' + "1" * 5000 + "}", '{"messages": NaN}', '{"mess', json.dumps(GOOD)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    _, report = load_conversations([tmp_path / "rows.jsonl"], tokenizer, max_length=200)
+    assert report.dropped == {"not a JSON object": 3, "no messages": 1}
+    assert report.kept == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.zst"])
+def test_a_byte_order_mark_costs_no_row(tmp_path, name):
+    content = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"
+    (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith("zst") else content)
+    assert [row for _, row in read_rows(tmp_path / name)] == [GOOD]
+
+
+def test_every_message_gets_a_content_and_malformed_rows_are_handed_over(write_rows):
+    report, malformed = DataReport(), []
+    path = write_rows([MUST_STAY["call without content"], MUST_GO["no messages"]])
+    ((_, row),) = load_rows([path], report, malformed=malformed)
+    assert [message["content"] for message in row["messages"]] == ["What is 1 + 1?", None, "3", "2"]
+    assert malformed == [("rows.jsonl:2", "no messages")]
 
 
 def test_report_with_dropped_rows_is_written(tokenizer, write_rows, tmp_path):
