@@ -50,8 +50,8 @@ MAIN = Variant("Motif-2, compiled", compiled=True)
 LEAN = Variant("Motif-2, compiled, lean", compiled=True, residual="bfloat16", chunk_size=8, loss="full")
 VARIANTS = (
     replace(LEAN, name="Motif-2, compiled, lean, 5 rows", micro_rows=5),
-    replace(LEAN, name="Motif-2, compiled, lean, 5 rows, attention kernel", micro_rows=5, attention="gda_kernel"),
     LEAN,
+    replace(LEAN, name="Motif-2, compiled, lean, 5 rows, attention kernel", micro_rows=5, attention="gda_kernel"),
     Variant("Motif-2, compiled, attention kernel", compiled=True, attention="gda_kernel"),
     Variant("Motif-2, eager"),
     Variant("Motif-2, eager, attention kernel", attention="gda_kernel"),

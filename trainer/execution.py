@@ -45,7 +45,11 @@ def bfloat16_residual(model: nn.Module) -> None:
     Args:
         model: a Motif-2 model.
     """
-    model.model.embed_tokens.register_forward_hook(lambda module, arguments, output: output.bfloat16())
+
+    def narrow(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.bfloat16() if torch.is_autocast_enabled(output.device.type) else output
+
+    model.model.embed_tokens.register_forward_hook(narrow)
 
 
 def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emulate: bool = False) -> list[str]:
