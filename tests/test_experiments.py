@@ -133,6 +133,13 @@ def test_contradictions_are_refused(changes, message):
         make_recipe(**changes)
 
 
+def test_a_setting_that_the_trainer_does_not_know_is_refused_at_once(tmp_path):
+    text = (ROOT / "recipes" / "experiments" / "annealing.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace("  eval_tokens:", "  eval_token:"))
+    with pytest.raises(ValueError, match=r"arm 'equal' has settings that do not fit: .*'eval_token'"):
+        Recipe.read(tmp_path / "wrong.yaml")
+
+
 def test_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2

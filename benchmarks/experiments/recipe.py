@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from trainer.config import PretrainConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 RECALL = "recall"
 DIVERGED = "diverged"
@@ -165,7 +167,7 @@ class Recipe:
         """Read a recipe.
 
         Raises:
-            ValueError: it cannot be read, or a key is unknown or missing.
+            ValueError: it cannot be read, a key is unknown or missing, or the trainer refuses a run's settings.
         """
         if not Path(path).is_file():
             raise ValueError(f"recipe {str(path)!r} does not exist: they are in recipes/experiments")
@@ -174,7 +176,14 @@ class Recipe:
         missing = {"page", "question", "data_dir", "seeds", "pretrain", "arms", "measures"} - set(recipe)
         if set(recipe) - known or missing:
             raise ValueError(f"{path}: unknown {sorted(set(recipe) - known)}, missing {sorted(missing)}")
-        return cls(name=Path(path).stem, tiny=tiny, **recipe)
+        made = cls(name=Path(path).stem, tiny=tiny, **recipe)
+        for arm in made.arms:
+            for point in range(len(made.points(arm))):
+                try:
+                    PretrainConfig(**made.run(arm, point, made.seeds[0]).settings, tokenizer="-", data_dir="-")
+                except (TypeError, ValueError, KeyError) as error:
+                    raise ValueError(f"{path}: arm {arm!r} has settings that do not fit: {error}") from error
+        return made
 
     @property
     def domains(self) -> list[str]:
