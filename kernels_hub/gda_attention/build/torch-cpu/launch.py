@@ -34,20 +34,24 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of every kernel."""
+    """Tiles of every kernel; a product's keys are the queries of a tile of maps."""
 
     forward: Tiles
-    key_value: Tiles
-    query: Tiles
+    maps: Tiles
+    products: Tiles
     decode: Tiles
 
 
 SMALL = Tiles(16, 16, 4, 1)  # a few values a program: for the interpreter
-# Not measured yet; sized by registers and shared memory as the compiler reports them for compute capability 9.0.
-HOPPER = Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(16, 64, 4, 3))
-# For 64 KiB to 164 KiB of shared memory, or 32-bit elements.
-MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 2))
 INTERPRETER = Plan(SMALL, SMALL, SMALL, SMALL)
+# The fastest of those measured on an H100 and an H200.
+HOPPER = Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 3), Tiles(16, 64, 4, 3))
+# For 64 KiB to 164 KiB of shared memory.
+MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 2), Tiles(16, 32, 4, 2))
+# For wide heads of 32-bit elements.
+NARROW = Plan(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
+# The maps of a backward and their gradients that are kept at a time (assumption: 5% of a large GPU's memory).
+SCRATCH_BYTES = 4 * 2**30
 
 
 @cache
@@ -66,7 +70,7 @@ def plan(dim: int, element_size: int, device: torch.device) -> Plan:
     if element_size == 2 and dim <= 128 and shared_bytes >= 220 * 1024:
         return HOPPER
     if element_size == 4 and dim > 64:
-        return Plan(*(Tiles(16 if each is MODEST.key_value else 32, 16, 4, 1) for each in MODEST))
+        return NARROW
     return MODEST
 
 
@@ -152,6 +156,53 @@ def _runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> 
     return torch.stack(bounds, dim=1)
 
 
+class Part(NamedTuple):
+    """What one pair of launches of the backward does.
+
+    Args:
+        first_group: first of the groups, counted over all rows.
+        groups: how many.
+        first_block: first row of blocks of queries.
+        blocks: how many.
+        size: blocks of a head's map.
+    """
+
+    first_group: int
+    groups: int
+    first_block: int
+    blocks: int
+    size: int
+
+
+def parts(groups: int, blocks_of_queries: int, blocks_of_keys: int, triangular: bool, limit: int) -> list[Part]:
+    """Cuts a backward so that the heads of a part keep at most `limit` blocks each, summed over its groups.
+
+    Args:
+        groups: groups of all rows.
+        blocks_of_queries: rows of blocks of a map.
+        blocks_of_keys: columns.
+        triangular: whether row i keeps i + 1 blocks only.
+        limit: blocks; a part has one row of blocks at least.
+    """
+
+    def size(start: int, end: int) -> int:
+        return (end * (end + 1) - start * (start + 1)) // 2 if triangular else (end - start) * blocks_of_keys
+
+    whole = size(0, blocks_of_queries)
+    if whole <= limit:
+        cuts = math.ceil(groups / (limit // whole))
+        here = math.ceil(groups / cuts)
+        return [
+            Part(start, min(here, groups - start), 0, blocks_of_queries, whole) for start in range(0, groups, here)
+        ]
+    ranges, start = [], 0
+    for end in range(1, blocks_of_queries + 1):
+        if end == blocks_of_queries or size(start, end + 1) > limit:
+            ranges.append((start, end - start, size(start, end)))
+            start = end
+    return [Part(group, 1, *each) for group in range(groups) for each in ranges]
+
+
 def backward(
     dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale,
     tiles=None,
@@ -164,30 +215,44 @@ def backward(
         signal_query, noise_query, key, value)]  # fmt: skip
     if dout.numel() == 0:
         return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
-    dsignal, dnoise, dkey, dvalue = gradients
     tiles = tiles or plan(dim, key.element_size(), key.device)
     first, last, has_intervals, interval_stride = _intervals(first, last, lse)
-    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "DIM": dim, "PRECISION": _precision(key)}
+    edge = tiles.maps.queries
+    triangular = not has_intervals and tokens == num_keys
+    map_bytes = edge * edge * (ratio + 1) * key.element_size()
+    limit = SCRATCH_BYTES // (2 * map_bytes)
+    cut = parts(batch * groups, triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge), triangular, limit)
+    in_ranges = cut[0].blocks < triton.cdiv(tokens, edge)
+    sums = [each.new_empty(each.shape, dtype=torch.float32) if in_ranges else each for each in gradients[2:]]
+    maps = key.new_empty((2, max(part.groups * part.size for part in cut), ratio + 1, edge, edge))
+    states = (*signal_query.stride()[:4], *noise_query.stride()[:3])
+    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "TRIANGULAR": triangular, "DIM": dim}
+    constants["PRECISION"] = _precision(key)
     with torch.cuda.device_of(key):
         draw, delta, dlambda, dweight = _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
-        chosen = tiles.key_value
-        runs = _runs(first, last, num_keys, chosen.keys) if has_intervals else lse
-        backward_kernels.key_value_kernel[(batch * groups * triton.cdiv(num_keys, chosen.keys),)](
-            signal_query, noise_query, key, value, draw, lse, delta, first, last, runs, dkey, dvalue,
-            *signal_query.stride()[:4], *noise_query.stride()[:3], *key.stride()[:4], *value.stride()[:4],
-            tokens, num_keys, groups, interval_stride, scaling * LOG2_E, scaling,
-            BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
-        )  # fmt: skip
-        chosen = tiles.query
-        for noise, query, dquery in ((False, signal_query, dsignal), (True, noise_query[:, :, :, None], dnoise)):
-            programs = batch * groups * triton.cdiv(tokens, chosen.queries) * query.shape[3]
-            backward_kernels.query_kernel[(programs,)](
-                query, key, value, draw, lse, delta, first, last, dquery,
-                *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
-                tokens, num_keys, groups, interval_stride, scaling * LOG2_E, scaling, NOISE=noise,
-                BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps,
-                **constants,
+        runs = _runs(first, last, num_keys, edge) if has_intervals else lse
+        for part in cut:
+            base = part.first_block * (part.first_block + 1) // 2
+            if not triangular:
+                base = part.first_block * triton.cdiv(num_keys, edge)
+            where = (*part[:4], base, part.size * edge * edge)
+            chosen = tiles.maps
+            backward_kernels.maps_kernel[(part.blocks * part.groups * (ratio + 1),)](
+                signal_query, noise_query, key, value, draw, lse, delta, first, last, *maps, *gradients[:2],
+                *states, *key.stride()[:4], *value.stride()[:4],
+                tokens, num_keys, groups, interval_stride, *where, scaling * LOG2_E, scaling,
+                BLOCK_M=edge, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
             )  # fmt: skip
+            chosen = tiles.products
+            backward_kernels.products_kernel[(triton.cdiv(num_keys, edge) * part.groups * 4,)](
+                *maps, signal_query, noise_query, draw, runs, *sums, *states,
+                tokens, num_keys, groups, interval_stride, *where, scaling,
+                ADD=part.first_block > 0, EDGE=edge,
+                BLOCK_M=chosen.queries, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+            )  # fmt: skip
+    if in_ranges:
+        for gradient, total in zip(gradients[2:], sums, strict=True):
+            gradient.copy_(total)
     return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
 
 

@@ -1,9 +1,16 @@
-"""Triton kernels of the backward: through the epilogue, then dK and dV by tiles of keys, then dQ by tiles of queries.
+"""Triton kernels of the backward: through the epilogue, then the maps and dQ by tiles of queries, then dK and dV.
 
-Every gradient is summed by one program in a fixed order: no atomics, results repeat bit for bit. Logits are computed
-again from the saved log-sum-exp, in base 2.
+Logits are computed once more, from the saved log-sum-exp and in base 2. The maps P and their gradients dS go to a
+scratch, in the type of the inputs; from there dK and dV are plain products. So no pass holds more than one gradient in
+registers, and the seven products of a backward are done once each. Every gradient is summed by one program in a fixed
+order: no atomics, results repeat bit for bit.
 
-Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, M queries and N keys of a tile.
+The scratch holds blocks of M queries and M keys, a head's after each other: row by row all of them, or with as many
+queries as keys in causal order (TRIANGULAR) the `row + 1` that are seen. Maps are made and used for a range of rows of
+blocks of some groups at a time, so that the scratch stays small.
+
+Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, M queries and keys of a block, N
+keys of a tile.
 """
 
 import triton
@@ -62,116 +69,22 @@ def epilogue_kernel(
 
 
 @triton.jit
-def _collect(
-    dkey, dlow, dhigh, key, low, high, keys, query_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr,
-    query_stride, draw_stride, start, end, num_queries, num_keys, log2_scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_INTERVALS: tl.constexpr,
-):  # fmt: skip
-    """Adds one head's queries from `start` to `end` to the gradients of a tile of keys and values.
-
-    Every tile is masked: with a second loop, free of masks, the compiler spilled five times as many registers.
-    """
-    for begin in tl.range(start, end, BLOCK_M, num_stages=STAGES):
-        queries = begin + tl.arange(0, BLOCK_M)
-        inside = queries < num_queries
-        query = load_rows(query_ptr, queries, query_stride, num_queries, DIM, True)  # (M, D)
-        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
-        lse = tl.load(lse_ptr + queries, mask=inside, other=float("inf"))
-        weights = tl.exp2(logits * log2_scale - lse[None, :])
-        first, last = interval(first_ptr, last_ptr, queries, num_queries, num_keys, HAS_INTERVALS)
-        seen = keys[:, None] <= last[None, :]
-        if HAS_INTERVALS:
-            seen = seen & (keys[:, None] >= first[None, :])
-        weights = tl.where(seen, weights, 0.0)
-        dlow_out = load_rows(draw_ptr, queries, draw_stride, num_queries, DIM, True)  # (M, D)
-        dhigh_out = load_rows(draw_ptr + DIM, queries, draw_stride, num_queries, DIM, True)
-        rounded = weights.to(query.dtype)
-        dlow = tl.dot(rounded, dlow_out, dlow, input_precision=PRECISION)
-        dhigh = tl.dot(rounded, dhigh_out, dhigh, input_precision=PRECISION)
-        dweights = tl.dot(low, tl.trans(dlow_out), input_precision=PRECISION)
-        dweights = tl.dot(high, tl.trans(dhigh_out), dweights, input_precision=PRECISION)  # (N, M)
-        delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
-        dlogits = weights * (dweights - delta[None, :])
-        dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
-    return dkey, dlow, dhigh
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
-def key_value_kernel(
-    signal_ptr, noise_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, runs_ptr,
-    dkey_ptr, dvalue_ptr,
-    signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
-    key_row, key_token, key_group, key_half, value_row, value_token, value_group, value_half,
-    num_queries, num_keys, num_groups, interval_stride, log2_scale, scale,
-    RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dkey and dvalue (B, S, G, 2, D).
-
-    Grid: (B * G * tiles of keys,). With intervals, `runs` (B or 1, 2, tiles) tells which queries see a tile.
-    """
-    tiles = tl.cdiv(num_keys, BLOCK_N)
-    tile = tl.program_id(0) % tiles
-    row_and_group = tl.program_id(0) // tiles
-    row = (row_and_group // num_groups).to(tl.int64)
-    group = (row_and_group % num_groups).to(tl.int64)
-    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_ptr += row * interval_stride
-    last_ptr += row * interval_stride
-    if HAS_INTERVALS:
-        runs_ptr += row * tl.where(interval_stride > 0, 2 * tiles, 0) + tile
-        start = tl.load(runs_ptr) // BLOCK_M * BLOCK_M
-        end = tl.load(runs_ptr + tiles)
-    else:
-        start = tl.maximum(tile * BLOCK_N - (num_keys - num_queries), 0) // BLOCK_M * BLOCK_M
-        end = num_queries
-
-    key_ptr += row * key_row + group * key_group
-    value_ptr += row * value_row + group * value_group
-    low = load_rows(value_ptr, keys, value_token, num_keys, DIM, True)  # (N, D)
-    high = load_rows(value_ptr + value_half, keys, value_token, num_keys, DIM, True)
-    draw_token = num_groups * (RATIO + 1) * 2 * DIM
-    draw_ptr += row * num_queries * draw_token + group * (RATIO + 1) * 2 * DIM
-    lse_ptr += row_and_group.to(tl.int64) * (RATIO + 1) * num_queries
-    delta_ptr += row_and_group.to(tl.int64) * (RATIO + 1) * num_queries
-    out_token = num_groups * 2 * DIM
-    offset = row * num_keys * out_token + group * 2 * DIM
-
-    signal_ptr += row * signal_row + group * signal_group
-    key = load_rows(key_ptr, keys, key_token, num_keys, DIM, True)
-    dkey = tl.zeros((BLOCK_N, DIM), tl.float32)
-    dlow = tl.zeros((BLOCK_N, DIM), tl.float32)
-    dhigh = tl.zeros((BLOCK_N, DIM), tl.float32)
-    for head in tl.range(RATIO, num_stages=1):
-        dkey, dlow, dhigh = _collect(
-            dkey, dlow, dhigh, key, low, high, keys, signal_ptr + head * signal_head, draw_ptr + head * 2 * DIM,
-            lse_ptr + head * num_queries, delta_ptr + head * num_queries, first_ptr, last_ptr,
-            signal_token, draw_token, start, end, num_queries, num_keys, log2_scale,
-            DIM, BLOCK_M, STAGES, PRECISION, HAS_INTERVALS,
-        )  # fmt: skip
-    store_rows(dkey_ptr + offset, dkey * scale, keys, out_token, num_keys, DIM)
-    key = load_rows(key_ptr + key_half, keys, key_token, num_keys, DIM, True)
-    dkey = tl.zeros((BLOCK_N, DIM), tl.float32)
-    dkey, dlow, dhigh = _collect(
-        dkey, dlow, dhigh, key, low, high, keys, noise_ptr + row * noise_row + group * noise_group,
-        draw_ptr + RATIO * 2 * DIM, lse_ptr + RATIO * num_queries, delta_ptr + RATIO * num_queries,
-        first_ptr, last_ptr,
-        noise_token, draw_token, start, end, num_queries, num_keys, log2_scale,
-        DIM, BLOCK_M, STAGES, PRECISION, HAS_INTERVALS,
-    )  # fmt: skip
-    store_rows(dkey_ptr + offset + DIM, dkey * scale, keys, out_token, num_keys, DIM)
-    store_rows(dvalue_ptr + offset, dlow, keys, out_token, num_keys, DIM)
-    store_rows(dvalue_ptr + offset + DIM, dhigh, keys, out_token, num_keys, DIM)
+def _block(i, j, base, blocks_of_keys, TRIANGULAR: tl.constexpr):
+    """Number of the block of row `i` and column `j` in the scratch, which starts with number `base`."""
+    if TRIANGULAR:
+        return i * (i + 1) // 2 + j - base
+    return i * blocks_of_keys + j - base
 
 
 @triton.jit
 def _descend(
-    dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, key_stride, value_stride,
-    start, end, first, last, num_keys, log2_scale,
-    DIM: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+    key_stride, value_stride, start, end, first, last, num_keys, log2_scale,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from `start` to `end` to the gradient of a tile of queries."""
+    """Adds the keys from `start` to `end` to the gradient of a tile of queries, and stores their maps."""
+    inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_M + tl.arange(0, BLOCK_N)[None, :]  # (M, N)
     for begin in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         keys = begin + tl.arange(0, BLOCK_N)
         key = load_rows(key_ptr, keys, key_stride, num_keys, DIM, MASKED)  # (N, D)
@@ -184,29 +97,36 @@ def _descend(
         high = load_rows(high_ptr, keys, value_stride, num_keys, DIM, MASKED)
         dweights = tl.dot(dlow_out, tl.trans(low), input_precision=PRECISION)
         dweights = tl.dot(dhigh_out, tl.trans(high), dweights, input_precision=PRECISION)  # (M, N)
-        dlogits = weights * (dweights - delta[:, None])
-        dquery = tl.dot(dlogits.to(query.dtype), key, dquery, input_precision=PRECISION)
+        dlogits = (weights * (dweights - delta[:, None])).to(query.dtype)
+        dquery = tl.dot(dlogits, key, dquery, input_precision=PRECISION)
+        place = begin // BLOCK_M * (BLOCK_M * BLOCK_M) + begin % BLOCK_M + inner
+        tl.store(map_ptr + place, weights.to(query.dtype))
+        tl.store(dmap_ptr + place, dlogits)
     return dquery
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
-def query_kernel(
-    query_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, dquery_ptr,
-    query_row, query_token, query_group, query_head,
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride", "first_group", "first_block", "base"])
+def maps_kernel(
+    signal_ptr, noise_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr,
+    map_ptr, dmap_ptr, dsignal_ptr, dnoise_ptr,
+    signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
     key_row, key_token, key_group, key_half, value_row, value_token, value_group, value_half,
-    num_queries, num_keys, num_groups, interval_stride, log2_scale, scale,
-    RATIO: tl.constexpr, NOISE: tl.constexpr, HAS_INTERVALS: tl.constexpr,
+    num_queries, num_keys, num_groups, interval_stride, first_group, groups_here, first_block, blocks_here, base,
+    map_head, log2_scale, scale,
+    RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr, TRIANGULAR: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dquery (B, T, G, heads, D) of the signal heads, or of the noise heads where `NOISE`; grid as in the forward."""
-    HEADS: tl.constexpr = 1 if NOISE else RATIO
-    tiles = tl.cdiv(num_queries, BLOCK_M)
+    """dsignal (B, T, G, r, D), dnoise (B, T, G, D), and the blocks of both maps that any of a tile's queries sees.
+
+    Grid: (blocks_here * groups_here * (r + 1),), the last tile first. Groups count over all rows.
+    """
+    HEADS: tl.constexpr = RATIO + 1
     head = tl.program_id(0) % HEADS
-    tile = tiles - 1 - tl.program_id(0) // HEADS % tiles
-    row_and_group = tl.program_id(0) // (HEADS * tiles)
+    group_here = tl.program_id(0) // HEADS % groups_here
+    tile = first_block + blocks_here - 1 - tl.program_id(0) // (HEADS * groups_here)
+    row_and_group = first_group + group_here
     row = (row_and_group // num_groups).to(tl.int64)
     group = (row_and_group % num_groups).to(tl.int64)
-    head_of_all = RATIO if NOISE else head
 
     queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = queries < num_queries
@@ -214,33 +134,119 @@ def query_kernel(
     last_ptr += row * interval_stride
     first, last = interval(first_ptr, last_ptr, queries, num_queries, num_keys, HAS_INTERVALS)
     start, middle, middle_end, end = key_runs(first, last, num_keys, BLOCK_N)
-    query_ptr += row * query_row + group * query_group + head * query_head
+    start = start // BLOCK_M * BLOCK_M  # whole blocks are stored
+    end = (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+
+    query_ptr = signal_ptr + row * signal_row + group * signal_group + head * signal_head
+    query_token = signal_token
+    if head == RATIO:
+        query_ptr = noise_ptr + row * noise_row + group * noise_group
+        query_token = noise_token
+        key_ptr += key_half
     query = load_rows(query_ptr, queries, query_token, num_queries, DIM, True)  # (M, D)
-    draw_token = num_groups * (RATIO + 1) * 2 * DIM
-    draw_ptr += row * num_queries * draw_token + (group * (RATIO + 1) + head_of_all) * 2 * DIM
+    draw_token = num_groups * HEADS * 2 * DIM
+    draw_ptr += row * num_queries * draw_token + (group * HEADS + head) * 2 * DIM
     dlow_out = load_rows(draw_ptr, queries, draw_token, num_queries, DIM, True)
     dhigh_out = load_rows(draw_ptr + DIM, queries, draw_token, num_queries, DIM, True)
-    head_row = (row_and_group.to(tl.int64) * (RATIO + 1) + head_of_all) * num_queries
+    head_row = (row_and_group.to(tl.int64) * HEADS + head) * num_queries
     lse = tl.load(lse_ptr + head_row + queries, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + head_row + queries, mask=inside, other=0.0)
-    key_ptr += row * key_row + group * key_group + (key_half if NOISE else 0)
+    key_ptr += row * key_row + group * key_group
     low_ptr = value_ptr + row * value_row + group * value_group
     high_ptr = low_ptr + value_half
+    block = _block(tile, 0, base, tl.cdiv(num_keys, BLOCK_M), TRIANGULAR)
+    place = (group_here * HEADS + head).to(tl.int64) * map_head + block.to(tl.int64) * (BLOCK_M * BLOCK_M)
+    map_ptr += place
+    dmap_ptr += place
     dquery = tl.zeros((BLOCK_M, DIM), tl.float32)
     if HAS_INTERVALS:
         dquery = _descend(
-            dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, key_token, value_token,
-            start, tl.minimum(middle, end), first, last, num_keys, log2_scale,
-            DIM, BLOCK_N, STAGES, PRECISION, True,
+            dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+            key_token, value_token, start, tl.minimum(middle, end), first, last, num_keys, log2_scale,
+            DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, True,
         )  # fmt: skip
     dquery = _descend(
-        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, key_token, value_token,
-        middle, middle_end, first, last, num_keys, log2_scale, DIM, BLOCK_N, STAGES, PRECISION, False,
+        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+        key_token, value_token, middle, middle_end, first, last, num_keys, log2_scale,
+        DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, False,
     )  # fmt: skip
     dquery = _descend(
-        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, key_token, value_token,
-        middle_end, end, first, last, num_keys, log2_scale, DIM, BLOCK_N, STAGES, PRECISION, True,
+        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+        key_token, value_token, middle_end, end, first, last, num_keys, log2_scale,
+        DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, True,
     )  # fmt: skip
-    out_token = num_groups * HEADS * DIM
-    dquery_ptr += row * num_queries * out_token + (group * HEADS + head) * DIM
-    store_rows(dquery_ptr, dquery * scale, queries, out_token, num_queries, DIM)
+    out_ptr = dsignal_ptr + row * num_queries * num_groups * RATIO * DIM + (group * RATIO + head) * DIM
+    out_token = num_groups * RATIO * DIM
+    if head == RATIO:
+        out_ptr = dnoise_ptr + row * num_queries * num_groups * DIM + group * DIM
+        out_token = num_groups * DIM
+    store_rows(out_ptr, dquery * scale, queries, out_token, num_queries, DIM)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride", "first_group", "first_block", "base"])
+def products_kernel(
+    map_ptr, dmap_ptr, signal_ptr, noise_ptr, draw_ptr, runs_ptr, dkey_ptr, dvalue_ptr,
+    signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
+    num_queries, num_keys, num_groups, interval_stride, first_group, groups_here, first_block, blocks_here, base,
+    map_head, scale,
+    RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr, TRIANGULAR: tl.constexpr, ADD: tl.constexpr,
+    DIM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dkey and dvalue (B, S, G, 2, D): sums of map^T states over heads and queries, added to what is there if `ADD`.
+
+    Grid: (blocks of keys * groups_here * 4,): two halves of dvalue, dkey of the signal heads, dkey of the noise head.
+    With intervals, `runs` (B or 1, 2, blocks of keys) tells which queries see a block of keys.
+    """
+    HEADS: tl.constexpr = RATIO + 1
+    part = tl.program_id(0) % 4
+    group_here = tl.program_id(0) // 4 % groups_here
+    tile = tl.program_id(0) // (4 * groups_here)
+    blocks_of_keys = tl.cdiv(num_keys, EDGE)
+    row_and_group = first_group + group_here
+    row = (row_and_group // num_groups).to(tl.int64)
+    group = (row_and_group % num_groups).to(tl.int64)
+
+    start, end = tl.maximum(tile * EDGE - (num_keys - num_queries), 0), num_queries
+    if HAS_INTERVALS:
+        runs_ptr += row * tl.where(interval_stride > 0, 2 * blocks_of_keys, 0) + tile
+        start = tl.load(runs_ptr)
+        end = tl.load(runs_ptr + blocks_of_keys)
+    start = tl.maximum(start // EDGE, first_block)
+    end = tl.where(end > start * EDGE, tl.minimum(tl.cdiv(end, EDGE), first_block + blocks_here), start)
+    steps = tl.maximum(end - start, 0) * (EDGE // BLOCK_M)
+
+    draw_token = num_groups * HEADS * 2 * DIM
+    map_ptr += (group_here * HEADS).to(tl.int64) * map_head
+    states_ptr = draw_ptr + row * num_queries * draw_token + group * HEADS * 2 * DIM + part * DIM
+    states_token, states_head, heads = draw_token, 2 * DIM, HEADS
+    out_ptr, factor = dvalue_ptr + part * DIM, 1.0
+    if part == 2:
+        map_ptr = dmap_ptr + (group_here * HEADS).to(tl.int64) * map_head
+        states_ptr = signal_ptr + row * signal_row + group * signal_group
+        states_token, states_head, heads = signal_token, signal_head, RATIO
+        out_ptr, factor = dkey_ptr, scale
+    if part == 3:
+        map_ptr = dmap_ptr + (group_here * HEADS + RATIO).to(tl.int64) * map_head
+        states_ptr = noise_ptr + row * noise_row + group * noise_group
+        states_token, states_head, heads = noise_token, 0, 1
+        out_ptr, factor = dkey_ptr + DIM, scale
+
+    total = tl.zeros((EDGE, DIM), tl.float32)
+    columns = tl.arange(0, EDGE)
+    for step in tl.range(0, heads * steps, num_stages=STAGES):
+        head = step // steps
+        begin = start * EDGE + step % steps * BLOCK_M
+        block = _block(begin // EDGE, tile, base, blocks_of_keys, TRIANGULAR)
+        rows = begin % EDGE + tl.arange(0, BLOCK_M)
+        place = head.to(tl.int64) * map_head + block.to(tl.int64) * (EDGE * EDGE)
+        maps = tl.load(map_ptr + place + rows[:, None] * EDGE + columns[None, :])  # (M, EDGE)
+        queries = begin + tl.arange(0, BLOCK_M)
+        states = load_rows(states_ptr + head * states_head, queries, states_token, num_queries, DIM, True)  # (M, D)
+        total = tl.dot(tl.trans(maps), states, total, input_precision=PRECISION)
+    total *= factor
+    keys = tile * EDGE + columns
+    out_token = num_groups * 2 * DIM
+    out_ptr += row * num_keys * out_token + group * 2 * DIM
+    if ADD:
+        total += load_rows(out_ptr, keys, out_token, num_keys, DIM, True)
+    store_rows(out_ptr, total, keys, out_token, num_keys, DIM)
