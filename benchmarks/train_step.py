@@ -16,7 +16,6 @@ step and by how much.
 import argparse
 import csv
 import gc
-import importlib.util
 import os
 import re
 import statistics
@@ -34,10 +33,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import train_step_cases as cases
+from benchmarks import train_step_parts as parts
 from benchmarks import train_step_profile as step_profile
-from benchmarks.train_step_cases import OurRun, Shape, Timing, Variant, trainer_run
-from trainer.flops import count_parameters
-from trainer.head_loss import HeadLoss
+from benchmarks.train_step_cases import OurRun, Shape, Timing, Variant
+from benchmarks.train_step_peers import trainer_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
@@ -182,11 +181,6 @@ class Bench:
         return entry
 
 
-def missing_library(variant: Variant) -> str | None:
-    """The package that a variant needs and this machine lacks."""
-    return "torchao" if variant.fp8 != "none" and importlib.util.find_spec("torchao") is None else None
-
-
 def take_reference(bench: Bench, shape: Shape, packed: bool) -> None:
     """Loss and gradient norm of an eager step on the first batch, of whole or of packed rows."""
     run = OurRun(shape, Variant("eager", packed=packed, micro_rows=1))
@@ -215,7 +209,7 @@ def check(bench: Bench, variant: Variant, found: tuple[float, float]) -> float:
 
 def time_variant(bench: Bench, shape: Shape, variant: Variant) -> None:
     """Our step, checked and then timed; with fewer rows at once where memory runs out."""
-    lacking = missing_library(variant)
+    lacking = parts.missing_library(variant)
     if lacking:
         bench.note(variant.name, f"not run: {lacking} is not installed")
         return
@@ -290,120 +284,11 @@ def write_profile(bench: Bench, run: OurRun, variant: Variant, timing: Timing) -
     bench.say("\n".join(lines))
 
 
-def time_linear_part(bench: Bench, shape: Shape) -> None:
-    """A decoder layer's products, forward and backward, in bfloat16 and FP8."""
-    device = torch.device("cuda" if bench.cuda else "cpu")
-    base = None
-    for fp8 in ("none", "rowwise", "rowwise_with_gw_hp"):
-        if missing_library(Variant("", fp8=fp8)):
-            bench.note(f"linear part, {fp8}", "not run: torchao is not installed")
-            continue
-        layer, rows = cases.linear_layers(shape, fp8, device)
-        rows.requires_grad_()
-        times = []
-        for repeat in range(bench.arguments.warm_ups + 4 * bench.arguments.repeats):
-            cases.synchronize()
-            started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bench.cuda):
-                output = layer.forward(rows)
-            output.float().square().mean().backward()
-            cases.synchronize()
-            if repeat >= bench.arguments.warm_ups:
-                times.append(time.perf_counter() - started)
-        matrices = count_parameters(replace(shape, layers=1).motif())["matrices"]
-        timing = Timing(times, len(rows), 6 * matrices * len(rows), matrices)
-        base = base or statistics.median(times)
-        note = f"{base / statistics.median(times):.3f} times as fast as bfloat16"
-        bench.report("linear part", f"products of a layer, {fp8}", timing, shape.micro_rows, fp8=fp8, note=note)
-        bench.clean(fp8)
-
-
-def time_head(bench: Bench, shape: Shape, vocabulary: int) -> None:
-    """The loss over a large vocabulary, forward and backward, at once and in chunks."""
-    device = torch.device("cuda" if bench.cuda else "cpu")
-    tokens = shape.micro_rows * shape.length
-    targets = torch.randint(0, vocabulary, (1, tokens), device=device)
-    outcomes = {}
-    for kind in ("full", "chunked"):
-        if kind == "chunked" and (
-            importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None
-        ):
-            bench.note("loss in chunks", "not run: trl (and datasets, which it imports) are not installed")
-            continue
-        torch.manual_seed(0)
-        head = torch.nn.Linear(shape.hidden, vocabulary, bias=False, device=device)
-        hidden = torch.randn(1, tokens, shape.hidden, device=device, requires_grad=True)
-        loss = HeadLoss(head, kind)
-        times = []
-        for repeat in range(bench.arguments.warm_ups + bench.arguments.repeats):
-            head.weight.grad = hidden.grad = None
-            cases.synchronize(reset_peak=True)
-            started = time.perf_counter()
-            with loss.targets(targets), torch.autocast(device.type, torch.bfloat16, enabled=bench.cuda):
-                losses = head(hidden)
-            losses.mean().backward()
-            cases.synchronize()
-            if repeat >= bench.arguments.warm_ups:
-                times.append(time.perf_counter() - started)
-        outcomes[kind] = (losses.detach().mean(), head.weight.grad, hidden.grad)
-        timing = Timing(
-            times, tokens, 6 * vocabulary * shape.hidden * tokens, vocabulary * shape.hidden, cases.peak_bytes()
-        )
-        bench.report("loss", f"head and loss over {vocabulary} words, {kind}", timing, shape.micro_rows, loss=kind)
-    if len(outcomes) == 2:
-        errors = [float((a - b).norm() / b.norm()) for a, b in zip(outcomes["chunked"], outcomes["full"], strict=True)]
-        bench.note(
-            "loss in chunks", f"off by {', '.join(f'{e:.1e}' for e in errors)} in loss, weight and input gradient"
-        )
-
-
 def time_peer(bench: Bench, shape: Shape, kind: str, compiled: bool) -> None:
     """transformers' Trainer on the same rows."""
     timing = trainer_run(shape, kind, bench.arguments.warm_ups, bench.arguments.repeats, compiled)
     name = f"{kind} by transformers' Trainer" + (", compiled" if compiled else "")
     bench.report("peer", name, timing, shape.micro_rows, optimizer="adamw", compiled=compiled)
-
-
-def cpu_mark(bench: Bench, shape: Shape) -> None:
-    """A 10M model's step beside a Llama of the same size, in turns, on one thread, and what the arithmetic allows."""
-    torch.set_num_threads(1)
-    ours, peers = [], []
-    for _ in range(bench.arguments.rounds):
-        run = OurRun(shape, Variant("eager"))
-        ours.append(run.time(1, bench.arguments.repeats))
-        config = run.config
-        run.close()
-        peers.append(trainer_run(shape, "Llama", 1, bench.arguments.repeats))
-    run = OurRun(shape, Variant("compiled", compiled=True), backend="inductor")
-    compiled = [run.time(1, 2 * bench.arguments.repeats)]
-    run.close()
-    taken = {}
-    for name, timings in (
-        ("Motif-2", ours),
-        ("Motif-2, compiled", compiled),
-        ("Llama by transformers' Trainer", peers),
-    ):
-        merged = replace(timings[0], seconds=[second for timing in timings for second in timing.seconds])
-        taken[name] = bench.report("cpu mark", f"{name}, 10M", merged, shape.micro_rows)["seconds"]
-    flops = trainer_optimizer_flops(config)
-    model, optimizer = ours[0].flops / peers[0].flops, flops / peers[0].flops
-    ratios = {name: seconds / taken["Llama by transformers' Trainer"] for name, seconds in taken.items()}
-    bench.note(
-        "cpu mark",
-        f"CPU seconds over the Llama's: {ratios['Motif-2']:.3f}, compiled {ratios['Motif-2, compiled']:.3f}; "
-        f"arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
-    )
-
-
-def trainer_optimizer_flops(config) -> int:
-    """FLOPs of Newton-Schulz over all matrices, as the optimizer runs it on a CPU."""
-    from trainer.optim.orthogonalise import Orthogonaliser
-
-    with torch.device("meta"):
-        model = cases.Motif2ForCausalLM(config)
-    flops = Orthogonaliser("gram", "motif", "auto").kernels.newton_schulz_flops
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    return sum(flops(*matrix.shape, method="gram", symmetric=False) for matrix in matrices)
 
 
 def scale(ranks: list[int]) -> int:
@@ -449,7 +334,7 @@ def main() -> None:
     bench = Bench(arguments)
     bench.say(str(bench.common))
     if arguments.cpu_mark:
-        bench.section("cpu mark", lambda: cpu_mark(bench, cases.CPU_10M))
+        bench.section("cpu mark", lambda: parts.cpu_mark(bench, cases.CPU_10M))
         return
     shape = cases.TINY if arguments.tiny else cases.LARGE
     shape = replace(shape, rows=arguments.rows or shape.rows, micro_rows=arguments.micro_rows or shape.micro_rows)
@@ -461,11 +346,11 @@ def main() -> None:
         bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
         bench.section("peer: Llama, Trainer", lambda: time_peer(bench, shape, "Llama", False))
         bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
-        bench.section("linear part", lambda: time_linear_part(bench, shape))
+        bench.section("linear part", lambda: parts.time_linear_part(bench, shape))
     for variant in VARIANTS:
         bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))
     if bench.world_size == 1:
-        bench.section("loss", lambda: time_head(bench, shape, 2048 if arguments.tiny else 219_520))
+        bench.section("loss", lambda: parts.time_head(bench, shape, 2048 if arguments.tiny else 219_520))
         bench.section("peer: Llama, Trainer, compiled", lambda: time_peer(bench, shape, "Llama", True))
     for variant in FP8_VARIANTS:
         bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))

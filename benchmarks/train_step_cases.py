@@ -5,7 +5,6 @@ Legend: D head dimension.
 
 import contextlib
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,12 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     DiffLlamaConfig,
-    DiffLlamaForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 from kernels_hub import use_gda_attention, use_polynorm
@@ -315,84 +309,21 @@ class PartTimer:
         return {part: seconds / total_seconds for part, seconds in sums.items()}
 
 
-class StepClock(TrainerCallback):
-    """Seconds of each of a Trainer's steps after the first `warm_ups`."""
-
-    def __init__(self, warm_ups: int):
-        self.warm_ups, self.seconds = warm_ups, []
-        self._last = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize(reset_peak=state.global_step == self.warm_ups)
-        now = clock()
-        if state.global_step > self.warm_ups:
-            self.seconds.append(now - self._last)
-        self._last = now
-
-
-def trainer_run(shape: Shape, kind: str, warm_ups: int, repeats: int, compiled: bool = False) -> Timing:
-    """The same rows through transformers' Trainer with fused AdamW.
-
-    Args:
-        shape: sizes.
-        kind: "Motif2", "Llama" or "DiffLlama".
-        warm_ups: steps before timing.
-        repeats: steps timed.
-        compiled: torch.compile the whole model, as the Trainer's own setting does.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    cuda = torch.cuda.is_available()
-    config = shape.motif() if kind == "Motif2" else shape.peer(kind)
-    model_class = {"Motif2": Motif2ForCausalLM, "Llama": LlamaForCausalLM, "DiffLlama": DiffLlamaForCausalLM}[kind]
-    config._attn_implementation = "sdpa"
-    config.use_cache = False
-    torch.manual_seed(0)
-    with torch.device("cuda" if cuda else "cpu"):
-        model = model_class(config)
-    if kind == "Motif2":
-        use_polynorm(model, "auto")
-    rows = torch.randint(0, shape.vocabulary, (64, shape.length))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    clock = StepClock(warm_ups)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            folder,
-            max_steps=warm_ups + repeats,
-            per_device_train_batch_size=shape.micro_rows,
-            gradient_accumulation_steps=shape.rows // shape.micro_rows,
-            learning_rate=4e-6,
-            optim="adamw_torch_fused" if cuda else "adamw_torch",
-            bf16=cuda,
-            use_cpu=not cuda,
-            torch_compile=compiled,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-        )
-        Trainer(model, settings, train_dataset=data, callbacks=[clock]).train()
-    tokens = shape.rows * shape.length
-    pairs = shape.rows * shape.length * (shape.length + 1) // 2
-    flops = (motif_flops if kind == "Motif2" else peer_flops)(config, tokens, pairs)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Timing(clock.seconds, tokens, flops, count, peak_bytes())
-
-
 def linear_layers(shape: Shape, fp8: str, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
     """All products of one decoder layer, compiled, and rows for them: the part of a step that is bound by products."""
     config = replace(shape, layers=1).motif()
+    torch.manual_seed(0)
     with device:
         model = Motif2ForCausalLM(config)
         if fp8 != "none":
             convert_to_fp8(model, fp8, 0, emulate=device.type == "cpu")
+        torch.manual_seed(1)
         rows = torch.randn(shape.micro_rows * shape.length, shape.hidden, device=device)
     layer = model.model.layers[0]
     layer.forward = _products_of(layer)
     if device.type == "cuda":
         layer.forward = torch.compile(layer.forward)
-    return layer, rows.bfloat16() if device.type == "cuda" else rows
+    return layer, (rows.bfloat16() if device.type == "cuda" else rows).requires_grad_()
 
 
 def _products_of(layer: nn.Module):
