@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft.equations import value_of
 from sft.files import write_lines
 from trainer.data.arithmetic import Problem
 from trainer.data.machine_corpus import library_docstrings, machine_documents
@@ -119,19 +120,8 @@ def worked_solution_problem(solution: str) -> str | None:
     equations = _EQUATION.findall(solution)
     if final is None or not equations:
         return "malformed"
-    true = all(_value(left) == int(right) for left, right in equations)
+    true = all(value_of(left) == int(right) for left, right in equations)
     return None if true and equations[-1][1] == final[1] else "incoherent"
-
-
-def _value(expression: str) -> int:
-    """Value of `a + b - c * d …`, without eval."""
-    total = 0
-    for term in expression.replace(" - ", " + -1 * ").split(" + "):
-        product = 1
-        for factor in term.split(" * "):
-            product *= int(factor)
-        total += product
-    return total
 
 
 def write_conversations(rows: Iterable[dict], path: str | Path) -> Path:

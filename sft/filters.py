@@ -1,5 +1,9 @@
-"""What is already there and what must not be trained on: near-duplicates (MinHash) and evaluation text (13-grams)."""
+"""What is already there and what must not be trained on: near-duplicates (MinHash) and evaluation text (13-grams).
 
+Shapes: N rows, B of them at a time, H hidden size.
+"""
+
+import json
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -7,15 +11,18 @@ from hashlib import blake2b
 import numpy
 from datasketch import MinHash, MinHashLSH
 
-_WORD = re.compile(r"\w+", re.UNICODE)
+# Kana and Chinese characters, which stand without spaces between words: each counts as a word (assumption).
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 SHINGLE_WORDS = 5
 NGRAM_WORDS = 13
 # A shorter evaluation text is looked for as a whole, if it has at least so many words (assumption).
 SHORTEST_TEXT_WORDS = 8
+BLOCK_ROWS = 256
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers of a text, without punctuation."""
+    """Lower-case words and numbers of a text, without punctuation; Chinese and Japanese characters one by one."""
     return _WORD.findall(text.lower())
 
 
@@ -28,9 +35,32 @@ def _hashed(grams: Iterable[bytes]) -> set[bytes]:
     return {blake2b(gram, digest_size=8).digest() for gram in grams}
 
 
+def nested_texts(value: object) -> Iterator[str]:
+    """Every text and number in nested lists and objects, in order."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield str(value)
+        elif isinstance(value, dict | list | tuple):
+            waiting += reversed(list(value.values() if isinstance(value, dict) else value))
+
+
 def conversation_text(row: dict) -> str:
-    """All that a conversation says, one turn a line."""
-    return "\n".join(message["content"] or "" for message in row["messages"])
+    """All that a conversation says, turn by turn."""
+    return "\n".join(map(message_text, row["messages"]))
+
+
+def message_text(message: dict) -> str:
+    """All that a turn says: thinking, text and calls (names and arguments), in lines."""
+    texts = [message.get("reasoning_content"), message.get("content")]
+    for call in message.get("tool_calls") or []:
+        inner = call.get("function") or call
+        arguments = inner["arguments"]
+        texts += [inner["name"], *nested_texts(json.loads(arguments) if isinstance(arguments, str) else arguments)]
+    return "\n".join(text for text in texts if text)
 
 
 class NearDuplicates:
@@ -110,12 +140,20 @@ def nearest_by_embedding(embeddings: numpy.ndarray, threshold: float) -> dict[in
         dict: index of each row that repeats one that is kept, with the index of that row.
     """
     unit = embeddings / numpy.maximum(numpy.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)  # (N, H)
-    kept: list[int] = []
+    kept = numpy.empty_like(unit)  # (N, H), of which the first len(originals) rows are set
+    originals: list[int] = []  # index of each kept row
     repeats: dict[int, int] = {}
-    for index, row in enumerate(unit):
-        similarity = unit[kept] @ row if kept else numpy.zeros(0)  # (kept,)
-        if similarity.size and similarity.max() >= threshold:
-            repeats[index] = kept[int(similarity.argmax())]
-        else:
-            kept.append(index)
+    for start in range(0, len(unit), BLOCK_ROWS):
+        block = unit[start : start + BLOCK_ROWS]  # (B, H)
+        before = len(originals)
+        earlier = block @ kept[:before].T  # (B, before)
+        within = block @ block.T  # (B, B)
+        for row in range(len(block)):
+            new = [index - start for index in originals[before:]]
+            similarity = numpy.concatenate([earlier[row], within[row, new]])  # (kept,)
+            if similarity.size and similarity.max() >= threshold:
+                repeats[start + row] = originals[int(similarity.argmax())]
+            else:
+                kept[len(originals)] = block[row]
+                originals.append(start + row)
     return repeats

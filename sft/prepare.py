@@ -16,7 +16,7 @@ from sft.chat import encode_conversations
 from sft.data import DataReport, load_rows, read_rows, row_tools
 from sft.data_card import write_data_card
 from sft.examples import write_conversations
-from sft.filters import Contamination, NearDuplicates, conversation_text
+from sft.filters import Contamination, NearDuplicates, conversation_text, nested_texts
 from sft.mixing import domain_budgets, fill_budgets, parse_ratios
 from trainer.cli import parse_recipe
 
@@ -115,25 +115,14 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
 
 
 def evaluation_texts(files: Iterable[str]) -> Iterator[str]:
-    """Every text in the rows of evaluation files, nested ones too.
+    """Every text in the rows of evaluation files, at any depth.
 
     Raises:
         ValueError: a file cannot be read.
     """
     for file in files:
         for _, row in read_rows(file):
-            yield from _texts(row)
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+            yield from nested_texts(row)
 
 
 def _counted(rows: Iterable[tuple[str, dict]], tokenizer) -> Iterator[tuple[str, dict, int]]:

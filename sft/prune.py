@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.chat import REPLY_HEADER, encode_conversations
 from sft.data import DataReport, load_rows, row_tools
-from sft.examples import worked_solution_problem, write_conversations
+from sft.equations import false_equation
+from sft.examples import write_conversations
 from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
 from sft.prune_page import render_page
 from sft.scoring import score_conversation
@@ -203,9 +204,8 @@ def _answer_problem(row: dict, config: PruneConfig) -> str | None:
         return f"malformed: completeness {score.completeness:.2f}"
     if score.consistency < config.min_consistency:
         return f"incoherent: consistency {score.consistency:.2f}"
-    if row["messages"][-1]["content"] and worked_solution_problem(row["messages"][-1]["content"]) == "incoherent":
-        return "incoherent: a false equation"
-    return None
+    equation = false_equation(row["messages"][-1]["content"] or "")
+    return f"incoherent: {equation} is false" if equation else None
 
 
 def _drop_same_meaning(decisions: list[Decision], reading: Reading, config: PruneConfig) -> None:

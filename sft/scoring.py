@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sft.filters import words
+from sft.filters import message_text, words
 
 _STEP = re.compile(
     r"\b(because|since|therefore|thus|hence|so|then|if|first|second|next|finally|let|suppose|assume|implies|means|"
@@ -18,10 +18,18 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 _EQUATION = re.compile(r"[\w)\]}]\s*(?:=|<|>|≤|≥|\\le|\\ge)\s*[\w(\[{\\$-]")
-_NUMBERED = re.compile(r"^\s*(\d+)[.)]\s", re.MULTILINE)
+_NUMBERED = re.compile(r"^[ \t]*(\d{1,3})[.)]\s", re.MULTILINE)
 _FINAL = re.compile(r"(####\s*\S|\\boxed\{|\b(?:the )?(?:final )?answer is\b|```\s*$)", re.IGNORECASE | re.MULTILINE)
 _REFUSAL = re.compile(r"\b(as an ai\b|i (?:cannot|can't|am unable to) (?:help|assist|answer))", re.IGNORECASE)
 _UNFINISHED = re.compile(r"(\.\.\.|…|[,:;=+*/-]|\b(?:and|or|the|a|of|to|is))\s*$", re.IGNORECASE)
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_NUMBER = re.compile(r"\s*[-+]?[$€£]?\d[\d.,]*(?:/\d+)?\s?%?\s*")
+_LIST_LINE = re.compile(r"\s*(?:[-*+•|]|\d{1,3}[.)])\s")
+# `a) … b) …` closes brackets that nothing opened, and so does a smile.
+_CLOSED_ALONE = re.compile(r"(?<!\S)(?:\d{1,3}|[A-Za-z]|[ivx]{2,5})\)|[:;=]['-]?\)")
+_OPENED_ALONE = re.compile(r"[:;=]['-]?\(")
+# An answer of so few words needs no full stop (assumption).
+FEW_WORDS = 6
 # Marks of reasoning in a hundred words that count as full density (assumption).
 FULL_DENSITY = 12.0
 WEIGHTS = {"density": 0.4, "completeness": 0.35, "consistency": 0.25}
@@ -48,8 +56,8 @@ def reasoning_density(answer: str) -> float:
 
     A code block counts as what it is: its statements are steps, so lines stand for marks there.
     """
-    code = "\n".join(re.findall(r"```.*?(?:```|\Z)", answer, re.DOTALL))
-    prose = answer.replace(code, " ") if code else answer
+    code = "\n".join(_CODE.findall(answer))
+    prose = _CODE.sub(" ", answer)
     marks = len(_STEP.findall(prose)) + len(_EQUATION.findall(prose)) + len(_NUMBERED.findall(prose))
     marks += sum(1 for line in code.splitlines() if line.strip() and not line.startswith("```"))
     count = max(len(words(answer)), 20)
@@ -62,26 +70,42 @@ def response_completeness(question: str, answer: str, domain: str) -> float:
     Args:
         question: not scored itself; a refusal to answer it scores 0.
         answer: the assistant's text.
-        domain: math and code need a result in their form; elsewhere a last full sentence will do.
+        domain: math and code need a result in their form, or a number alone; elsewhere a last full sentence will do,
+            a few words, or a list.
     """
     if not answer.strip() or _REFUSAL.search(answer):
         return 0.0
     ends = answer.count("```") % 2 == 0 and not _UNFINISHED.search(answer)
-    stated = bool(_FINAL.search(answer)) if domain in ("math", "code") else ends and answer.rstrip()[-1] in ".!?)\"'`"
+    if domain in ("math", "code"):
+        stated = bool(_FINAL.search(answer) or _NUMBER.fullmatch(answer))
+    else:
+        stated = ends and _has_an_end(answer)
     long_enough = min(1.0, len(words(answer)) / min(20, max(4, len(words(question)) // 2)))
     return 0.5 * stated + 0.3 * ends + 0.2 * long_enough
+
+
+def _has_an_end(answer: str) -> bool:
+    last_line = answer.rstrip().rpartition("\n")[2]
+    return last_line[-1] in ".!?)\"'`。！？」" or len(words(answer)) <= FEW_WORDS or bool(_LIST_LINE.match(last_line))
 
 
 def structural_consistency(answer: str) -> float:
     """One less for each thing that does not fit, over four: fences, brackets, step numbers, repeated lines."""
     faults = int(answer.count("```") % 2)
     opened, closed = (sum(answer.count(bracket) for bracket in brackets) for brackets in ("([{", ")]}"))
-    faults += int(opened != closed)  # kinds may mix: [0, 1) is an interval
+    alone = len(_CLOSED_ALONE.findall(answer))
+    faults += int(not -len(_OPENED_ALONE.findall(answer)) <= closed - opened <= alone)  # kinds mix: [0, 1) is a pair
     steps = [int(number) for number in _NUMBERED.findall(answer)]
     faults += int(bool(steps) and any(b not in (a + 1, 1) for a, b in pairwise(steps)))
     lines = [line.strip() for line in answer.splitlines() if len(line.strip()) > 20]
     faults += int(len(lines) - len(set(lines)) > max(1, len(lines) // 10))
     return 1.0 - faults / 4
+
+
+def question_and_answer(row: dict) -> tuple[str, str]:
+    """The last question of a well-formed row, and its answer: thinking, text and calls."""
+    question = next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
+    return question, message_text(row["messages"][-1])
 
 
 def score_conversation(row: dict, judge: Callable[[str, str], float] | None = None) -> Score:
@@ -94,15 +118,14 @@ def score_conversation(row: dict, judge: Callable[[str, str], float] | None = No
     Raises:
         ValueError: the judge's number is out of range.
     """
-    question = next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
-    last = row["messages"][-1]
-    answer = "\n".join(text for text in (last.get("reasoning_content"), last["content"]) if text)
+    question, answer = question_and_answer(row)
     judged = judge(question, answer) if judge is not None else None
     if judged is not None and not 0 <= judged <= 1:
         raise ValueError(f"the judge gave {judged}; it must give a number from 0 to 1")
+    called = bool(row["messages"][-1].get("tool_calls"))  # a well-formed call is a whole answer
     return Score(
         density=reasoning_density(answer),
-        completeness=response_completeness(question, answer, row.get("domain") or ""),
+        completeness=1.0 if called else response_completeness(question, answer, row.get("domain") or ""),
         consistency=structural_consistency(answer),
         judge=judged,
     )

@@ -28,12 +28,9 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, full_disk):
 
 
 def test_a_writer_that_stops_leaves_nothing(tmp_path):
-    def stop():
-        with whole_file(tmp_path / "rows.jsonl") as file:
-            file.write("half")
-            raise KeyboardInterrupt
-
-    pytest.raises(KeyboardInterrupt, stop)
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "rows.jsonl") as file:
+        file.write("half")
+        raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,18 @@
 """Each filter on cases that must go and cases that must stay."""
 
+import json
+
 import numpy
 import pytest
 
-from sft.filters import Contamination, NearDuplicates, nearest_by_embedding, words
+from sft.filters import (
+    Contamination,
+    NearDuplicates,
+    conversation_text,
+    nearest_by_embedding,
+    nested_texts,
+    words,
+)
 from sft.mixing import domain_budgets, fill_budgets, parse_ratios
 
 STORY = (
@@ -68,6 +77,59 @@ def test_evaluation_text_is_found_by_thirteen_words_or_as_a_whole(text, found):
     assert Contamination([QUESTION, SHORT, "four score"]).found_in(text) is found
 
 
+ZH = "一個農夫有十七隻羊除了九隻以外都死了請問還剩下幾隻羊在農場裡面"
+SPOKEN = {
+    "text": {"content": QUESTION},
+    "thinking": {"content": "Yes.", "reasoning_content": QUESTION},
+    "arguments": {"tool_calls": [{"name": "ask", "arguments": {"q": [{"text": QUESTION}], "n": 2}}]},
+    "arguments as text": {
+        "content": None,
+        "tool_calls": [{"function": {"name": "ask", "arguments": json.dumps({"q": QUESTION.replace(" ", "\n")})}}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_evaluation_text_is_found_in_all_that_is_said(name):
+    row = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant"} | SPOKEN[name]]}
+    assert Contamination([QUESTION]).found_in(conversation_text(row))
+    assert not Contamination([QUESTION.replace(" in ", " of ")]).found_in(conversation_text(row))
+
+
+def test_the_same_words_after_other_thoughts_or_with_other_calls_are_no_duplicates():
+    thoughts = [
+        "First find the rate, then the head start, then divide. " * 3,
+        "A picture of both trains helps here. " * 4,
+    ]
+    seen = NearDuplicates()
+    for name, thought in enumerate(thoughts):
+        row = {"messages": [{"role": "assistant", "content": "At noon.", "reasoning_content": thought}]}
+        assert seen.add(f"thought {name}", conversation_text(row)) is None
+    for number in (1, 2):
+        call = {"name": "add", "arguments": {"a": number, "b": 10.5 * number}}
+        row = {"messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "tool_calls": [call]}]}
+        assert seen.add(f"call {number}", conversation_text(row)) is None
+
+
+def test_chinese_is_compared_by_its_characters():
+    assert words("GPT-4：農場裡 ひと") == ["gpt", "4", "農", "場", "裡", "ひ", "と"]
+    assert Contamination([ZH]).found_in("題目 " + ZH[5:] + "？")
+    assert not Contamination([ZH]).found_in("題目 " + ZH[::-1])
+    seen = NearDuplicates()
+    assert seen.add("first", ZH * 3) is None
+    assert seen.add("second", ZH * 3 + "呢") == "first"
+    assert seen.add("third", ZH[::-1] * 3) is None
+
+
+def test_nested_texts_come_in_order():
+    value = {"a": ["x", 1, {"b": "y"}], "c": (None, True, 2.5, "z")}
+    assert list(nested_texts(value)) == ["x", "1", "y", "2.5", "z"]
+    deep: list = ["end"]
+    for _ in range(100_000):
+        deep = [deep]
+    assert list(nested_texts(deep)) == ["end"]
+
+
 def test_texts_of_too_few_words_are_not_looked_for():
     assert Contamination(["yes", SHORT]).num_texts == 1
 
@@ -75,6 +137,24 @@ def test_texts_of_too_few_words_are_not_looked_for():
 def test_rows_that_mean_the_same_are_found_by_their_embeddings():
     rows = numpy.array([[1.0, 0.0], [0.0, 2.0], [10.0, 0.1], [-1.0, 0.0], [0.0, 1.0]])
     assert nearest_by_embedding(rows, threshold=0.99) == {2: 0, 4: 1}
+
+
+def test_rows_are_compared_over_blocks_as_one_by_one():
+    generator = numpy.random.default_rng(0)
+    rows = generator.normal(size=(700, 8))
+    for copy, original in ((5, 2), (300, 299), (301, 299), (600, 10), (699, 5)):
+        rows[copy] = 3 * rows[original] + 1e-6
+    similarity = rows @ rows.T / numpy.outer(*[numpy.linalg.norm(rows, axis=1)] * 2)
+    expected, kept = {}, []
+    for index in range(700):
+        near = [other for other in kept if similarity[index, other] >= 0.9]
+        if near:
+            expected[index] = max(near, key=lambda other: similarity[index, other])
+        else:
+            kept.append(index)
+    assert nearest_by_embedding(rows, threshold=0.9) == expected
+    assert expected.items() >= {5: 2, 300: 299, 301: 299, 600: 10, 699: 2}.items()
+    assert nearest_by_embedding(rows[:0], threshold=0.9) == {}
 
 
 def test_ratios_are_scaled_to_one():

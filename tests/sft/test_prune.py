@@ -43,7 +43,7 @@ def test_each_poor_row_goes_for_its_reason_and_people_s_rows_stay():
     decisions = prune([f"r:{n}" for n in range(len(rows))], rows, config())
     assert [decision.reason for decision in decisions] == [
         "kept",
-        "incoherent: a false equation",
+        "incoherent: 2 + 2 = 5 is false",
         "malformed: completeness 0.15",
         "incoherent: consistency 0.50",
         "near-duplicate of r:0",
@@ -51,6 +51,26 @@ def test_each_poor_row_goes_for_its_reason_and_people_s_rows_stay():
         "kept",
     ]
     assert [decision.kept for decision in decisions] == [True, False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "domain", "kept"),
+    [
+        ("We have 10 / 2 + 3 = 8.\n#### 8", "math", True),
+        ("Here 1,000 + 5 = 1,005, whose last digit is 5, and 5 + 1 = 6.\n#### 6", "math", True),
+        ("First there are 4 + 4 = 8 apples. At $2 each, she pays $16.\n#### 16", "math", True),
+        ("First, 2 + 2 = 5. Then 5 * 3 = 15. So \\boxed{15}.", "math", False),
+        ("The capital is Paris, since 1 + 1 = 3.", "general", False),
+        ("Paris", "general", True),
+        ("- red\n- green\n- blue", "general", True),
+        ("1) Add them.\n2) Divide by two.\n3) That is all :)", "general", True),
+        ("The capital of", "general", False),
+    ],
+)
+def test_equations_and_endings_decide_on_an_answer(answer, domain, kept):
+    item = row("What is it, please, and how would you explain it to a friend?", answer) | {"domain": domain}
+    (decision,) = prune(["r"], [item], config())
+    assert decision.kept is kept, decision.reason
 
 
 def test_low_utility_goes_within_a_skill_but_no_skill_dies_out():

@@ -5,6 +5,7 @@ import pytest
 from sft.data import read_rows
 from sft.scoring import (
     Score,
+    question_and_answer,
     reasoning_density,
     response_completeness,
     score_conversation,
@@ -36,6 +37,16 @@ def test_worked_solutions_are_denser_than_chatter():
         ("Water boils sooner on a mountain because the", "general", 0.0, 0.3),
         ("As an AI, I cannot help with that.", "general", 0.0, 0.0),
         (" ", "general", 0.0, 0.0),
+        ("Paris", "general", 0.8, 1.0),
+        ("New York City", "general", 0.8, 1.0),
+        ("- red\n- green\n- blue", "general", 0.8, 1.0),
+        ("Here are the first seven of them all:\n1. red\n2. green\n3. blue and yellow", "general", 0.9, 1.0),
+        ("42", "math", 0.8, 1.0),
+        ("$1,250.50", "math", 0.8, 1.0),
+        ("水在山上沸騰得更早，因為那裡的空氣壓力較小。", "general", 0.9, 1.0),
+        ("Paris and", "general", 0.0, 0.4),
+        ("Water boils sooner on a mountain because there air", "general", 0.0, 0.5),
+        ("It is forty two, I think", "math", 0.0, 0.5),
     ],
 )
 def test_answers_that_arrive_score_high(answer, domain, least, most):
@@ -51,10 +62,43 @@ def test_answers_that_arrive_score_high(answer, domain, least, most):
         ("1. a\n2. b\n5. c", 0.75),
         ("```python\nx = (1", 0.5),
         ("This very sentence is here once more.\n" * 4, 0.75),
+        ("1) add\n2) divide\n3) done", 1.0),
+        ("Either a) add, or b) divide, or ii) ask (me).", 1.0),
+        ("Nice :) and sad :( and ;-)", 1.0),
+        ("x lies in [0, 1)", 1.0),
+        ("f(a, b) is (1, 2)", 1.0),
+        ("f(a, (b) is odd", 0.75),
+        ("so a) it is (b", 1.0),
+        ("it is so)", 0.75),
+        ("1000. a\n" + "9" * 5000 + ". b", 1.0),
     ],
 )
 def test_faults_of_structure_are_counted(answer, consistency):
     assert structural_consistency(answer) == consistency
+
+
+def test_two_blocks_of_code_are_no_prose():
+    prose = "word " * 60
+    first, second = "```python\nx = 1\nlet = so\n```", "```python\ny = 2\nif then\n```"
+    apart, together = f"{prose}{first}\ntext\n{second}", f"{prose}{first}\n{second}\ntext"
+    assert reasoning_density(apart) == reasoning_density(together)
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "\t", "1. ", "``` ", "- ", ", ", "a = ", "x\n\n", "substitut", "(", ":"])
+def test_long_answers_are_scored_in_one_pass(text):
+    answer = text * (200_000 // len(text)) + "b"
+    assert 0 <= reasoning_density(answer) <= 1
+    assert 0 <= response_completeness("Why?", answer, "math") <= 1
+    assert 0 <= structural_consistency(answer) <= 1
+
+
+def test_a_call_is_a_whole_answer():
+    row = conversation("It goes on and")
+    assert score_conversation(row).completeness < 0.5
+    row["messages"][-1] |= {"content": None, "tool_calls": [{"name": "look", "arguments": {"at": "it"}}]}
+    assert score_conversation(row).completeness == 1.0
+    row["messages"][-1] |= {"reasoning_content": "Let us look."}
+    assert question_and_answer(row) == ("How?", "Let us look.\nlook\nit")
 
 
 def conversation(answer: str, domain: str = "math") -> dict:
