@@ -1,22 +1,65 @@
 """After a stage: the same evaluation before and after, row by row, in a table that grows from stage to stage."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+from lm_eval.api.group import Group
+from transformers import AutoModelForCausalLM
+
 from eval_harness.compare import compare
+from eval_harness.data import MissingDataset
 from eval_harness.evaluate import RESULTS_FILE, evaluate
+from eval_harness.loading import load_tasks
 from eval_harness.statistics import PairedDifference
 from sft.config import SftStageConfig
 
 TABLE_FILE = "table.json"
+SETTINGS_FILE = "settings.json"
 # Metrics of which less is better; of all others, more is.
 LESS_IS_BETTER = ("perplexity", "bits_per_byte", "loss")
+
+
+def check_evaluation(config: SftStageConfig) -> dict | None:
+    """Find the tasks and read their rows, as before a stage is trained.
+
+    Args:
+        config: a stage.
+
+    Returns:
+        dict: what two evaluations must share to be compared: tasks with a digest of their rows, limit, precision; None
+            without `eval_tasks`.
+
+    Raises:
+        ValueError: an unknown task (the nearest is named), rows that are missing, or a package that is.
+    """
+    if not config.eval_tasks:
+        return None
+    try:
+        _, loaded, _ = load_tasks(config.eval_tasks, config.eval_data_dir or None, apply_chat_template=True)
+    except (ValueError, MissingDataset, ModuleNotFoundError) as error:
+        raise ValueError(f"eval_tasks and eval_data_dir: {error}") from error
+    members = [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+    rows = {task.task_name: _digest(task.eval_docs) for task in members}
+    return {"rows": rows, "limit": config.eval_limit, "dtype": config.dtype}
+
+
+def _digest(rows: Iterable[dict]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def evaluate_stage(config: SftStageConfig) -> str:
     """Evaluate the model that a finished stage started from and the one it made, and extend the table.
 
-    A stage that started from another stage's `model/` takes that stage's scores and the rows of its table.
+    A stage that started from another stage's `model/` takes the rows of that stage's table, and its scores too where
+    they are of the same tasks, rows, limit and precision. An evaluation that was interrupted goes on. One process
+    calls this; the others of the run need not wait for it.
 
     Args:
         config: a finished stage with `eval_tasks`.
@@ -25,37 +68,54 @@ def evaluate_stage(config: SftStageConfig) -> str:
         str: the table so far, as Markdown, with one plain sentence a metric that this stage made worse.
 
     Raises:
-        ValueError: an unknown task, or the folder already holds an evaluation.
+        ValueError: no task is named, a task or its rows cannot be found, or the folder holds another evaluation.
     """
+    settings = check_evaluation(config)
+    if settings is None:
+        raise ValueError("eval_tasks is empty; name the tasks to run before and after")
     folder = Path(config.output_dir) / "evaluation"
-    previous = Path(config.model_name_or_path).parent / "evaluation"
-    before, rows = folder / "before", []
-    if (previous / "after" / RESULTS_FILE).exists() and Path(config.model_name_or_path).name == "model":
-        before = previous / "after"
-        rows = json.loads((previous / TABLE_FILE).read_text(encoding="utf-8"))
-    else:
-        _evaluate(config, config.model_name_or_path, before)
-    _evaluate(config, str(Path(config.output_dir) / "model"), folder / "after")
-    rows += table_rows(Path(config.output_dir).name, compare(before, folder / "after"), before, folder / "after")
+    before, after, rows = folder / "before", folder / "after", []
+    if Path(config.model_name_or_path).name == "model":
+        previous = Path(config.model_name_or_path).parent / "evaluation"
+        if (previous / TABLE_FILE).is_file():
+            rows = json.loads((previous / TABLE_FILE).read_text(encoding="utf-8"))
+        if _settings_of(previous / "after") == settings:
+            before = previous / "after"
+    for model, scores in ((config.model_name_or_path, before), (str(Path(config.output_dir) / "model"), after)):
+        if _settings_of(scores) != settings:
+            _evaluate(config, model, scores, settings)
+    rows += table_rows(Path(config.output_dir).name, compare(before, after), before, after)
     (folder / TABLE_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     text = render_table(rows)
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _evaluate(config: SftStageConfig, model: str, folder: Path) -> None:
-    """The chat template is applied on both sides, so that only the weights differ."""
+def _settings_of(folder: Path) -> dict | None:
+    """The settings of a finished evaluation; None where there is none."""
+    file = folder / SETTINGS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _evaluate(config: SftStageConfig, name: str, folder: Path, settings: dict) -> None:
+    """The chat template is applied on both sides, so that only the weights differ.
+
+    lm-eval gets a loaded model: a name would make it share the rows with every process of the run.
+    """
     from sft.stage import load_tokenizer
 
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype))
     evaluate(
-        model,
-        load_tokenizer(model),
+        model.to("cpu" if config.use_cpu else PartialState().device),
+        load_tokenizer(name),
         config.eval_tasks,
         data_dir=config.eval_data_dir or None,
         output_dir=folder,
         limit=config.eval_limit or None,
         apply_chat_template=True,
+        identity={"settings": settings},
     )
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def table_rows(stage: str, found: dict[tuple[str, str], PairedDifference], before: Path, after: Path) -> list[dict]:

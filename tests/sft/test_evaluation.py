@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval_harness.statistics import PairedDifference
+from sft import evaluation, publish, train
 from sft.evaluation import render_table, verdict
+from sft.stage import describe_stage, run_stage
 from sft.train import main
+from tests.distributed import run_distributed
 from trainer.data.arithmetic import generate_problems
 
 
@@ -37,15 +41,20 @@ def test_a_worse_stage_is_said_plainly():
     assert "| stage1 | sums | exact_match | 9 | 0.5000 | 0.2500 | -0.2500 | -0.4000 to -0.1000 | worse |" in text
 
 
-def test_table_grows_over_two_stages(settings, tmp_path, capsys):
-    data = tmp_path / "data"
-    data.mkdir()
+@pytest.fixture
+def arithmetic(tmp_path) -> dict:
+    """Settings of a stage of one update with an evaluation on two of four held-out problems."""
+    (tmp_path / "data").mkdir()
     problems = generate_problems(seed=5, count=4, split="heldout")
     lines = [json.dumps({"question": problem.question, "answer": problem.solution}) + "\n" for problem in problems]
-    (data / "arithmetic.jsonl").write_text("".join(lines))
-    evaluation = {"eval_tasks": ["motif2_arithmetic"], "eval_data_dir": str(data), "eval_limit": 2, "max_steps": 1}
-    first = settings("stage1", **evaluation)
-    second = settings("stage2", model_name_or_path=f"{first.output_dir}/model", **evaluation)
+    (tmp_path / "data" / "arithmetic.jsonl").write_text("".join(lines))
+    rows = {"eval_tasks": ["motif2_arithmetic"], "eval_data_dir": str(tmp_path / "data")}
+    return rows | {"eval_limit": 2, "max_steps": 1}
+
+
+def test_table_grows_over_two_stages(settings, arithmetic, tmp_path, capsys):
+    first = settings("stage1", **arithmetic)
+    second = settings("stage2", model_name_or_path=f"{first.output_dir}/model", **arithmetic)
     for config in (first, second):
         config.save(tmp_path / "recipe.yaml")
         main(["--config", str(tmp_path / "recipe.yaml")])
@@ -54,3 +63,102 @@ def test_table_grows_over_two_stages(settings, tmp_path, capsys):
     assert [row["stage"] for row in rows] == ["stage1"] * (len(rows) // 2) + ["stage2"] * (len(rows) // 2)
     assert all(row["rows"] == 2 for row in rows)
     assert not (Path(second.output_dir) / "evaluation" / "before").exists(), "taken over from the stage before"
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[Path]:
+    """The folders that an evaluation wrote to, oldest first; no model is asked."""
+    folders = []
+
+    def write(config, name, folder, settings):
+        folders.append(folder)
+        folder.mkdir(parents=True)
+        (folder / evaluation.SETTINGS_FILE).write_text(json.dumps(settings))
+
+    monkeypatch.setattr(evaluation, "_evaluate", write)
+    monkeypatch.setattr(evaluation, "compare", lambda before, after: {})
+    monkeypatch.setattr(evaluation, "table_rows", lambda stage, found, before, after: [])
+    return folders
+
+
+@pytest.mark.parametrize("change", [{}, {"eval_limit": 3}, {"dtype": "bfloat16"}, {"rows": "other"}])
+def test_scores_of_the_stage_before_are_taken_over_only_if_they_are_of_the_same(
+    settings, arithmetic, evaluated, tmp_path, change
+):
+    first = settings("stage1", **arithmetic)
+    evaluation.evaluate_stage(first)
+    if change.pop("rows", None):
+        with (tmp_path / "data" / "arithmetic.jsonl").open("a") as file:
+            file.write('{"question": "1 + 1?", "answer": "#### 2"}\n')
+        change = {"eval_limit": 2}
+    same = not change
+    second = settings("stage2", **(arithmetic | change | {"model_name_or_path": f"{first.output_dir}/model"}))
+    evaluation.evaluate_stage(second)
+    one, two = Path(first.output_dir, "evaluation"), Path(second.output_dir, "evaluation")
+    before = [] if same else [two / "before"]
+    assert evaluated == [one / "before", one / "after", *before, two / "after"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_side_that_is_missing(settings, arithmetic, evaluated):
+    config = settings(**arithmetic)
+    evaluation.evaluate_stage(config)
+    folder = Path(config.output_dir, "evaluation")
+    (folder / "after" / evaluation.SETTINGS_FILE).unlink()
+    (folder / "after").rmdir()
+    evaluation.evaluate_stage(config)
+    assert evaluated == [folder / "before", folder / "after", folder / "after"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval_tasks": ["motif2_arithmetik"]}, "unknown task 'motif2_arithmetik'; did you mean 'motif2_arithmetic'"),
+        ({"eval_data_dir": "absent"}, "arithmetic.jsonl does not exist; check data_dir"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(settings, arithmetic, change, message):
+    config = settings(**(arithmetic | change))
+    with pytest.raises(ValueError, match=message):
+        run_stage(config)
+    assert not list(Path(config.output_dir).iterdir())
+    with pytest.raises(ValueError, match=message):
+        describe_stage(config)
+
+
+def test_a_finished_stage_is_evaluated_later(settings, arithmetic, evaluated, capsys):
+    config = settings(max_steps=1)
+    run_stage(config)
+    words = ["--run_dir", config.output_dir, "--evaluate"]
+    with pytest.raises(SystemExit, match="eval_tasks is empty; name the tasks"):
+        publish.main(words)
+    publish.main([*words, "--eval_tasks", "motif2_arithmetic", "--eval_data_dir", arithmetic["eval_data_dir"]])
+    folder = Path(config.output_dir, "evaluation")
+    assert evaluated == [folder / "before", folder / "after"]
+    assert (folder / "table.md").is_file()
+    assert capsys.readouterr().out.rstrip().endswith("README.md")
+    with pytest.raises(SystemExit):
+        publish.main(["--run_dir", config.output_dir, "--eval_limit", "3"])
+    assert "are for evaluate; set that too" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_and_one_evaluates(settings, arithmetic, tmp_path):
+    """lm-eval shares the rows with the other processes where it sees several accelerators: they must not be asked."""
+    config = settings(gradient_accumulation_steps=1, **(arithmetic | {"eval_limit": 1}))
+    config.save(tmp_path / "recipe.yaml")
+
+    def rank_main(rank):
+        finish = train.finish
+
+        def finish_with_accelerators(config):
+            torch.cuda.device_count = lambda: 2  # what lm-eval asks
+            finish(config)
+
+        train.finish = finish_with_accelerators
+        main(["--config", str(tmp_path / "recipe.yaml")])
+        return True
+
+    assert run_distributed(rank_main, 2) == [True, True]
+    (row,) = json.loads((Path(config.output_dir) / "evaluation" / "table.json").read_text())
+    assert (row["task"], row["rows"]) == ("motif2_arithmetic", 1)
+    assert "motif2_arithmetic" in (Path(config.output_dir) / "model" / "README.md").read_text()
