@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,23 @@ from modeling_motif2.diagnostics import attention_modules, reset_max_logits
 # Steps between exact maximum logits (assumption); in others a bound stands for those under QK-clip's threshold.
 _EXACT_LOGIT_STEPS = 10
 _NAMES = {"entropy": "entropy", "mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; a last line that a kill or a full disk cut short is left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is no JSON ({error}); remove it") from error
+    return found
 
 
 class MetricsCallback(TrainerCallback):
@@ -33,9 +51,10 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._gates = [attention.max_logits_gate for attention in attention_modules(model)]
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            unfinished = self.path.with_suffix(".partial")
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(unfinished, self.path)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         exact = state.global_step % _EXACT_LOGIT_STEPS == 0

@@ -1,17 +1,50 @@
 """Settings of one fine-tuning stage: a flat dataclass, filled by a recipe and the command line."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
 
+from sft.checkpoints import ResumeRules
+
 OPTIMIZERS = ("muon_clip", "adamw")
 DTYPES = ("float32", "bfloat16")
-PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+# TRL's third, "wrapped", lets the conversations of a sequence see each other.
+PACKING_STRATEGIES = ("bfd", "bfd_split")
+# Those of transformers that need no further settings.
+LR_SCHEDULERS = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "polynomial",
+)
 FP8_RECIPES = ("none", "rowwise", "rowwise_with_gw_hp")
 KERNEL_SOURCES = ("auto", "official", "hub", "local", "torch")
 ROW_RULES = ("skip", "refuse")
 LENGTH_RULES = ("skip", "truncate", "refuse")
+RESUME_RULES = ResumeRules(
+    applied=frozenset({"learning_rate", "adamw_learning_rate", "weight_decay", "max_grad_norm", "qk_clip_threshold"}),
+    free=frozenset(
+        {
+            *("output_dir", "resume", "dry_run", "progress", "preview_samples", "report_to", "logging_steps"),
+            *(
+                "save_steps",
+                "save_total_limit",
+                "eval_files",
+                "eval_steps",
+                "eval_tasks",
+                "eval_data_dir",
+                "eval_limit",
+            ),
+            *("push_to_hub", "hub_private", "license"),
+            *("kernels", "attn_implementation", "gradient_checkpointing", "use_cpu"),
+        }
+    ),
+)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +77,7 @@ class SftStageConfig:
 
     max_length: int = _field(16_384, "tokens of a packed sequence, and of the longest conversation")
     packing: bool = _field(True, "pack several conversations into one sequence; they do not see each other")
-    packing_strategy: str = _field("bfd", "bfd (best fit decreasing), bfd_split or wrapped")
+    packing_strategy: str = _field("bfd", "bfd (best fit decreasing), or bfd_split (long ones in parts)")
     per_device_batch_size: int = _field(1, "sequences a device and micro-step")
     gradient_accumulation_steps: int = _field(1, "micro-steps an update; leave 1 when global_batch_tokens is set")
     global_batch_tokens: int = _field(0, "tokens an update over all devices; 0: given by the two settings above")
@@ -58,7 +91,7 @@ class SftStageConfig:
     )
     weight_decay: float = _field(0.1, "decoupled weight decay")
     warmup_ratio: float = _field(0.05, "share of the updates with a rising learning rate")
-    lr_scheduler: str = _field("cosine", "shape after the warm-up, a name that transformers knows")
+    lr_scheduler: str = _field("cosine", f"shape after the warm-up: {', '.join(LR_SCHEDULERS)}")
     max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm")
     qk_clip_threshold: float = _field(100.0, "heads whose largest attention logit exceeds this are clipped")
 
@@ -93,7 +126,7 @@ class SftStageConfig:
     eval_steps: int = _field(0, "updates between evaluations on eval_files; 0: only before and after")
     save_steps: int = _field(0, "updates between checkpoints; 0: none")
     save_total_limit: int = _field(2, "checkpoints kept")
-    resume: bool = _field(False, "go on from the last checkpoint in output_dir")
+    resume: bool = _field(False, "go on from the newest complete checkpoint in output_dir")
     preview_samples: int = _field(2, "conversations printed with their loss mask before training")
     progress: bool = _field(True, "show a progress bar")
     report_to: str = _field("none", "tracker that transformers knows: none, tensorboard, wandb …")
@@ -105,6 +138,7 @@ class SftStageConfig:
             ("long_samples", LENGTH_RULES),
             ("packing_strategy", PACKING_STRATEGIES),
             ("optimizer", OPTIMIZERS),
+            ("lr_scheduler", LR_SCHEDULERS),
             ("kernels", KERNEL_SOURCES),
             ("dtype", DTYPES),
             ("fp8", FP8_RECIPES),
@@ -115,6 +149,9 @@ class SftStageConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
         self._check_numbers()
+        self._check_tracker()
+        if self.eval_steps and not self.eval_files:
+            raise ValueError(f"eval_steps is {self.eval_steps} and eval_files is empty; name files, or set it to 0")
         if self.lora_rank and self.optimizer == "muon_clip":
             raise ValueError(
                 f"lora_rank is {self.lora_rank} with optimizer muon_clip, whose QK-clip rescales "
@@ -130,7 +167,22 @@ class SftStageConfig:
                 f"({self.gradient_accumulation_steps}) both set the batch; leave one of them at its default"
             )
 
+    def _check_tracker(self):
+        if self.report_to == "none":
+            return
+        from transformers.integrations import get_available_reporting_integrations
+
+        known = get_available_reporting_integrations()
+        if self.report_to not in known:
+            raise ValueError(
+                f"report_to is {self.report_to!r}, no tracker that is installed here; install it, or use "
+                f"{', '.join(['none', *known])}"
+            )
+
     def _check_numbers(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; use a finite number")
         for name in ("max_length", "max_characters", "per_device_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")

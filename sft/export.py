@@ -4,18 +4,22 @@ The card is written from the run's own records, so a finished run can be publish
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from modeling_motif2.hub import upload_folder
 from modeling_motif2.model_card import write_model_card
+from sft.callbacks import read_metrics
 from sft.chat import set_stop_tokens
 from sft.config import SftStageConfig
+from trainer.errors import CheckpointError
 
 MODEL_DIR = "model"
 ADAPTER_DIR = "adapter"
@@ -29,6 +33,7 @@ MOST_SOURCES = 20
 def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: SftStageConfig) -> Path:
     """Write the whole model, the tokenizer and the stop tokens to `model/`, whatever way the weights are sharded.
 
+    The folder gets its name once all of it is written: `model/` stands for a finished run.
     LoRA adapters are kept apart in `adapter/`, and merged into the base model by the main process.
 
     Args:
@@ -38,22 +43,35 @@ def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, confi
 
     Returns:
         Path: the folder of the model.
+
+    Raises:
+        CheckpointError: it could not be written.
     """
     output_dir = Path(config.output_dir)
-    model_dir = output_dir / MODEL_DIR
+    adapter_dir = output_dir / ADAPTER_DIR
+    unfinished = output_dir / f"{MODEL_DIR}.partial"
     gather_whole_weights(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
+    adapters = isinstance(model, PeftModel)
+    if not adapters:
         model.config.use_cache = True
-        trainer.save_model(str(model_dir))
-        if trainer.is_world_process_zero():  # pickled settings with this machine's paths; config.yaml has them
-            (model_dir / "training_args.bin").unlink(missing_ok=True)
-        return model_dir
-    trainer.save_model(str(output_dir / ADAPTER_DIR))
     if trainer.is_world_process_zero():
-        merge_adapter(config.model_name_or_path, output_dir / ADAPTER_DIR, tokenizer, model_dir)
+        shutil.rmtree(unfinished, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return model_dir
+    try:
+        trainer.save_model(str(adapter_dir if adapters else unfinished))
+        if trainer.is_world_process_zero():
+            if adapters:
+                merge_adapter(config.model_name_or_path, adapter_dir, tokenizer, unfinished)
+            (unfinished / "training_args.bin").unlink(missing_ok=True)  # with this machine's paths; see config.yaml
+            unfinished.rename(output_dir / MODEL_DIR)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the model could not be written to {output_dir} ({error}); make room, and go on from the last checkpoint "
+            "with resume: true"
+        ) from error
+    trainer.accelerator.wait_for_everyone()
+    return output_dir / MODEL_DIR
 
 
 def gather_whole_weights(trainer: Trainer) -> None:
@@ -78,6 +96,18 @@ def merge_adapter(base: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, 
     tokenizer.save_pretrained(model_dir)
 
 
+def refuse_unfinished(run_dir: str | Path) -> None:
+    """Refuse a folder that does not hold all of a finished stage.
+
+    Raises:
+        ValueError: it lacks a file; all that it lacks are named.
+    """
+    needed = (f"{MODEL_DIR}/config.json", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+    missing = [name for name in needed if not Path(run_dir, name).is_file()]
+    if missing:
+        raise ValueError(f"{str(run_dir)!r} holds no finished run: it lacks {', '.join(missing)}")
+
+
 def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = None) -> Path:
     """Write the card of a finished stage's model from the run's records.
 
@@ -93,10 +123,7 @@ def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = 
         ValueError: the folder holds no finished run.
     """
     run_dir = Path(run_dir)
-    needed = (f"{MODEL_DIR}/config.json", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
-    missing = [name for name in needed if not (run_dir / name).is_file()]
-    if missing:
-        raise ValueError(f"{str(run_dir)!r} holds no finished run: it lacks {', '.join(missing)}")
+    refuse_unfinished(run_dir)
     settings = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     report = json.loads((run_dir / REPORT_FILE).read_text(encoding="utf-8"))
     table_file = run_dir / TABLE_FILE
@@ -130,8 +157,7 @@ def base_repository(name_or_path: str) -> str | None:
 
 def _training(settings: dict, run_dir: Path) -> str:
     """One paragraph on the stage, and the losses it recorded."""
-    lines = (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    logged = [json.loads(line) for line in lines]
+    logged = read_metrics(run_dir / METRICS_FILE)
     losses = [(line["step"], line["loss"]) for line in logged if "loss" in line]
     heldout = [line["eval"]["loss"] for line in logged if "eval" in line]
     adapters = f"LoRA adapters of rank {settings['lora_rank']}, merged" if settings["lora_rank"] else "all parameters"

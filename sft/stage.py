@@ -4,7 +4,7 @@ What TRL and transformers do (packing, loss on the assistant's tokens, schedule,
 stand the settings that make it Motif's recipe, the checks before money is spent, and the record of what happened.
 """
 
-import math
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,18 +21,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
-from kernels_hub import KernelChoice, assert_polynorm_runs, polynorm_in_use, use_gda_attention, use_polynorm
+from kernels_hub import KernelChoice, polynorm_in_use, use_gda_attention, use_polynorm
 from kernels_hub.gda import ATTENTIONS
 from modeling_motif2.diagnostics import track_max_logits
 from sft.callbacks import MetricsCallback, QuietProgress
 from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
-from sft.config import SftStageConfig
+from sft.checkpoints import changed_settings, claim_output_dir
+from sft.config import RESUME_RULES, SftStageConfig
 from sft.data import DataReport, load_conversations
-from sft.export import save_final_model
+from sft.export import CONFIG_FILE, METRICS_FILE, REPORT_FILE, save_final_model
+from sft.guards import GuardedSteps
 from trainer.execution import FP8_ALIGNMENT, convert_to_fp8
 from trainer.optim import MuonClipFactory
 
@@ -64,38 +65,8 @@ class SftResult:
     kernel: KernelChoice
 
 
-class StageTrainer(SFTTrainer):
-    """TRL's trainer that stops at the first loss or gradient that is no number, before it reaches the weights.
-
-    Every rank decides by the same reduced number, so that none waits for one that has stopped. In its first micro-step
-    it counts PolyNorm's operators: `kernel` is what ran, and a kernel that did not run is an AssertionError.
-    """
-
-    kernel: KernelChoice | None = None
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        step = super().training_step
-        if self.kernel is None:
-            losses = []
-            self.kernel = assert_polynorm_runs(self.model, lambda: losses.append(step(*args, **kwargs)))
-            loss = losses[0]
-        else:
-            loss = step(*args, **kwargs)
-        self._refuse_non_finite("loss", self.accelerator.reduce(loss.detach(), "sum").item())
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._refuse_non_finite("gradient's norm", norm)  # over all ranks already
-        return norm
-
-    def _refuse_non_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {what} is {value} at update {self.state.global_step + 1}; the weights are as the update "
-                "before left them: lower learning_rate or max_grad_norm, look at the end of metrics.jsonl, and go on "
-                "from the last checkpoint with resume: true"
-            )
+class StageTrainer(GuardedSteps, SFTTrainer):
+    """TRL's trainer, guarded."""
 
 
 def run_stage(config: SftStageConfig) -> SftResult:
@@ -108,25 +79,34 @@ def run_stage(config: SftStageConfig) -> SftResult:
         SftResult: where the model lies and what was measured.
 
     Raises:
-        ValueError: the output folder holds a run, a file or row cannot be used, model and tokenizer do not fit.
+        ValueError: the output folder holds a run, a file, row or task cannot be used, model and tokenizer do not fit,
+            or a continuation's settings or data differ from the run's.
         FloatingPointError: the loss is not finite.
+        CheckpointError: a checkpoint or the model could not be written.
 
     Source: arXiv 2511.07464, section 4.
     """
     output_dir = Path(config.output_dir)
-    checkpoint = _claim_output_dir(config, output_dir)
+    checkpoint, notes = claim_output_dir(output_dir, config.resume)
+    if checkpoint is not None:
+        changed = changed_settings(config, output_dir / CONFIG_FILE, RESUME_RULES)
+        notes = [f"goes on from {checkpoint}", *(f"passed over {line}" for line in notes), *changed]
+    _check_evaluation(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
     train_data, eval_data, report = load_stage_data(config, tokenizer)
+    if checkpoint is not None:
+        _refuse_other_data(report, output_dir / REPORT_FILE)
     model = load_stage_model(config, tokenizer)
-    metrics = MetricsCallback(output_dir / "metrics.jsonl")
+    metrics = MetricsCallback(output_dir / METRICS_FILE)
     trainer = build_trainer(config, model, tokenizer, train_data, eval_data, metrics)
+    trainer.accelerator.wait_for_everyone()  # every rank has compared the files that are now written
     if trainer.is_world_process_zero():
-        config.save(output_dir / "config.yaml")
-        report.save(output_dir / "data_report.json")
-        print(report.summary(), *preview(tokenizer, train_data, config.preview_samples), sep="\n")
+        config.save(output_dir / CONFIG_FILE)
+        report.save(output_dir / REPORT_FILE)
+        print(*notes, report.summary(), *preview(tokenizer, train_data, config.preview_samples), sep="\n")
     if eval_data is not None and checkpoint is None:
         trainer.evaluate()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
     model_dir = save_final_model(trainer, tokenizer, config)
     losses = metrics.losses
@@ -143,25 +123,25 @@ def run_stage(config: SftStageConfig) -> SftResult:
     )
 
 
-def _claim_output_dir(config: SftStageConfig, output_dir: Path) -> str | None:
-    """Refuse a folder with a run in it; the checkpoint to go on from, if the settings ask for it."""
-    if (output_dir / "model").exists():
-        raise ValueError(
-            f"output_dir {config.output_dir!r} holds a finished run; choose another folder, or remove this one"
-        )
-    checkpoints = output_dir / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if config.resume and last is None:
-        raise ValueError(
-            f"resume is set, but {str(checkpoints)!r} holds no checkpoint; set resume: false to start anew"
-        )
-    if not config.resume and (output_dir / "metrics.jsonl").exists():
-        raise ValueError(
-            f"output_dir {config.output_dir!r} holds an unfinished run; set resume: true to go on from its last "
-            "checkpoint, choose another folder, or remove this one"
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return last
+def _check_evaluation(config: SftStageConfig) -> None:
+    """Refuse tasks that could not run after the stage; lm-eval is imported where tasks are named, and only there."""
+    if config.eval_tasks:
+        from sft.evaluation import check_evaluation
+
+        check_evaluation(config)
+
+
+def _refuse_other_data(report: DataReport, path: Path) -> None:
+    """A continuation skips the rows that were trained on by their number: they must be the same rows."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("kept", "tokens", "trained_tokens"):
+        if before[name] != getattr(report, name):
+            raise ValueError(
+                f"the training data is not the run's: {name} is {getattr(report, name)} and was {before[name]}; put "
+                "the files back, or start a new run in another output_dir"
+            )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -322,6 +302,9 @@ def describe_stage(config: SftStageConfig) -> str:
         f"{config.max_length:,} x {config.accumulation_steps(world_size)} micro-steps x {world_size} devices"
     )
     lines.append(_describe_model(config))
+    _check_evaluation(config)
+    if config.eval_tasks:
+        lines.append(f"evaluation before and after: {', '.join(config.eval_tasks)}")
     missing = [file for file in (*config.train_files, *config.eval_files) if not Path(file).is_file()]
     if missing:
         lines.append(f"not on this machine, data not read: {', '.join(missing)}")

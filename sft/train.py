@@ -3,9 +3,11 @@
 import logging
 
 from accelerate import PartialState
+from accelerate.utils import release_memory
 
 from sft.config import SftStageConfig
 from trainer.cli import parse_recipe
+from trainer.errors import CheckpointError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,9 +28,10 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_stage(config))
             return
         result = run_stage(config)
+        release_memory()  # of the trained model, before others are loaded
         if PartialState().is_main_process:
             finish(config)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, CheckpointError) as error:
         raise SystemExit(f"motif2-sft: {error}") from error
     print(
         f"{result.steps} updates, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "

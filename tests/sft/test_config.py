@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
+from transformers import get_scheduler
 
-from sft.config import SftStageConfig
+from sft.config import LR_SCHEDULERS, SftStageConfig
 from trainer.cli import parse_recipe
 
 NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl"]}
@@ -22,6 +24,12 @@ NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl
         ({"warmup_ratio": 1.0}, "warmup_ratio is 1.0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
+        ({"num_epochs": float("nan"), "max_steps": 3}, "num_epochs is nan; use a finite number"),
+        ({"num_epochs": float("inf")}, "num_epochs is inf; use a finite number"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler is 'cosin'; use one of cosine, linear"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy is 'wrapped'; use one of bfd, bfd_split"),
+        ({"report_to": "wandbb"}, "report_to is 'wandbb', no tracker that is installed here"),
+        ({"eval_steps": 5}, "eval_steps is 5 and eval_files is empty; name files"),
         ({"per_device_batch_size": 0}, "per_device_batch_size is 0"),
         ({"lora_rank": 8}, "set optimizer: adamw"),
         ({"fp8": "tensorwise"}, "fp8 is 'tensorwise'; use one of none, rowwise"),
@@ -32,6 +40,13 @@ NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl
 def test_bad_values_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         SftStageConfig(**(NEEDED | settings))
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_schedule_that_is_offered_can_be_made(name):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+    assert schedule.base_lrs == [1.0], "a continuation sets the peak anew"
 
 
 def test_batch_in_tokens_becomes_micro_steps():

@@ -253,7 +253,7 @@ def test_folder_of_a_finished_run_is_refused(settings, tmp_path):
 
 
 def test_resume_without_checkpoint_is_refused(settings):
-    with pytest.raises(ValueError, match="holds no checkpoint; set resume: false"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint; set resume: false"):
         run_stage(settings(resume=True))
 
 
