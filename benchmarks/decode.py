@@ -1,6 +1,6 @@
 """Decoding and prefill on one GPU: our kernel's step beside SDPA, Motif-2 beside Llama and DiffLlama, and the 12.7B.
 
-    python benchmarks/decode.py [--sections check,kernel,models,full_size] [--output DIR] [--tiny]
+    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size] [--output DIR] [--tiny]
 
 Steps run from a static cache as a captured CUDA graph. "share" is that of a copy's bandwidth in the same run, by the
 bytes a step must read: the cache (keys of both maps and values, once) and, for models, the weights but the embedding.
@@ -144,41 +144,94 @@ class Suite:
         note = f"{batch / value * 1e3:.0f} tokens/s"
         self.report.add(section, name, shape, "step", value, "ms", share=share, peak_gib=peak, note=note, **times)
 
-    def decode_steps(self, section: str, name: str, model, batch: int, context: int, compiled: bool = False) -> None:
-        """Times a model's step from a filled cache; what is too large for the GPU is left out."""
+    def one_step(self, model, batch: int, context: int) -> tuple[Callable, int]:
+        """A model's step from a filled cache, and the bytes of weights and cache that it must read."""
         length = context + 10 * self.new_tokens
-        config = model.config
-        per_token = 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize * config.num_hidden_layers
-        cache_bytes = batch * length * per_token
+        cache = filled_cache(model, batch, context, length, self.device)
+        ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
+        positions = torch.full((batch, 1), context, device=self.device)
+        mask = None
+        if model.config._attn_implementation == "eager":
+            # transformers makes eager's own mask by way of a tensor on the host, which no graph can capture.
+            seen = torch.arange(length, device=self.device) <= context
+            mask = torch.zeros(batch, 1, 1, length, device=self.device, dtype=self.dtype)
+            mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
+
+        def step():
+            arguments = {"past_key_values": cache, "position_ids": positions, "attention_mask": mask}
+            return model(ids, **arguments, use_cache=True).logits
+
+        return step, parameters_read(model) + batch * context * self.cache_bytes(model.config)
+
+    def cache_bytes(self, config) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize * config.num_hidden_layers
+
+    def compiled(self, step: Callable) -> Callable:
+        """The step as one graph of Inductor's."""
+        torch._dynamo.reset()
+        return torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+
+    def decode_steps(self, section: str, name: str, model, batch: int, context: int, compiled: bool = False) -> None:
+        """Times a model's step; what is too large for the GPU, or fails, is left out."""
+        shape = f"B{batch} S{context}"
+        cache_bytes = batch * (context + 10 * self.new_tokens) * self.cache_bytes(model.config)
         if cache_bytes > CACHE_BYTES:
-            print(f"{section} {name} B{batch} S{context}: left out, the cache alone is {cache_bytes / 2**30:.0f} GiB")
+            print(f"{section} {name} {shape}: left out, the cache alone is {cache_bytes / 2**30:.0f} GiB")
             return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            cache = filled_cache(model, batch, context, length, self.device)
-            ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
-            positions = torch.full((batch, 1), context, device=self.device)
-            mask = None
-            if config._attn_implementation == "eager":
-                # transformers makes eager's own mask by way of a tensor on the host, which no graph can capture.
-                seen = torch.arange(length, device=self.device) <= context
-                mask = torch.zeros(batch, 1, 1, length, device=self.device, dtype=self.dtype)
-                mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
+        try:
+            with torch.no_grad():
+                step, read = self.one_step(model, batch, context)
+                if compiled:
+                    name, step = f"{name} compiled", self.compiled(step)
+                self.step(section, name, shape, step, read, batch)
+        except Exception as error:
+            print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
 
-            def step():
-                arguments = {"past_key_values": cache, "position_ids": positions, "attention_mask": mask}
-                return model(ids, **arguments, use_cache=True).logits
+    def profile(self) -> None:
+        """Kernels that one step launches, and how long each kind runs: batch 1, the shortest context."""
+        for name, make in self.makers().items():
+            if name not in COMPILED:
+                continue
+            model = self.made(name, make)
+            with torch.no_grad():
+                step, _ = self.one_step(model, 1, self.contexts[0])
+                for suffix, function in (("", step), (" compiled", self.compiled(step))):
+                    for _ in range(3):
+                        function()
+                    with torch.profiler.profile() as profiler:
+                        function()
+                        if self.device.type == "cuda":
+                            torch.cuda.synchronize()
+                    self.report_kernels(name + suffix, profiler)
 
-            if compiled:
-                name += " compiled"
-                step = torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
-            read = parameters_read(model) + batch * context * per_token
-            self.step(section, name, f"B{batch} S{context}", step, read, batch)
+    def report_kernels(self, name: str, profiler) -> None:
+        """Adds the number and time of a profile's kernels, and prints those that took longest."""
+        on_device = torch.autograd.DeviceType.CUDA if self.device.type == "cuda" else torch.autograd.DeviceType.CPU
+        kernels = [event for event in profiler.key_averages() if event.device_type == on_device]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e3
+        self.report.add("profile", name, "B1", "step", sum(event.count for event in kernels), "kernels")
+        self.report.add("profile", name, "B1", "step", busy, "ms", note="sum of the kernels' own times")
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]:
+            print(f"    {event.self_device_time_total / 1e3:8.3f} ms  {event.count:5d} x {event.key[:110]}")
 
     def models(self) -> None:
         """Tokens a second of models of one size: Motif-2 by attention, Llama and DiffLlama with SDPA."""
+        for name, make in self.makers().items():
+            model = self.made(name, make)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            self.report.add("models", name, "", "size", parameters / 1e9, "B parameters")
+            cases = [(*each, False) for each in itertools.product(self.batches, self.contexts)]
+            cases += [(1, self.contexts[0], True)] if name in COMPILED else []
+            for batch, context, compiled in cases:
+                self.decode_steps("models", name, model, batch, context, compiled)
+            del model
+
+    def makers(self) -> dict[str, Callable]:
+        """Models of one size, by name and attention."""
         sizes = TINY if self.tiny else SIZES
         dim, groups = (8, 2) if self.tiny else (128, 4)
         common = {**sizes, "max_position_embeddings": 65536, "tie_word_embeddings": False}
@@ -187,30 +240,20 @@ class Suite:
             **common, num_attention_heads=5 * groups, num_key_value_heads=2 * groups, num_noise_heads=groups
         )
         heads = {"num_attention_heads": 4 * groups, "num_key_value_heads": 2 * groups}
-        makers = {
+        return {
             "llama sdpa": lambda: LlamaForCausalLM(LlamaConfig(**common, **heads)),
             "diffllama sdpa": lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**common, **heads)),
             "motif2 sdpa": lambda: Motif2ForCausalLM(motif),
             "motif2 eager": lambda: Motif2ForCausalLM(motif),
             "motif2 gda_kernel": lambda: Motif2ForCausalLM(motif),
         }
-        for name, make in makers.items():
-            with self.device:
-                model = make().to(self.dtype).eval()
-            self.prepare(model, name.split()[-1])
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            self.report.add("models", name, "", "size", parameters / 1e9, "B parameters")
-            for batch, context in itertools.product(self.batches, self.contexts):
-                try:
-                    self.decode_steps("models", name, model, batch, context)
-                except Exception as error:
-                    print(f"models {name} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
-            if name in COMPILED:
-                try:
-                    self.decode_steps("models", name, model, 1, self.contexts[0], compiled=True)
-                except Exception as error:
-                    print(f"models {name} compiled: {type(error).__name__}: {str(error)[:200]}")
-            del model
+
+    def made(self, name: str, make: Callable):
+        """One of those, ready."""
+        with self.device:
+            model = make().to(self.dtype).eval()
+        self.prepare(model, name.split()[-1])
+        return model
 
     def prepare(self, model, attention: str) -> None:
         """Sets a model's attention and, for Motif-2, its kernels."""
@@ -243,15 +286,9 @@ class Suite:
                 except Exception as error:
                     print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
             for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), self.contexts[:2]):
-                try:
-                    self.decode_steps("full_size", attention, model, batch, context)
-                except Exception as error:
-                    print(f"full_size {attention} B{batch} S{context}: {type(error).__name__}: {str(error)[:200]}")
-        for context in self.contexts[:1]:
-            try:
-                self.decode_steps("full_size", "gda_kernel", model, 1, context, compiled=True)
-            except Exception as error:
-                print(f"full_size compiled S{context}: {type(error).__name__}: {str(error)[:200]}")
+                self.decode_steps("full_size", attention, model, batch, context)
+        for context in self.contexts[:2]:
+            self.decode_steps("full_size", "gda_kernel", model, 1, context, compiled=True)
 
     def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
         """Tokens a second of a prompt without a cache, logits of the last token only."""
@@ -276,7 +313,7 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,kernel,models,full_size")
+    parser.add_argument("--sections", default="check,kernel,profile,models,full_size")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
@@ -286,7 +323,7 @@ def main() -> int:
     report = Report(options.output / ("decode_tiny.csv" if options.tiny else "decode.csv"), device)
     suite = Suite(report, device, options.tiny)
     sections = {"check": suite.check, "kernel": suite.time_kernel}
-    sections |= {"models": suite.models, "full_size": suite.full_size}
+    sections |= {"profile": suite.profile, "models": suite.models, "full_size": suite.full_size}
     for name in options.sections.split(","):
         if not report.section(name, sections[name]) and name == "check":
             break  # nothing is timed on a red check

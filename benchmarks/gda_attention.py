@@ -2,7 +2,8 @@
 
     python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--output DIR] [--tiny]
 
-Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor;
+Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor,
+which a way marked "compiled" leaves to torch.compile;
 "share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
 A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
@@ -44,7 +45,7 @@ def ours(kernel) -> Callable:
     return attend
 
 
-def library(backend: SDPBackend | None, wide: bool) -> Callable:
+def library(backend: SDPBackend | None, wide: bool, finish: Callable = epilogue) -> Callable:
     """Signal and noise maps by SDPA on the same inputs: four calls, or two with the value in one piece."""
 
     def attend(inputs, first=None, last=None):
@@ -71,7 +72,23 @@ def library(backend: SDPBackend | None, wide: bool) -> Callable:
                     pieces.append(piece.transpose(1, 2))
                 outputs.append(torch.cat(pieces, dim=-1))  # (B, T, heads, 2D)
         signal, noise = outputs[0].unflatten(2, (groups, ratio)), outputs[1][:, :, :, None]
-        return epilogue(signal, noise, lambda_, weight)
+        return finish(signal, noise, lambda_, weight)
+
+    return attend
+
+
+def flash4(flash_attn_func: Callable, finish: Callable) -> Callable:
+    """Four calls of FlashAttention-4, in causal order."""
+
+    def attend(inputs):
+        signal_query, noise_query, key, value, lambda_, weight = inputs
+        outputs = []
+        for query, half in ((signal_query.flatten(2, 3), 0), (noise_query, 1)):
+            pieces = [flash_attn_func(query, key[:, :, :, half], part, causal=True) for part in value.unbind(3)]
+            pieces = [piece[0] if isinstance(piece, tuple) else piece for piece in pieces]
+            outputs.append(torch.cat(pieces, dim=-1))  # (B, T, heads, 2D)
+        signal, noise = outputs[0].unflatten(2, signal_query.shape[2:4]), outputs[1][:, :, :, None]
+        return finish(signal, noise, lambda_, weight)
 
     return attend
 
@@ -111,9 +128,18 @@ def ways(kernel, device: torch.device) -> dict[str, Callable]:
     """Everything that is compared, by name."""
     found = {"ours": ours(kernel), "sdpa": library(None, False)}
     if device.type == "cuda":
+        compiled = torch.compile(epilogue, dynamic=False)
         found["sdpa flash x4"] = library(SDPBackend.FLASH_ATTENTION, False)
         found["sdpa cudnn x4"] = library(SDPBackend.CUDNN_ATTENTION, False)
+        found["sdpa cudnn x4, compiled"] = library(SDPBackend.CUDNN_ATTENTION, False, compiled)
         found["sdpa cudnn wide x2"] = library(SDPBackend.CUDNN_ATTENTION, True)
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError as error:
+            print(f"without flash-attn-4: {error}")
+        else:
+            found["flash-attn-4 x4"] = flash4(flash_attn_func, epilogue)
+            found["flash-attn-4 x4, compiled"] = flash4(flash_attn_func, compiled)
     found["flex x4"] = flexible(device)
     return found
 
@@ -131,12 +157,19 @@ SWEEP = (
 )  # fmt: skip
 
 
+def with_tile(launch, plan, kernel: str, tile):
+    """The plan with another tile; the blocks of maps are those of the products too."""
+    plan = plan._replace(**{kernel: tile})
+    edge = plan.maps.queries
+    return plan._replace(products=plan.products._replace(keys=edge, queries=min(edge, plan.products.queries)))
+
+
 def compile_tiles(kernel: str, tile: tuple[int, int, int, int]) -> None:
     """Compiles one variant into Triton's cache on disk; a variant that does not fit is met again by the sweep."""
     launch = load_kernel().ops.launch
     inputs = make_inputs(1, 256, 256, GROUPS, RATIO, DIM, torch.bfloat16, torch.device("cuda"), False)
     shipped = launch.plan(DIM, 2, inputs[2].device)
-    plan = shipped._replace(**{kernel: launch.Tiles(*tile)})
+    plan = with_tile(launch, shipped, kernel, launch.Tiles(*tile))
     options = (None, None, DIM**-0.5, EPS, OUT_SCALE)
     with contextlib.suppress(Exception):
         out, raw, lse, _ = launch.forward(*inputs, *options, True, tiles=plan.forward)
@@ -249,7 +282,7 @@ class Suite:
                 print(f"{name} packed: {type(error).__name__}: {str(error)[:200]}")
 
     def sweep(self) -> None:
-        """Tiles of the three kernels at the first size, each with the others as shipped."""
+        """Tiles of the forward and of the backward's maps at the first size, each with the others as shipped."""
         launch = self.kernel.ops.launch
         if launch is None or (self.device.type == "cpu" and not launch.INTERPRETED):
             print("no sweep: outside a GPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)")
@@ -262,12 +295,12 @@ class Suite:
         out, raw, lse, _ = launch.forward(*inputs, *options, True)
         dout = torch.randn_like(out)
         tiles = [launch.Tiles(*each) for each in SWEEP] if not self.tiny else [shipped.forward]
-        jobs = list(itertools.product(("forward", "key_value", "query"), SWEEP))
+        jobs = list(itertools.product(("forward", "maps"), SWEEP))
         if self.device.type == "cuda":
             with ProcessPoolExecutor(min(12, os.cpu_count()), mp_context=get_context("spawn")) as pool:
                 list(pool.map(compile_tiles, *zip(*jobs, strict=True)))
-        for kernel, tile in itertools.product(("forward", "key_value", "query"), tiles):
-            plan = shipped._replace(**{kernel: tile})
+        for kernel, tile in itertools.product(("forward", "maps"), tiles):
+            plan = with_tile(launch, shipped, kernel, tile)
 
             def call(_, kernel=kernel, plan=plan):
                 if kernel == "forward":
@@ -333,6 +366,7 @@ def main() -> int:
     if device.type == "cpu" and not options.tiny:
         parser.error("there is no GPU: use --tiny to try the script")
     torch._functorch.config.donated_buffer = False  # one graph's backward is timed again and again
+    torch._dynamo.config.recompile_limit = 64  # FlexAttention runs uncompiled beyond it
     report = Report(options.output / ("gda_attention_tiny.csv" if options.tiny else "gda_attention.csv"), device)
     suite = Suite(report, device, options.tiny)
     sections = {"check": suite.check, "operator": suite.operator, "packed": suite.packs}

@@ -26,12 +26,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .visible_intervals import boolean_mask, causal_block_mask, is_intervals, visible_intervals
 
 CHOOSERS = ("gda_fastest", "gda_kernel")
 ROUNDS, WARM_UP = 5, 2
+FLEX_SIZES = 64  # sizes that FlexAttention is compiled for before it runs uncompiled (assumption)
 # Largest relative difference from SDPA's result (assumption: four times what rounding to bfloat16 gives).
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -53,7 +54,9 @@ class Way:
     sdpa: SDPBackend | None = None
 
     def context(self) -> contextlib.AbstractContextManager:
-        """Returns what holds SDPA to its kernel."""
+        """Returns what holds SDPA to its kernel, and keeps FlexAttention compiled for many sizes."""
+        if self.backend == "flex_attention":
+            return torch._dynamo.config.patch(recompile_limit=FLEX_SIZES)
         return contextlib.nullcontext() if self.sdpa is None else sdpa_kernel(self.sdpa)
 
     def stream(self, module: nn.Module) -> nn.Module:
@@ -85,6 +88,7 @@ WAYS = {
         Way("flex_attention", "flex_attention"),
         Way("flash_attention_2", "flash_attention_2"),
         Way("flash_attention_3", "flash_attention_3"),
+        Way("flash_attention_4", "flash_attention_4"),
         KERNEL,
     )
 }
@@ -207,6 +211,8 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
             ways.append(WAYS["flash_attention_2"])
         if mask is None and is_flash_attn_3_available():
             ways.append(WAYS["flash_attention_3"])
+        if mask is None and is_flash_attn_4_available():
+            ways.append(WAYS["flash_attention_4"])
     if query.device.type == "cuda" and kind == "causal" and query.shape[2] > 1 and not torch.compiler.is_compiling():
         ways.append(WAYS["flex_attention"])
     kernel, groups = attention.kernel, key.shape[1]
