@@ -21,6 +21,8 @@ FREE_SETTINGS = frozenset(
         "data_dir",
         "tokenizer",
         "polynorm",
+        "attn_implementation",
+        "muon_chunk_size",
         "verify_checksums",
         "micro_batch_tokens",
         "gradient_checkpointing",
