@@ -216,25 +216,3 @@ def update_output_norms(
         attention.output_norms = attention.output_norms.to(sums.device)
     _own_groups(attention, attention.output_norms[:-1], len(sums)).add_(sums)
     attention.output_norms[-1:].add_(counted.sum())
-
-
-def visible_positions(mask: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """Returns which keys each query sees, (B or 1, 1, T, S) boolean, leaving out padding queries.
-
-    Args:
-        mask: (B or 1, 1, T, S) boolean (True: visible), or added to the logits.
-        padding_mask: (B, S) with 0 on padding, or None; its last T columns belong to the queries.
-
-    Raises:
-        ValueError: if the mask is not a tensor.
-    """
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise ValueError(
-            f"attention cannot be recorded through a prepared {type(mask).__name__}: give a (batch, tokens) mask, "
-            "or use attn_implementation='sdpa' while recording."
-        )
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    if padding_mask is not None and padding_mask.ndim == 2:
-        mask = mask & padding_mask[:, None, -mask.shape[2] :, None].bool()
-    return mask

@@ -6,7 +6,6 @@ heads, D head dimension. A group owns r signal queries, 1 noise query, 2 keys an
 Source: arXiv 2511.07464 (Motif-2-12.7B), 2510.06949 (grouped differential attention), 2411.03884 (PolyNorm).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,12 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -39,10 +33,18 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_choice import KERNEL, Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
-from .diagnostics import raise_max_logits, update_max_logits, update_output_norms, visible_positions
+from .diagnostics import raise_max_logits, update_max_logits, update_output_norms
 from .gradient_layout import keep_gradient_layout
 from .hub import Motif2HubMixin
-from .visible_intervals import boolean_mask, is_intervals
+from .masks import (
+    CacheWithFixedOffset,
+    attention_masks,
+    document_index,
+    packed_lengths,
+    positions_from_cumulative_lengths,
+    takes_lengths,
+    visible_positions,
+)
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
@@ -554,30 +556,6 @@ class Motif2PreTrainedModel(Motif2HubMixin, PreTrainedModel):
             init.zeros_(module.bias)
 
 
-def positions_from_cumulative_lengths(cumulative_lengths: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Returns position_ids (1, T) that restart at every document of a packed row; lengths are (documents + 1,)."""
-    index = torch.arange(tokens, device=cumulative_lengths.device)
-    document = torch.searchsorted(cumulative_lengths, index, right=True) - 1
-    return (index - cumulative_lengths[document])[None]
-
-
-class CacheWithFixedOffset:
-    """A cache whose query offset stays put while the layers advance it.
-
-    A static cache counts its tokens in a tensor, which FlexAttention's mask would read only after that was advanced.
-    """
-
-    def __init__(self, cache: Cache):
-        self._cache = cache
-
-    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:
-        offset = self._cache.get_query_offset(layer_idx)
-        return offset.clone() if isinstance(offset, torch.Tensor) else offset
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
 class Motif2Model(Motif2PreTrainedModel):
     """The decoder without a head."""
 
@@ -607,34 +585,38 @@ class Motif2Model(Motif2PreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; exactly one of it and `inputs_embeds`.
-            attention_mask: (B, S) with 0 on padding, or a prepared 4-dimensional mask (B or 1, 1, T, S), or a
-                dictionary of those by layer type, or None.
+            attention_mask: (B, S) with 0 on padding; or a prepared mask (B or 1, 1, T, S), boolean (True: visible) or
+                added to the logits, which is used as it is; or a dictionary by layer type, in the backend's own form;
+                or None.
             position_ids: (B, T); where they restart, a new packed document begins. Default: from the cache's length.
             past_key_values: keys and values of earlier tokens.
             inputs_embeds: (B, T, C).
             use_cache: whether to return `past_key_values`.
-            **kwargs: `output_attentions`, `output_hidden_states`, `cu_seq_lens_q` …, passed on to attention.
+            **kwargs: `output_attentions`, `output_hidden_states` …, passed on to attention; `cu_seq_lens_q`, the
+                borders of the documents of one packed row, (documents + 1,) from 0 to T.
 
         Returns:
             `last_hidden_state` (B, T, C) after the final norm, and the cache.
 
         Raises:
-            ValueError: if neither or both inputs are given, or the attention backend cannot do what is asked.
+            ValueError: if neither or both inputs are given, packed documents do not fit the row or the cache, or the
+                attention backend cannot do what is asked.
         """
         self._check_backend(attention_mask, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # A cache made here is empty, so the mask does not need it; packed documents are only recognised without one.
-        cache_of_mask = past_key_values
+        mask_arguments = (self.config, inputs_embeds, attention_mask, past_key_values)
+        documents = document_index(*mask_arguments, position_ids, kwargs)
+        masks = attention_masks(*mask_arguments, documents)
+        visible = visible_positions(*mask_arguments, documents) if self._is_recording() else {}
+        if documents is not None and takes_lengths(self.config):
+            kwargs |= packed_lengths(documents, attention_mask, past_key_values)
+        if position_ids is None:
+            position_ids = self._default_positions(inputs_embeds, past_key_values, kwargs.get("cu_seq_lens_q"))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = self._default_positions(inputs_embeds, cache_of_mask, kwargs.get("cu_seq_lens_q"))
-        mask_arguments = (inputs_embeds, attention_mask, cache_of_mask, position_ids)
-        masks = self._masks(self.config, *mask_arguments)
-        visible = self._visible(*mask_arguments)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -666,62 +648,27 @@ class Motif2Model(Motif2PreTrainedModel):
                 f"output_attentions needs every probability, which attn_implementation={name!r} does not return: load "
                 'the model with attn_implementation="eager".'
             )
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] != 1:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 2:
+            return
+        if attention_mask.ndim != 4:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, tokens) with 0 on padding, or "
+                "(batch, 1, queries, keys)."
+            )
+        if takes_lengths(self.config):
+            raise ValueError(
+                f"attn_implementation={name!r} takes no mask of queries by keys: give (batch, tokens) with 0 on "
+                "padding and position_ids that restart with every document, or use sdpa."
+            )
+        if attention_mask.shape[1] != 1:
             raise ValueError(
                 f"attention_mask has {attention_mask.shape[1]} heads: signal and noise heads share one mask, so give "
                 "(batch, 1, queries, keys)."
             )
 
-    def _masks(
-        self,
-        config: Motif2Config,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Returns one mask by layer type, in the form of the backend that `config` names."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        if past_key_values is not None and config._attn_implementation == "flex_attention":
-            past_key_values = CacheWithFixedOffset(past_key_values)
-        builders = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return {
-            layer_type: builders[layer_type](
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for layer_type in dict.fromkeys(config.layer_types)
-        }
-
-    def _visible(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Returns what each query sees by layer type, whatever the backend; empty while no diagnostic is on."""
-        modules = [layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer)]
-        if all(module.max_logits is None and module.output_norms is None for module in modules):
-            return {}
-        if isinstance(attention_mask, dict):  # prepared by `generate` or a trainer; None stands for no padding
-            given = {
-                layer_type: boolean_mask(mask, mask.shape[-1]) if is_intervals(mask) else mask
-                for layer_type, mask in attention_mask.items()
-            }
-            if any(mask is not None for mask in given.values()):
-                return {layer_type: visible_positions(mask, None) for layer_type, mask in given.items()}
-            if past_key_values is None and set(given) == {"full_attention"}:
-                return {}  # plain causal order
-            attention_mask = None
-        eager = copy.copy(self.config)
-        eager._attn_implementation = "eager"
-        masks = self._masks(eager, inputs_embeds, attention_mask, past_key_values, position_ids)
-        return {layer_type: visible_positions(mask, attention_mask) for layer_type, mask in masks.items()}
+    def _is_recording(self) -> bool:
+        modules = (layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer))
+        return any(module.max_logits is not None or module.output_norms is not None for module in modules)
 
     @staticmethod
     def _default_positions(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.integrations import flash_attention
 from transformers.masking_utils import sdpa_mask
 
+from tests.modeling_motif2 import flash_kernel
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 
@@ -17,31 +17,10 @@ FLOAT64_TOLERANCE = 2e-6
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
 
-def plain_flash(query, key, value, attention_mask, query_length, is_causal, softmax_scale=None, **kwargs):
-    """flash-attention's contract in plain PyTorch: (B, T, heads, D) in and out, unpadded or packed rows, one width."""
-    if query.shape[-1] != value.shape[-1]:
-        raise AssertionError("flash attention needs values as wide as keys")
-    batch, tokens, heads = query.shape[:3]
-    length = key.shape[1]
-    key, value = (states.repeat_interleave(heads // key.shape[2], dim=2) for states in (key, value))
-    index = torch.arange(length)
-    seen = (index[None, :] <= index[-tokens:, None])[None].expand(batch, -1, -1)
-    if kwargs.get("sliding_window"):
-        seen = seen & (index[None, :] > index[-tokens:, None] - kwargs["sliding_window"])[None]
-    if attention_mask is not None:
-        seen = seen & attention_mask[:, None, :].bool()
-    elif tokens == length:
-        document = (kwargs["position_ids"].diff(prepend=kwargs["position_ids"][:, :1] - 1) != 1).cumsum(-1)
-        seen = seen & (document[:, :, None] == document[:, None, :])
-    logits = torch.einsum("bthd,bshd->bhts", query, key) * softmax_scale
-    weights = logits.masked_fill(~seen[:, None], -1e4).softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weights, value)
-
-
 @pytest.fixture(autouse=True)
 def _plain_backends(monkeypatch):
-    """FlexAttention runs without compiling, flash attention through `plain_flash`: the rest of their path is real."""
-    monkeypatch.setattr(flash_attention, "_flash_attention_forward", plain_flash)
+    """FlexAttention runs without compiling, flash attention on a plain kernel: the rest of their path is real."""
+    flash_kernel.install(monkeypatch)
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -99,11 +78,8 @@ def test_masks_are_right(backend, layout, window):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize(
-    ("backend", "kind"),
-    # Flash attention and a static cache: the backend cuts the cache by itself, which `plain_flash` does not imitate.
-    [(backend, "dynamic") for backend in BACKENDS] + [(backend, "static") for backend in BACKENDS[:3]],
-)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_caches_of_every_kind_continue_rightly(backend, kind, window):
     overrides = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
     model = small_model(attention=backend, dtype=torch.float64, ratio=3, **overrides)
@@ -120,26 +96,34 @@ def test_caches_of_every_kind_continue_rightly(backend, kind, window):
         assert relative_error(logits[index], reference_logits(model, row)) < FLOAT64_TOLERANCE
 
 
-def test_packed_rows_stay_apart_with_a_cache_asked_for():
-    model = small_model(attention="sdpa", dtype=torch.float64)
-    first, second = random_ids(1, 6)[0], random_ids(1, 9, seed=1)[0]
-    position_ids = torch.cat([torch.arange(6), torch.arange(9)])[None]
+@pytest.mark.parametrize("kind", ["bool", "long", "float64"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("backend", [*BACKENDS, "gda_kernel"])
+def test_a_four_dimensional_mask_is_used_as_it_is(backend, rows, kind):
+    model = small_model(attention=backend, dtype=torch.float64)
+    ids = random_ids(2, 8)
+    mask = torch.ones(rows, 1, 8, 8, dtype=torch.bool).tril()
+    mask[..., 0] = torch.arange(8) == 0
+    if kind == "float64":
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+    mask = mask.to(getattr(torch, kind))
+    if backend.startswith("flash"):
+        with pytest.raises(ValueError, match="flash_attention_2' takes no mask of queries by keys"):
+            model(ids, attention_mask=mask)
+        return
     with torch.no_grad():
-        logits = model(torch.cat([first, second])[None], position_ids=position_ids, use_cache=True).logits[0]
-    assert relative_error(logits[6:], reference_logits(model, second)) < FLOAT64_TOLERANCE
-
-
-def test_a_four_dimensional_mask_is_used_as_it_is():
-    model = small_model(attention="sdpa", dtype=torch.float64)
-    ids = random_ids(1, 8)
-    mask = torch.ones(8, 8, dtype=torch.bool).tril()
-    mask[:, 0] = torch.arange(8) == 0
-    with torch.no_grad():
-        hidden = model(ids, attention_mask=mask[None, None]).logits[0, 1:]
-        without = model(ids[:, 1:], position_ids=torch.arange(1, 8)[None]).logits[0]
+        hidden = model(ids, attention_mask=mask).logits[:, 1:]
+        without = model(ids[:, 1:], position_ids=torch.arange(1, 8)[None]).logits
     torch.testing.assert_close(hidden, without)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    model = small_model()
+    ids = random_ids(1, 8)
     with pytest.raises(ValueError, match="has 6 heads: signal and noise heads share one mask"):
-        model(ids, attention_mask=mask[None, None].expand(1, 6, 8, 8))
+        model(ids, attention_mask=torch.ones(1, 6, 8, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"has shape \(1, 8, 8\): give \(batch, tokens\)"):
+        model(ids, attention_mask=torch.ones(1, 8, 8))
 
 
 def test_attentions_are_the_differential_map():
