@@ -211,8 +211,8 @@ def products_kernel(
         runs_ptr += row * tl.where(interval_stride > 0, 2 * blocks_of_keys, 0) + tile
         start = tl.load(runs_ptr)
         end = tl.load(runs_ptr + blocks_of_keys)
+    end = tl.where(end > start, tl.minimum(tl.cdiv(end, EDGE), first_block + blocks_here), 0)
     start = tl.maximum(start // EDGE, first_block)
-    end = tl.where(end > start * EDGE, tl.minimum(tl.cdiv(end, EDGE), first_block + blocks_here), start)
     steps = tl.maximum(end - start, 0) * (EDGE // BLOCK_M)
 
     draw_token = num_groups * HEADS * 2 * DIM
