@@ -4,6 +4,7 @@
 an answer and the wrong answers that DPO learns to avoid are made here.
 """
 
+import math
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,20 +12,28 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
 from kernels_hub import use_polynorm
 from sft.callbacks import MetricsCallback
 from sft.chat import set_stop_tokens
+from sft.checkpoints import ResumeRules, changed_settings, claim_output_dir
 from sft.config import KERNEL_SOURCES
+from sft.export import CONFIG_FILE, METRICS_FILE, save_final_model
+from sft.guards import GuardedSteps
 from sft.stage import load_tokenizer
 from trainer.cli import parse_recipe
 from trainer.data.arithmetic import Problem, generate_problems
+from trainer.errors import CheckpointError
 from trainer.optim import MuonClipFactory
 
 METHODS = ("dpo", "grpo")
+RESUME_RULES = ResumeRules(
+    applied=frozenset({"learning_rate", "beta"}),
+    free=frozenset({"output_dir", "resume", "dry_run", "save_steps", "kernels", "use_cpu"}),
+)
 
 
 @dataclass
@@ -49,6 +58,8 @@ class ReinforceConfig:
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
     use_cpu: bool = field(default=False, metadata={"help": "train on the CPU although an accelerator is there"})
     seed: int = field(default=0, metadata={"help": "seed of problems and sampling"})
+    save_steps: int = field(default=0, metadata={"help": "updates between checkpoints; two are kept; 0: none"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest complete checkpoint in output_dir"})
     dry_run: bool = field(default=False, metadata={"help": "print the settings and a first example, and exit"})
 
     def __post_init__(self):
@@ -62,7 +73,9 @@ class ReinforceConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.kernels not in KERNEL_SOURCES:
             raise ValueError(f"kernels is {self.kernels!r}; use one of {', '.join(KERNEL_SOURCES)}")
-        if not self.learning_rate > 0 or not self.beta >= 0:
+        if self.save_steps < 0:
+            raise ValueError(f"save_steps is {self.save_steps}; use 0 or more")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.beta < math.inf:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and beta {self.beta}; use a rate above 0, and 0 or more"
             )
@@ -71,6 +84,14 @@ class ReinforceConfig:
                 f"num_generations is {self.num_generations} and batch_size {self.batch_size}; use 2 or more that "
                 "divide batch_size"
             )
+
+
+class PreferenceTrainer(GuardedSteps, DPOTrainer):
+    """TRL's DPO, guarded."""
+
+
+class RewardTrainer(GuardedSteps, GRPOTrainer):
+    """TRL's GRPO, guarded."""
 
 
 def answer_reward(completions: list[list[dict]], answer: list[int], **kwargs) -> list[float]:
@@ -108,13 +129,30 @@ def run_reinforce(config: ReinforceConfig) -> Path:
     """Train as the settings say; returns the folder of the model.
 
     Raises:
-        ValueError: the output folder holds a finished run, or the model has no tokenizer with Motif's markup.
+        ValueError: the output folder holds a run, a continuation's settings differ from the run's, or the model has no
+            tokenizer with Motif's markup.
+        FloatingPointError: a loss or gradient is no number.
+        CheckpointError: a checkpoint or the model could not be written.
     """
     output_dir = Path(config.output_dir)
-    if (output_dir / "model").exists():
-        raise ValueError(f"output_dir {config.output_dir!r} holds a finished run; choose another folder, or remove it")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint, notes = claim_output_dir(output_dir, config.resume)
+    if checkpoint is not None:
+        changed = changed_settings(config, output_dir / CONFIG_FILE, RESUME_RULES)
+        notes = [f"goes on from {checkpoint}", *(f"passed over {line}" for line in notes), *changed]
     tokenizer = load_tokenizer(config.model_name_or_path)
+    trainer = build_reinforce_trainer(config, tokenizer)
+    trainer.accelerator.wait_for_everyone()  # every rank has compared the file that is now written
+    if trainer.is_world_process_zero():
+        (output_dir / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        print(*notes, sep="\n")
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return save_final_model(trainer, tokenizer, config)
+
+
+def build_reinforce_trainer(
+    config: ReinforceConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreferenceTrainer | RewardTrainer:
+    """TRL's trainer of the method, on arithmetic, with MuonClip and the kernels."""
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
     set_stop_tokens(model, tokenizer)
     use_polynorm(model, source=config.kernels, training=True)
@@ -122,10 +160,10 @@ def run_reinforce(config: ReinforceConfig) -> Path:
     common = {
         "model": model,
         "processing_class": tokenizer,
-        "callbacks": [MetricsCallback(output_dir / "metrics.jsonl")],
+        "callbacks": [MetricsCallback(Path(config.output_dir) / METRICS_FILE)],
     }
     if config.method == "dpo":
-        trainer = DPOTrainer(
+        trainer = PreferenceTrainer(
             args=_arguments(config, DPOConfig), train_dataset=preference_pairs(problems, config.seed), **common
         )
     else:
@@ -134,7 +172,7 @@ def run_reinforce(config: ReinforceConfig) -> Path:
             {"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer}
             for problem in problems
         ]
-        trainer = GRPOTrainer(
+        trainer = RewardTrainer(
             args=_arguments(config, GRPOConfig, **sampling),
             train_dataset=Dataset.from_list(rows),
             reward_funcs=answer_reward,
@@ -142,9 +180,7 @@ def run_reinforce(config: ReinforceConfig) -> Path:
         )
     # GRPOTrainer has no argument for it; transformers' Trainer reads the attribute when it makes the optimizer.
     trainer.optimizer_cls_and_kwargs = (MuonClipFactory, {"lr": config.learning_rate})
-    trainer.train()
-    trainer.save_model(str(output_dir / "model"))
-    return output_dir / "model"
+    return trainer
 
 
 def _arguments(config: ReinforceConfig, kind: type, **more):
@@ -161,7 +197,10 @@ def _arguments(config: ReinforceConfig, kind: type, **more):
         seed=config.seed,
         gradient_checkpointing=False,
         logging_steps=1,
-        save_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
@@ -192,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         print(f"model in {run_reinforce(config)}")
-    except ValueError as error:
+    except (ValueError, FloatingPointError, CheckpointError) as error:
         raise SystemExit(f"sft.reinforce: {error}") from error
 
 
