@@ -38,7 +38,7 @@ def milliseconds(function: Callable, sets: list, rounds: int = 15) -> tuple[floa
     times = []
     for round_index in range(rounds + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(6_000_000)
+        torch.cuda._sleep(20_000_000)
         start.record()
         for one in sets:
             function(one)

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 def plan(num_rows: int, num_columns: int, element_size: int, has_up: bool, backward: bool, shared_bytes: int) -> Plan:
     """Chooses the launch for rows of `num_columns` elements of `element_size` bytes.
 
-    The choices for 16-bit rows of 16384 were measured on an H200 (`benchmarks/polynorm.py --sweep`). Without PTX
+    The choices for 16-bit rows of 16384 were measured on an H100 (`benchmarks/polynorm.py --sweep`). Without PTX
     (ROCm, Triton's interpreter) or with less shared memory they do not apply, and no launch is packed.
 
     Args:
@@ -55,15 +55,15 @@ def plan(num_rows: int, num_columns: int, element_size: int, has_up: bool, backw
     num_inputs = 1 + has_up + backward
     if 4 * num_inputs * block > REGISTER_BYTES + 32 * 1024 * (num_inputs == 3):
         return Plan(warps=16, programs=4, stages=1, block=TILE)
-    few = num_rows <= 4096
     if block == 16384 and element_size == 2 and HAS_PTX and shared_bytes >= 220 * 1024:
         if backward and has_up:
-            return Plan(warps=32, programs=2 if few else 4, stages=1, block=block, together=True)
+            return Plan(warps=16, programs=8, stages=1, block=block, packed=True, together=True)
         if backward:
-            return Plan(warps=16, programs=1, stages=3, block=block)
+            return Plan(warps=16, programs=2, stages=1, block=block, together=True)
         if has_up:
+            few = num_rows <= 4096
             return Plan(warps=8, programs=8, stages=1 if few else 3, block=block, packed=few)
-        return Plan(warps=8, programs=1024, stages=3, block=block, packed=True)
+        return Plan(warps=16, programs=1024, stages=1, block=block, packed=True)
     warps = min(16, max(1, block // 512))
     fitting = 1 + max(0, shared_bytes - 16 * 1024) // (num_inputs * block * element_size)
     stages = 1 if block < 8192 else min(3, fitting)
