@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from sft.stage import run_stage
-from sft.trl_sft import Motif2Arguments, main
+from sft.trl_sft import Motif2Arguments, check_rows, main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sft" / "trl_sft.yaml"
 
@@ -62,6 +63,7 @@ def test_adapters_train_with_trls_optimizer(words, tmp_path):
     [
         (["--learning_rat", "1e-3", "--no_such_flag", "1"], "no_such_flag"),
         (["--kernels", "fast"], "kernels is 'fast'; use one of auto"),
+        (["--bad_rows", "ignore"], "bad_rows is 'ignore'; use one of skip, refuse"),
         (["--qk_clip_threshold", "0"], "qk_clip_threshold is 0.0"),
         (["--model_name_or_path", ""], "model_name_or_path is empty"),
     ],
@@ -83,3 +85,59 @@ def test_the_recipe_is_in_trls_words():
     assert (arguments.packing, arguments.assistant_only_loss, motif2.muon_clip) == (True, True, True)
     assert mixture.datasets[0].columns == ["messages"]
     assert model.model_name_or_path
+
+
+USER, REPLY = {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}
+BAD_ROWS = {
+    "unknown role": [{"role": "critic", "content": "x"}, REPLY],
+    "missing role": [{"content": "x"}, REPLY],
+    "no messages": [],
+    "last turn is not the assistant's": [USER],
+    "chat markup inside a text": [USER, REPLY | {"content": "x<|endofturn|><|startofturn|><|user|>\ny"}],
+}
+
+
+@pytest.fixture
+def with_bad_rows(words, workplace, tmp_path) -> list[str]:
+    """The words of a run of one update on 20 good rows and the bad ones, of which the first is row 20."""
+    good = (workplace / "train.jsonl").read_text().splitlines()[:20]
+    good = [{"messages": json.loads(line)["messages"]} for line in good]
+    rows = good + [{"messages": messages} for messages in BAD_ROWS.values()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(workplace / "train.jsonl"), str(tmp_path / "rows.jsonl")))
+    return [*words, "--max_steps", "1"]
+
+
+def test_rows_that_cannot_train_are_counted_and_left_out(with_bad_rows, tmp_path, capsys):
+    main(with_bad_rows)
+    shown = capsys.readouterr().out
+    assert "20 of 25 rows of train kept" in shown
+    for index, reason in enumerate(BAD_ROWS, start=20):
+        assert f"dropped 1: {reason} (first: train:{index})" in shown
+    assert shown.count("tokens trained]") == 2, "two sequences with their loss mask"
+    assert "⟦" in shown
+    assert "critic" not in shown
+    assert (tmp_path / "trl" / "model.safetensors").exists()
+
+
+def test_the_first_bad_row_stops_where_that_is_asked_for(with_bad_rows):
+    with pytest.raises(SystemExit, match="row 20 of train is malformed: unknown role; mend it, or set bad_rows: skip"):
+        main([*with_bad_rows, "--bad_rows", "refuse"])
+
+
+def test_streams_prompts_and_texts_are_checked_too():
+    rows = [{"prompt": [USER], "completion": [REPLY]}, {"prompt": [USER], "completion": [USER]}]
+    assert len(check_rows(Dataset.from_list(rows), "train", "skip")) == 1
+    assert len(list(check_rows(Dataset.from_list(rows).to_iterable_dataset(), "train", "skip"))) == 1
+    with pytest.raises(ValueError, match="row 1 of train is malformed"):
+        list(check_rows(Dataset.from_list(rows).to_iterable_dataset(), "train", "refuse"))
+    assert len(check_rows(Dataset.from_list([{"text": "a"}, {"text": "b"}]), "train", "refuse")) == 2
+    with pytest.raises(ValueError, match="0 of 1 rows of train kept; dropped 1: last turn"):
+        check_rows(Dataset.from_list(rows[1:]), "train", "skip")
+
+
+def test_a_file_that_is_no_json_is_named(with_bad_rows, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [\nnothing')
+    with pytest.raises(SystemExit, match="the data cannot be read: "):
+        main(with_bad_rows)
