@@ -77,11 +77,14 @@ class DataReport:
             f"{self.kept} of {self.rows} conversations kept: {self.tokens} tokens{trained}, the longest "
             f"{self.longest_tokens}"
         ]
-        lines += [
+        return "\n".join(lines + self.dropped_lines())
+
+    def dropped_lines(self) -> list[str]:
+        """One line for each reason: how many rows, and where the first ones stand."""
+        return [
             f"  dropped {count}: {reason} (first: {', '.join(self.places[reason])})"
             for reason, count in self.dropped.most_common()
         ]
-        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""

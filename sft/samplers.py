@@ -1,20 +1,26 @@
 """Where candidate answers come from: an OpenAI-compatible endpoint or a causal LM here; and a model as judge."""
 
+import http.client
 import json
 import os
 import re
 import time
 import urllib.error
 import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.chat import stop_token_ids
-
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+# What this one request is at fault for: too long, of a form or content that the endpoint does not take.
+REFUSED_STATUS = (400, 413, 414, 422, 451)
 JUDGE_PROMPT = (
     "Rate the answer from 0 (wrong, incoherent or cut off) to 10 (correct, complete, every step justified). "
     "Reply with the number alone.\n\nQuestion:\n{question}\n\nAnswer:\n{answer}"
@@ -35,6 +41,27 @@ class EndpointError(RuntimeError):
     """The endpoint did not answer as an OpenAI-compatible one does."""
 
 
+class RequestRefused(EndpointError):
+    """The endpoint answers, but not this request; others may pass."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `work` makes of it, in order, with up to `workers` of them in work at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > workers:
+                item, result = waiting.popleft()
+                yield item, result.result()
+        for item, result in waiting:
+            yield item, result.result()
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """An OpenAI-compatible chat endpoint, such as vLLM's.
@@ -47,6 +74,9 @@ class Endpoint:
         key_variable: environment variable that holds the key; none is sent where it is not set.
         timeout_seconds: of one request.
         attempts: tries of one request before it fails; pauses double from `pause_seconds`.
+
+    Raises:
+        ValueError: `url` is no http address, or `timeout_seconds` is not above 0.
     """
 
     url: str
@@ -58,6 +88,12 @@ class Endpoint:
     attempts: int = 4
     pause_seconds: float = 1.0
 
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint address {self.url!r} has no http:// or https://; use http://localhost:8000/v1")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; use seconds above 0")
+
     @property
     def name(self) -> str:
         """Name that provenance carries."""
@@ -67,6 +103,7 @@ class Endpoint:
         """Ask for `count` answers.
 
         Raises:
+            RequestRefused: the endpoint does not take this conversation.
             EndpointError: no answer after all attempts, or one of another form.
         """
         texts: list[str] = []
@@ -79,8 +116,8 @@ class Endpoint:
         body |= {"temperature": self.temperature, "max_tokens": self.max_tokens}
         answer = self._post(json.dumps(body).encode())
         try:
-            texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
-        except (KeyError, TypeError) as error:
+            texts = [_content_text(choice["message"].get("content")) for choice in answer["choices"]]
+        except (KeyError, TypeError, AttributeError) as error:
             raise EndpointError(f"{self.url} answered without choices: {answer!r:.300}") from error
         if not texts:
             raise EndpointError(f"{self.url} answered with no choice: {answer!r:.300}")
@@ -98,14 +135,36 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {error.read()[:300].decode('utf-8', 'replace')}"
+                problem = f"status {error.code}: {_error_text(error)}"
+                if error.code in REFUSED_STATUS:
+                    raise RequestRefused(f"{self.url} refused a request ({problem})", error.code) from error
                 if error.code not in RETRIED_STATUS:
                     break
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                problem = str(error)
-            except json.JSONDecodeError as error:
+            except (OSError, http.client.HTTPException) as error:  # no connection, or one that broke off
+                problem = str(error) or type(error).__name__
+            except (ValueError, RecursionError) as error:
                 raise EndpointError(f"{self.url} answered something that is no JSON: {error}") from error
         raise EndpointError(f"{self.url} gave no answer ({problem}); check the address, the model name and the key")
+
+
+def _content_text(content: str | list | None) -> str:
+    """The text of a reply, which may come in parts.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it is something else.
+    """
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type", "text") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError(f"content is {type(content).__name__}")
+    return content or ""
+
+
+def _error_text(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read()[:300].decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return "no message"
 
 
 @dataclass(frozen=True)
@@ -113,7 +172,7 @@ class LocalModel:
     """A causal LM in this process.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; its generation settings say which tokens end a reply.
         tokenizer: with a chat template.
         temperature: of the sampling; 0 is greedy, and then every candidate is the same.
         max_tokens: longest answer.
@@ -134,15 +193,16 @@ class LocalModel:
         """Generate `count` answers, up to the end of the turn."""
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)  # (1, T)
+        ).to(self.model.device)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        stop_ids = stop_token_ids(self.tokenizer)
+        stop_ids, padding = self._stop_ids(), self.tokenizer.pad_token_id
         tokens = self.model.generate(
-            **prompt,
+            input_ids=prompt["input_ids"],  # (1, T)
+            attention_mask=prompt["attention_mask"],
             num_return_sequences=count if self.temperature else 1,
             max_new_tokens=self.max_tokens,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
+            eos_token_id=stop_ids or None,
+            pad_token_id=stop_ids[0] if padding is None and stop_ids else padding,
             **sampling,
         )[:, prompt["input_ids"].shape[1] :]  # (count, new)
         texts = []
@@ -150,6 +210,12 @@ class LocalModel:
             ends = [row.index(stop) for stop in stop_ids if stop in row]
             texts.append(self.tokenizer.decode(row[: min(ends, default=len(row))]).strip())
         return texts if self.temperature else texts * count
+
+    def _stop_ids(self) -> list[int]:
+        """Ids on which the model says that it ends, else its tokenizer's end of text."""
+        stops = self.model.generation_config.eos_token_id
+        stops = self.tokenizer.eos_token_id if stops is None else stops
+        return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 @dataclass(frozen=True)

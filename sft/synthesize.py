@@ -5,9 +5,8 @@ a causal LM in this process. Interrupted, the same command goes on where it stop
 """
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,20 +15,20 @@ import yaml
 from tqdm import tqdm
 
 from eval_harness.sandbox import Sandbox, SandboxUnavailable
-from sft.data import read_rows
+from sft.chat import attach_chat_template, set_stop_tokens
+from sft.data import DataReport, read_rows
 from sft.examples import write_conversations
+from sft.files import write_text
 from sft.filters import Contamination
+from sft.journal import TRAIN_FILE, Journal
 from sft.prepare import evaluation_texts
-from sft.samplers import Endpoint, EndpointError, LocalModel, Sampler
+from sft.samplers import Endpoint, EndpointError, LocalModel, RequestRefused, Sampler, in_order
 from sft.tasks import Task, compose_tasks, tasks_from_rows
 from sft.verify import user_turn, verify_candidates
 from trainer.cli import parse_recipe
 
-TRAIN_FILE = "train.jsonl"
-JOURNAL_FILE = "journal.jsonl"
-SETTINGS_FILE = "settings.json"
 # Settings that may change between two starts of one synthesis.
-FREE_SETTINGS = ("endpoint_url", "key_variable", "workers", "progress", "dry_run")
+FREE_SETTINGS = ("endpoint_url", "key_variable", "timeout_seconds", "workers", "progress", "dry_run")
 SHOWN_TASKS = 3
 
 
@@ -46,6 +45,7 @@ class SynthesizeConfig:
         default_factory=list,
         metadata={"help": ".jsonl or .parquet rows: question and answer (math), or text and test_list (code)"},
     )
+    bad_rows: str = field(default="skip", metadata={"help": "rows of task_files that are no task: skip or refuse"})
     task_license: str = field(default="unknown", metadata={"help": "licence of task_files' rows that state none"})
     composed_tasks: int = field(default=0, metadata={"help": "tasks composed here, with answers by construction"})
     composed_depth: int = field(default=3, metadata={"help": "operations of a composed task (assumption)"})
@@ -56,6 +56,7 @@ class SynthesizeConfig:
     endpoint_url: str = field(default="", metadata={"help": "OpenAI-compatible endpoint, up to /v1"})
     endpoint_model: str = field(default="", metadata={"help": "name of the model at that endpoint"})
     key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable with its key"})
+    timeout_seconds: float = field(default=120.0, metadata={"help": "longest wait for one answer of the endpoint"})
     workers: int = field(default=8, metadata={"help": "requests at a time to the endpoint (assumption)"})
     model_name_or_path: str = field(default="", metadata={"help": "causal LM to sample from instead of an endpoint"})
     candidates: int = field(default=4, metadata={"help": "answers sampled a task (assumption)"})
@@ -71,6 +72,8 @@ class SynthesizeConfig:
             raise ValueError("output_dir is empty; set it in the recipe or on the command line")
         if not self.task_files and not self.composed_tasks:
             raise ValueError("there is nothing to solve; set task_files, or composed_tasks above 0")
+        if self.bad_rows not in ("skip", "refuse"):
+            raise ValueError(f"bad_rows is {self.bad_rows!r}; use skip or refuse")
         if bool(self.endpoint_url) == bool(self.model_name_or_path):
             raise ValueError(
                 f"endpoint_url is {self.endpoint_url!r} and model_name_or_path {self.model_name_or_path!r}; "
@@ -84,6 +87,8 @@ class SynthesizeConfig:
         for name in ("composed_depth", "workers", "candidates", "keep_per_task", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; use seconds above 0")
         for name in ("composed_tasks", "max_tasks", "temperature"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
@@ -93,29 +98,31 @@ class SynthesizeConfig:
         return {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
 
 
-def load_tasks(config: SynthesizeConfig) -> tuple[list[Task], int]:
-    """The tasks to solve, and how many were left out for sharing text with the evaluation sets.
+def load_tasks(config: SynthesizeConfig) -> tuple[list[Task], int, DataReport]:
+    """The tasks to solve, how many were left out for sharing text with the evaluation sets, and rows that are none.
 
     Raises:
-        ValueError: a file cannot be read, or a row is no task.
+        ValueError: a file cannot be read, a row is no task and `bad_rows` is "refuse", or no task is left.
     """
-    tasks = []
+    tasks, report = [], DataReport()
     for file in config.task_files:
-        rows = [row for _, row in read_rows(file)]
-        tasks += tasks_from_rows(rows, Path(file).name.split(".")[0], config.task_license)
+        name = Path(file).name.split(".")[0]
+        tasks += tasks_from_rows(read_rows(file), report, name, config.task_license, config.bad_rows)
     tasks += compose_tasks(config.seed, config.composed_tasks, config.composed_depth)
     if len({task.identifier for task in tasks}) < len(tasks):
         raise ValueError(f"two of task_files {config.task_files} have the same name; rename one of them")
     contamination = Contamination(evaluation_texts(config.eval_files))
     clean = [task for task in tasks if not contamination.found_in(task.question)]
-    return clean[: config.max_tasks or None], len(tasks) - len(clean)
+    if not clean:
+        raise ValueError("\n".join(["no task is left", *report.dropped_lines()]))
+    return clean[: config.max_tasks or None], len(tasks) - len(clean), report
 
 
 def load_sampler(config: SynthesizeConfig) -> Sampler:
     """Where the answers come from.
 
     Raises:
-        ValueError: the local model has no tokenizer with Motif's markup.
+        ValueError: the endpoint's address or the model cannot be used, or the model has no way to chat.
     """
     if config.endpoint_url:
         return Endpoint(
@@ -124,84 +131,40 @@ def load_sampler(config: SynthesizeConfig) -> Sampler:
             temperature=config.temperature,
             max_tokens=config.max_tokens,
             key_variable=config.key_variable,
+            timeout_seconds=config.timeout_seconds,
         )
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import modeling_motif2  # noqa: F401 (registers the architecture)
-    from sft.stage import load_tokenizer
 
+    name = config.model_name_or_path
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path, dtype=torch.bfloat16 if on_gpu else torch.float32
-    ).eval()
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model and tokenizer can be loaded from model_name_or_path {name!r}: {error}") from error
+    if tokenizer.chat_template is None:
+        try:
+            set_stop_tokens(model, attach_chat_template(tokenizer))
+        except ValueError as error:
+            raise ValueError(f"model {name!r} has no chat template, and Motif's does not fit: {error}") from error
     return LocalModel(model.to("cuda" if on_gpu else "cpu"), tokenizer, config.temperature, config.max_tokens)
 
 
 def sample_tasks(
     tasks: Iterable[Task], sampler: Sampler, candidates: int, workers: int = 1
-) -> Iterator[tuple[Task, list[str]]]:
-    """Each task with its candidate answers, in order, with up to `workers` of them asked for at a time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for task in tasks:
-            waiting.append((task, pool.submit(sampler.sample, [user_turn(task)], candidates)))
-            if len(waiting) > workers:
-                task, answers = waiting.popleft()
-                yield task, answers.result()
-        for task, answers in waiting:
-            yield task, answers.result()
+) -> Iterator[tuple[Task, list[str] | RequestRefused]]:
+    """Each task with its candidate answers or why it was refused, in order, up to `workers` of them at a time."""
 
+    def ask(task: Task) -> list[str] | RequestRefused:
+        try:
+            return sampler.sample([user_turn(task)], candidates)
+        except RequestRefused as refusal:
+            return refusal
 
-class Journal:
-    """Every solved task of a synthesis, one JSON line each, so that a second start goes on.
-
-    Args:
-        folder: of the synthesis.
-        identity: settings that must be the same at every start.
-
-    Raises:
-        ValueError: the folder holds a finished synthesis, or one with other settings.
-    """
-
-    def __init__(self, folder: str | Path, identity: dict):
-        self.folder = Path(folder)
-        self.path = self.folder / JOURNAL_FILE
-        if (self.folder / TRAIN_FILE).exists():
-            raise ValueError(
-                f"output_dir {str(folder)!r} holds a finished synthesis; choose another folder, or remove this one"
-            )
-        known = self.folder / SETTINGS_FILE
-        if known.exists():
-            before = json.loads(known.read_text(encoding="utf-8"))
-            changed = [name for name in identity if before.get(name) != identity[name]]
-            if changed:
-                changes = ", ".join(f"{name} {before.get(name)!r} -> {identity[name]!r}" for name in changed)
-                raise ValueError(
-                    f"output_dir {str(folder)!r} holds a synthesis with other settings ({changes}); restore them, "
-                    "choose another folder, or remove this one"
-                )
-        self.identity = identity
-        self.solved = {line["task"]: line for line in self._read()}
-
-    def _read(self) -> Iterator[dict]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-        yield from map(json.loads, lines[:-1])  # what follows the last line's end was cut short
-
-    def open(self) -> None:
-        """Make the folder, and drop a line that was cut short."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=1) + "\n", encoding="utf-8")
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.solved.values()]
-        self.path.write_text("".join(lines), encoding="utf-8")
-
-    def add(self, task: Task, rows: list[dict], rejected: Counter) -> None:
-        """Write down one task."""
-        line = {"task": task.identifier, "rows": rows, "rejected": dict(rejected)}
-        self.solved[task.identifier] = line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return in_order(ask, tasks, workers)
 
 
 def synthesize(config: SynthesizeConfig, sampler: Sampler | None = None) -> Path:
@@ -216,42 +179,50 @@ def synthesize(config: SynthesizeConfig, sampler: Sampler | None = None) -> Path
 
     Raises:
         ValueError: a file or the output folder cannot be used, or nothing verified.
-        EndpointError: the endpoint fails; what was solved is kept.
+        EndpointError: the endpoint fails; what was solved is kept. Tasks that it refuses are counted and passed over.
+        OSError: a file cannot be written; what was solved is kept.
         SandboxUnavailable: there is a code task and programs cannot be confined here.
     """
-    tasks, left_out = load_tasks(config)
+    tasks, left_out, bad = load_tasks(config)
     journal = Journal(config.output_dir, config.identity())
-    todo = [task for task in tasks if task.identifier not in journal.solved]
+    todo = [task for task in tasks if task.identifier not in journal.done]
     sandbox = Sandbox() if any(task.domain == "code" for task in todo) else None
     sampler = sampler or load_sampler(config)
     journal.open()
     workers = config.workers if config.endpoint_url else 1
-    kept = sum(len(line["rows"]) for line in journal.solved.values())
+    kept, refused = sum(len(line["rows"]) for line in journal.done.values()), {}
     with tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="task", disable=not config.progress) as bar:
         for task, candidates in sample_tasks(todo, sampler, config.candidates, workers):
+            bar.update()
+            if isinstance(candidates, RequestRefused):
+                refused[task.identifier] = candidates  # not in the journal: the next start asks again
+                continue
             found = verify_candidates(task, candidates, sampler.name, config.keep_per_task, sandbox)
-            journal.add(task, found.rows, found.rejected)
+            journal.add({"task": task.identifier, "rows": found.rows, "rejected": dict(found.rejected)})
             kept += len(found.rows)
             bar.set_postfix(kept=kept)
-            bar.update()
-    return _write(config, tasks, left_out, journal)
+    facts = {"left_out_as_evaluation_text": left_out, "bad_rows": dict(bad.dropped), "bad_row_places": bad.places}
+    return _write(config, tasks, journal, refused, facts)
 
 
-def _write(config: SynthesizeConfig, tasks: list[Task], left_out: int, journal: Journal) -> Path:
-    solved = [journal.solved[task.identifier] for task in tasks]
-    rejected: Counter = Counter()
+def _write(
+    config: SynthesizeConfig, tasks: list[Task], journal: Journal, refused: dict[str, RequestRefused], facts: dict
+) -> Path:
+    solved = [journal.done[task.identifier] for task in tasks if task.identifier not in refused]
+    rejected = Counter(f"request refused, status {refusal.status}" for refusal in refused.values())
     for line in solved:
         rejected.update(line["rejected"])
     rows = [row for line in solved for row in line["rows"]]
     report = {
         "tasks": len(tasks),
-        "left_out_as_evaluation_text": left_out,
+        **facts,
         "rows": len(rows),
         "rejected": dict(rejected.most_common()),
-        "unsolved": [line["task"] for line in solved if not line["rows"]],
+        "unsolved": [*(line["task"] for line in solved if not line["rows"]), *refused],
+        "refused": {task: str(refusal) for task, refusal in refused.items()},
     }
     folder = Path(config.output_dir)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", folder / "report.json")
     if not rows:
         raise ValueError(
             f"no answer to {len(tasks)} tasks verified ({dict(rejected)}); look at {folder / 'report.json'}, and use "
@@ -270,9 +241,10 @@ def describe_synthesis(config: SynthesizeConfig) -> str:
     missing = [file for file in (*config.task_files, *config.eval_files) if not Path(file).is_file()]
     if missing:
         return "\n".join([*lines, f"not on this machine, tasks not read: {', '.join(missing)}"])
-    tasks, left_out = load_tasks(config)
-    solved = Journal(config.output_dir, config.identity()).solved
+    tasks, left_out, bad = load_tasks(config)
+    solved = Journal(config.output_dir, config.identity()).done
     lines.append(f"{len(tasks):,} tasks, {left_out:,} left out as evaluation text, {len(solved):,} solved before")
+    lines += bad.dropped_lines()
     counts = Counter((task.domain, task.skill) for task in tasks)
     lines += [f"{count:8,} {domain}, {skill}" for (domain, skill), count in counts.most_common()]
     lines.append(f"{config.candidates * (len(tasks) - len(solved)):,} answers of up to {config.max_tokens:,} tokens")
@@ -292,13 +264,14 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_synthesis(config))
             return
         train_file = synthesize(config)
-    except EndpointError as error:
+    except (EndpointError, OSError) as error:
         raise SystemExit(f"sft.synthesize: {error}; what was solved is kept: the same command goes on") from error
     except (ValueError, SandboxUnavailable) as error:
         raise SystemExit(f"sft.synthesize: {error}") from error
     report = json.loads(train_file.with_name("report.json").read_text(encoding="utf-8"))
     print(f"{report['rows']:,} verified answers, {len(report['unsolved']):,} of {report['tasks']:,} tasks unsolved")
-    print("\n".join(f"{count:8,} rejected: {reason}" for reason, count in report["rejected"].items()))
+    for kind, counts in (("rejected", report["rejected"]), ("rows left out", report["bad_rows"])):
+        print("".join(f"{count:8,} {kind}: {reason}\n" for reason, count in counts.items()), end="")
     print(train_file)
 
 

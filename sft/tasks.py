@@ -1,8 +1,12 @@
 """Tasks whose solution can be checked: composed ones, whose answer is known by construction, and rows of data sets."""
 
+import ast
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from sft.data import DataReport
 
 
 @dataclass(frozen=True)
@@ -79,34 +83,86 @@ def compose_tasks(seed: int, count: int, depth: int = 3) -> list[Task]:
     return tasks
 
 
-def tasks_from_rows(rows: Iterable[dict], name: str = "row", license: str = "unknown") -> list[Task]:
-    """Tasks from rows with `question` and `answer` (math), or `text`, `test_list` (MBPP's form of code).
+def tasks_from_rows(
+    rows: Iterable[tuple[str, object]],
+    report: DataReport,
+    name: str = "row",
+    license: str = "unknown",
+    bad_rows: str = "skip",
+) -> list[Task]:
+    """Tasks from rows of a data set.
+
+    A math row has `question` and `answer`; a row of code has MBPP's form, `test_list` with `text` or, as in its
+    sanitized part, `prompt`, and may have `test_setup_code` and `test_imports`.
 
     Args:
-        rows: rows of a data set.
+        rows: (place, row), as `sft.data.read_rows` gives them.
+        report: counts the rows that are no task.
         name: of the data set; begins every task's identifier.
         license: of the questions, where a row has no `license`.
+        bad_rows: "skip" or "refuse".
 
     Raises:
-        ValueError: a row has neither form.
+        ValueError: a row is no task, and `bad_rows` is "refuse".
     """
     tasks = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} of {name} is no object: {row!r:.100}")
-        license_name = row.get("license") or license
-        if "test_list" in row:
-            tests = "\n".join(row["test_list"])
-            question = f"{row['text']}\nYour program must pass:\n{row['test_list'][0]}"
-            task = Task(f"{name}/{number}", question, "code", tests=tests, skill="program", license=license_name)
-        elif "question" in row and "answer" in row:
-            answer = str(row["answer"]).rpartition("####")[2].strip()
-            task = Task(
-                f"{name}/{number}", row["question"], "math", answer, skill="word-problem", license=license_name
-            )
+    for number, (place, row) in enumerate(rows):
+        report.rows += 1
+        task = _task(row, f"{name}/{number}", license)
+        if isinstance(task, Task):
+            tasks.append(task)
+        elif bad_rows == "refuse":
+            raise ValueError(f"row {place} is no task: {task}; mend it, or set bad_rows: skip")
         else:
-            raise ValueError(
-                f"row {number} of {name} has the fields {sorted(row)}; give question and answer, or text and test_list"
-            )
-        tasks.append(task)
+            report.drop(task, place)
     return tasks
+
+
+def _task(row: object, identifier: str, license: str) -> Task | str:
+    """The task of a row, or why it has none."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if not isinstance(row.get("license"), str | None):
+        return "license is not text"
+    is_code = "test_list" in row
+    question = next((row[name] for name in ("question", "text", "prompt") if row.get(name) is not None), None)
+    if not isinstance(question, str) or not question.strip():
+        return "no question: no text in question (math), or in text or prompt (code)"
+    found = _code_task(row, question) if is_code else _math_task(row, question)
+    if isinstance(found, str):
+        return found
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half a character (a lone surrogate)"
+    return Task(identifier, license=row.get("license") or license, **found)
+
+
+def _math_task(row: dict, question: str) -> dict | str:
+    answer = row.get("answer")
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        return "neither an answer (math) nor a test_list (code)"
+    answer = str(answer).rpartition("####")[2].strip()
+    if not answer:
+        return "an empty answer"
+    return {"question": question, "domain": "math", "answer": answer, "skill": "word-problem"}
+
+
+def _code_task(row: dict, question: str) -> dict | str:
+    tests, before = _texts(row["test_list"]), _texts(row.get("test_imports")) + _texts(row.get("test_setup_code"))
+    if not tests:
+        return "no tests in test_list"
+    program = "\n".join([*before, *tests])
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "tests that are no Python"
+    shown = "\n".join([*before, tests[0]])
+    question = f"{question}\nYour program must pass:\n{shown}"
+    return {"question": question, "domain": "code", "tests": program, "skill": "program"}
+
+
+def _texts(value: object) -> list[str]:
+    """The texts of a list, or of one that came as plain text; what is empty or no text is left out."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and text.strip()]

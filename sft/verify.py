@@ -83,7 +83,7 @@ def _program(task: Task, text: str) -> Program | None:
         return None
     try:
         ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: brackets without end
         return None
     return Program(source, task.tests, tuple(names_needed(task.tests)))
 

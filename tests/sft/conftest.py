@@ -1,6 +1,8 @@
 """A small tokenizer with Motif's markup, rows, a tiny base model and settings, for every test of fine-tuning."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,36 @@ def settings(workplace, tmp_path):
         return SftStageConfig(**(defaults | changes))
 
     return make
+
+
+@pytest.fixture
+def endpoint():
+    """A local fake of an OpenAI-compatible endpoint; `requests` are what came.
+
+    It sends `replies` in turn, (status, JSON or bytes), with status 0 bytes as they are; or what `answer` makes of a
+    request.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.requests.append((self.path, body, self.headers.get("Authorization")))
+            status, reply = server.answer(body) if server.answer else server.replies.pop(0)
+            if not status:
+                self.wfile.write(reply)
+                return
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.replies, server.answer = [], [], None
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,25 +1,42 @@
 """Only verified answers are kept, from a model here or an endpoint, and every row says where it comes from."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from eval_harness.sandbox import Sandbox
+from sft.chat import set_stop_tokens, stop_token_ids
 from sft.curate import CurateConfig
-from sft.data import row_problem
-from sft.samplers import Endpoint, EndpointError, Judge, LocalModel
+from sft.data import DataReport, read_rows, row_problem
+from sft.journal import JOURNAL_FILE
+from sft.samplers import Endpoint, EndpointError, Judge, LocalModel, RequestRefused, in_order
 from sft.scoring import score_conversation
-from sft.synthesize import JOURNAL_FILE, SynthesizeConfig, main, sample_tasks
+from sft.synthesize import SynthesizeConfig, load_sampler, main, sample_tasks
 from sft.synthesize import synthesize as run_synthesis
 from sft.tasks import Task, compose_tasks, tasks_from_rows
-from sft.verify import verify_candidates
+from sft.verify import verify_all, verify_candidates
 from trainer.cli import parse_recipe
+
+
+def choices(*texts) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": text}} for text in texts]}
+
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -94,8 +111,7 @@ def test_composed_tasks_have_their_answer_by_construction():
         (lambda: Task("x", "?", "math"), "has no answer"),
         (lambda: Task("x", "?", "code", tests=" "), "has no tests"),
         (lambda: compose_tasks(0, 1, depth=0), "depth is 0"),
-        (lambda: tasks_from_rows([{"text": "x"}]), "row 0 of row has .*give question and answer"),
-        (lambda: tasks_from_rows(["text"]), "row 0 of row is no object"),
+        (lambda: tasks_from_rows([("f:1", {})], DataReport(), bad_rows="refuse"), "row f:1 is no task: no question"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(make, message):
@@ -106,41 +122,64 @@ def test_what_cannot_be_verified_is_refused(make, message):
 def test_real_rows_become_tasks():
     rows = [
         {"question": "How many?", "answer": "1 + 1 = 2\n#### 2", "license": "MIT"},
-        {"text": "Write f.", "test_list": ["assert f() == 1", "assert f() != 2"]},
+        {"text": "Write f.", "test_list": ["assert f() == 1", "assert f() != 2"], "test_setup_code": ""},
+        {"prompt": "Write g.", "test_list": ["assert g(math.pi)"], "test_imports": ["import math"]},
+        {"text": "Write h.", "test_list": "assert h(Node(1)) == 1", "test_setup_code": "class Node:\n    pass"},
+        {"question": "How many?", "answer": 2.5},
     ]
-    math, code = tasks_from_rows(rows)
+    report = DataReport()
+    math, code, sanitized, setup, number = tasks_from_rows([("f:1", row) for row in rows], report, "known")
     assert (math.answer, math.license, code.tests.count("assert")) == ("2", "MIT", 2)
     assert "assert f() != 2" not in code.question
+    assert sanitized.question == "Write g.\nYour program must pass:\nimport math\nassert g(math.pi)"
+    assert sanitized.tests == "import math\nassert g(math.pi)"
+    assert setup.tests == "class Node:\n    pass\nassert h(Node(1)) == 1"
+    assert (number.answer, number.identifier, report.rows, not report.dropped) == ("2.5", "known/4", 5, True)
 
 
-@pytest.fixture
-def endpoint():
-    """A local fake of an OpenAI-compatible endpoint: `replies` are sent in turn, `requests` are what came."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.requests.append((self.path, body, self.headers.get("Authorization")))
-            status, reply = server.answer(body) if server.answer else server.replies.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.replies, server.answer = [], [], None
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    yield server
-    server.shutdown()
-    server.server_close()
+NO_TASKS = {
+    "not a JSON object": "text",
+    "license is not text": {"question": "?", "answer": "1", "license": ["MIT"]},
+    "neither an answer (math) nor a test_list (code)": {"question": "How many?"},
+    "an empty answer": {"question": "How many?", "answer": "#### "},
+    "no question: no text in question (math), or in text or prompt (code)": {"question": 5, "answer": "#### 1"},
+    "no tests in test_list": {"text": "x", "test_list": []},
+    "tests that are no Python": {"text": "x", "test_list": ["assert ("]},
+    "half a character (a lone surrogate)": {"question": "\ud800?", "answer": "1"},
+}
+NO_TASKS_TOO = (
+    ({"text": "x", "test_list": [5, None, " "]}, "no tests in test_list"),
+    ({"prompt": "x", "test_list": None}, "no tests in test_list"),
+    ({"text": "x", "test_list": ["(" * 5000]}, "tests that are no Python"),
+    ({"test_list": ["assert 1"]}, "no question: no text in question (math), or in text or prompt (code)"),
+    ({"question": "?", "answer": [1]}, "neither an answer (math) nor a test_list (code)"),
+)
 
 
-def choices(*texts) -> dict:
-    return {"choices": [{"message": {"role": "assistant", "content": text}} for text in texts]}
+def test_a_row_that_is_no_task_is_counted_and_costs_no_other(write_rows):
+    path = write_rows([*NO_TASKS.values(), {"question": "How many?", "answer": "1"}], "rows.jsonl")
+    report = DataReport()
+    (task,) = tasks_from_rows(read_rows(path), report)
+    assert (task.identifier, report.rows, dict(report.dropped)) == ("row/8", 9, dict.fromkeys(NO_TASKS, 1))
+    assert report.places["no tests in test_list"] == ["rows.jsonl:6"]
+
+
+@pytest.mark.parametrize(("row", "reason"), NO_TASKS_TOO)
+def test_more_rows_that_are_no_task(row, reason):
+    report = DataReport()
+    assert tasks_from_rows([("f:1", row)], report) == []
+    assert dict(report.dropped) == {reason: 1}
+
+
+def test_a_program_of_brackets_without_end_is_no_program():
+    task = Task("deep", "?", "code", tests="assert f()")
+    assert verify_all(task, ["```python\n" + "(" * 100_000 + "\n```"], FakeSandbox()) == ["no program"]
+
+
+class FakeSandbox:
+    def run_many(self, programs):
+        assert not programs
+        return []
 
 
 def test_endpoint_gives_candidates_and_retries(endpoint, monkeypatch):
@@ -180,6 +219,70 @@ def test_endpoint_that_fails_is_named(endpoint, replies, message):
     assert not endpoint.replies
 
 
+BROKEN = {
+    "a reply that breaks off": b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"ch',
+    "a reply that is no HTTP": b"xxx\r\n\r\n",
+    "no reply": b"",
+    "an error that breaks off": b"HTTP/1.1 500 No\r\nContent-Length: 1000\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_replies_that_break_off_are_asked_for_again(endpoint, name):
+    endpoint.replies += [(0, BROKEN[name]), (200, choices("a"))]
+    sampler = Endpoint(endpoint.url, "teacher", attempts=2, pause_seconds=0.0)
+    assert sampler.sample([{"role": "user", "content": "x"}], 1) == ["a"]
+    endpoint.replies += [(0, BROKEN[name])] * 2
+    with pytest.raises(EndpointError, match="gave no answer"):
+        sampler.sample([{"role": "user", "content": "x"}], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a "}, {"type": "image_url"}, {"text": "b"}], "a b"),
+        (None, ""),
+        ([], ""),
+    ],
+)
+def test_content_may_come_in_parts(endpoint, content, text):
+    endpoint.replies.append((200, choices(content)))
+    assert Endpoint(endpoint.url, "teacher").sample([{"role": "user", "content": "x"}], 1) == [text]
+
+
+@pytest.mark.parametrize("reply", [[1], {"choices": 5}, {"choices": ["x"]}, choices(7), choices([7]), choices([{}])])
+def test_replies_of_another_form_are_named(endpoint, reply):
+    endpoint.replies.append((200, reply))
+    with pytest.raises(EndpointError, match="answered without choices"):
+        Endpoint(endpoint.url, "teacher").sample([{"role": "user", "content": "x"}], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"url": "teacher"}, "'teacher' has no http://"), ({"timeout_seconds": 0}, "timeout_seconds is 0")],
+)
+def test_an_endpoint_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Endpoint(**({"url": "http://x/v1", "model": "m"} | settings))
+
+
+def test_one_request_that_is_refused_is_told_from_an_endpoint_that_fails(endpoint):
+    endpoint.replies.append((400, {"error": "too long"}))
+    with pytest.raises(RequestRefused, match=r"refused a request \(status 400: .*too long") as refused:
+        Endpoint(endpoint.url, "teacher").sample([{"role": "user", "content": "x"}], 1)
+    assert refused.value.status == 400
+
+
+def test_work_is_done_several_at_a_time_and_in_order():
+    together = threading.Barrier(3, timeout=20)
+
+    def work(number):
+        together.wait()
+        return number * number
+
+    assert list(in_order(work, range(6), workers=3)) == [(number, number * number) for number in range(6)]
+
+
 def test_judge_rates_through_the_endpoint(endpoint):
     judge = Judge(Endpoint(endpoint.url, "judge", attempts=1))
     row = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
@@ -193,6 +296,7 @@ def test_judge_rates_through_the_endpoint(endpoint):
 
 def test_model_here_gives_candidates_without_markup(workplace, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(workplace / "base").eval()
+    set_stop_tokens(model, tokenizer)
     sampler = LocalModel(model, tokenizer, temperature=1.0, max_tokens=12)
     texts = sampler.sample([{"role": "user", "content": "What is 1 + 1?"}], 3)
     assert len(texts) == 3
@@ -200,6 +304,50 @@ def test_model_here_gives_candidates_without_markup(workplace, tokenizer):
     assert not any("<|endofturn|>" in text or "<|endoftext|>" in text for text in texts)
     greedy = LocalModel(model, tokenizer, temperature=0.0, max_tokens=4)
     assert len(set(greedy.sample([{"role": "user", "content": "What is 1 + 1?"}], 3))) == 1
+
+
+LLAMA_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{{ 'assistant:' }}"
+
+
+def save_llama(folder, template: str | None) -> Path:
+    """A tiny Llama whose letters are its tokens and whose replies end with `</s>` or `;`."""
+    torch.manual_seed(0)
+    letters = {letter: number for number, letter in enumerate(["<unk>", "</s>", *map(chr, range(32, 127))])}
+    bare = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model.generation_config.eos_token_id = [1, letters[";"]]
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_any_causal_model_with_a_template_gives_candidates(tmp_path):
+    llama = save_llama(tmp_path / "llama", LLAMA_TEMPLATE)
+    config = SynthesizeConfig("o", composed_tasks=1, model_name_or_path=str(llama), max_tokens=40, temperature=2.0)
+    sampler = load_sampler(config)
+    texts = sampler.sample([{"role": "user", "content": "What is 1 + 1?"}], 16)
+    assert len(set(texts)) > 8
+    assert len({len(text) for text in texts}) > 4, "replies end with the model's own tokens"
+    assert not any(";" in text or "</s>" in text for text in texts)
+
+
+def test_a_model_without_a_way_to_chat_is_refused(tmp_path, workplace):
+    llama = save_llama(tmp_path / "llama", None)
+    config = SynthesizeConfig("o", composed_tasks=1, model_name_or_path=str(llama))
+    with pytest.raises(ValueError, match=r"has no chat template, and Motif's does not fit: .*lacks the chat tokens"):
+        load_sampler(config)
+    with pytest.raises(ValueError, match="no model and tokenizer can be loaded"):
+        load_sampler(replace(config, model_name_or_path=str(tmp_path)))
+    bare = AutoTokenizer.from_pretrained(workplace / "base")
+    bare.chat_template = None
+    folder = shutil.copytree(workplace / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja"))
+    bare.save_pretrained(folder)
+    sampler = load_sampler(replace(config, model_name_or_path=str(folder)))
+    assert sampler.model.generation_config.eos_token_id == stop_token_ids(sampler.tokenizer)
+    assert "<|startofturn|>" in sampler.tokenizer.chat_template
 
 
 @pytest.fixture
@@ -294,6 +442,61 @@ def test_files_of_tasks_are_solved_and_evaluation_text_is_left_out(config, write
         run_synthesis(config(task_files=[tasks, tasks], output_dir=str(tmp_path / "twice")))
 
 
+def test_a_task_that_the_endpoint_refuses_ends_nothing(config, solver, tmp_path, capsys):
+    tasks, answer = compose_tasks(0, 8, 2), solver.answer
+    refused = tasks[3]
+
+    def choosy(body):
+        if body["messages"][0]["content"].startswith(refused.question):
+            return 400, {"error": "content filter"}
+        return answer(body)
+
+    solver.answer = choosy
+    main(words_of(config()))
+    report = json.loads((tmp_path / "synthetic" / "report.json").read_text())
+    assert report["rejected"]["request refused, status 400"] == 1
+    assert refused.identifier in report["unsolved"]
+    assert "content filter" in report["refused"][refused.identifier]
+    assert len((tmp_path / "synthetic" / JOURNAL_FILE).read_text().splitlines()) == 7
+    assert "1 rejected: request refused, status 400" in capsys.readouterr().out
+
+
+def test_a_restart_that_cannot_write_loses_nothing(config, solver, tmp_path, monkeypatch):
+    solver.failing = 5
+    words = words_of(config(workers=1))
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        main(words)
+    journal = tmp_path / "synthetic" / JOURNAL_FILE
+    before = journal.read_text()
+    assert before
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(SystemExit, match=r"cannot be written: No space left .*the same command goes on"):
+            main(words)
+    assert journal.read_text() == before
+    journal.write_text("[1]\n")
+    with pytest.raises(SystemExit, match="holds no readable synthesis"):
+        main(words)
+
+
+def test_rows_that_are_no_task_are_reported_or_refused(config, write_rows, tmp_path, capsys):
+    path = write_rows([{"question": "How many?"}, {"text": "x", "test_list": []}], "known.jsonl")
+    run = config(task_files=[path])
+    main(words_of(run))
+    report = json.loads((tmp_path / "synthetic" / "report.json").read_text())
+    assert report["bad_rows"] == {"neither an answer (math) nor a test_list (code)": 1, "no tests in test_list": 1}
+    assert report["bad_row_places"]["no tests in test_list"] == ["known.jsonl:2"]
+    assert "1 rows left out: no tests in test_list" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"row known.jsonl:1 is no task: neither an answer"):
+        run_synthesis(config(task_files=[path], bad_rows="refuse", output_dir=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=r"(?s)no task is left.*no tests in test_list \(first: known.jsonl:2\)"):
+        run_synthesis(config(task_files=[path], composed_tasks=0, output_dir=str(tmp_path / "other")))
+
+
 def test_synthesis_where_nothing_verifies_says_so(config, solver, tmp_path):
     solver.answer = lambda body: (200, choices("no idea", "none"))
     with pytest.raises(ValueError, match=r"no answer to 8 tasks verified .*'no boxed answer': 16"):
@@ -328,6 +531,8 @@ def test_model_here_can_be_the_source(config, workplace, tmp_path):
         ({"endpoint_model": ""}, "set both or neither"),
         ({"candidates": 0}, "candidates is 0; use 1 or more"),
         ({"temperature": -1.0}, "temperature is -1.0; use 0 or more"),
+        ({"timeout_seconds": 0.0}, "timeout_seconds is 0.0"),
+        ({"bad_rows": "drop"}, "bad_rows is 'drop'; use skip or refuse"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config, changes, message):
