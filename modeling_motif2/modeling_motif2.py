@@ -746,16 +746,42 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
         )
 
 
+# The heads below have constructors of their own: transformers' would ask AutoModel for the backbone, which it does not
+# know where this file is loaded as remote code.
+
+
 class Motif2ForSequenceClassification(GenericForSequenceClassification, Motif2PreTrainedModel):
     """The decoder with a classification head on a row's last token."""
 
+    def __init__(self, config: Motif2Config):
+        Motif2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Motif2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
 
 class Motif2ForTokenClassification(GenericForTokenClassification, Motif2PreTrainedModel):
-    """The decoder with a classification head on every token."""
+    """The decoder with a classification head on every token; `classifier_dropout` in its configuration, or 0.1."""
+
+    def __init__(self, config: Motif2Config):
+        Motif2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Motif2Model(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 class Motif2ForQuestionAnswering(GenericForQuestionAnswering, Motif2PreTrainedModel):
     """The decoder with a head for the start and the end of an answer."""
+
+    def __init__(self, config: Motif2Config):
+        Motif2PreTrainedModel.__init__(self, config)
+        self.model = Motif2Model(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 __all__ = [

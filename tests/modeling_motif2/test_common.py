@@ -5,13 +5,20 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
-from modeling_motif2 import Motif2ForCausalLM, Motif2Model
+from modeling_motif2 import (
+    Motif2ForCausalLM,
+    Motif2ForQuestionAnswering,
+    Motif2ForSequenceClassification,
+    Motif2ForTokenClassification,
+    Motif2Model,
+)
 from tests.modeling_motif2.builders import VOCAB_SIZE, random_ids, small_config, small_model
 
 IN_FLOAT32 = ("lambda_", "subln", "act_fn", "layernorm", "model.norm")
@@ -227,6 +234,24 @@ def test_token_classification_and_question_answering(tmp_path):
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).start_logits, answers(ids).start_logits)
+
+
+@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_heads_have_as_many_outputs_as_labels_and_the_dropout_asked_for(head):
+    config = small_config(classifier_dropout=0.3)
+    config.num_labels = 5
+    model = head.from_config(config)
+    assert model.score.out_features == model.num_labels == 5
+    assert getattr(model, "dropout", torch.nn.Dropout(0.3)).p == 0.3
+
+
+@pytest.mark.parametrize(
+    "head", [Motif2ForSequenceClassification, Motif2ForTokenClassification, Motif2ForQuestionAnswering]
+)
+def test_heads_are_built_without_asking_the_auto_classes(monkeypatch, head):
+    """Remote code is not registered with them."""
+    monkeypatch.setattr(AutoModel, "from_config", None)
+    assert type(head(small_config()).model) is Motif2Model
 
 
 def test_a_task_model_is_built_on_a_language_model(tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -315,13 +316,20 @@ except ImportError:
 else:
     raise SystemExit("the package is importable here")
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
 ids = torch.arange(3, 15)[None]
 with torch.no_grad():
     torch.save((model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)), {out!r})
 model.save_pretrained({again!r})
+for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+    auto = getattr(transformers, "AutoModelFor" + task)
+    head = auto.from_pretrained({folder!r} + task, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.save(head(ids)[0], {out!r} + task)
 """
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
 def run_without_package(tmp_path, folder, again):
@@ -361,9 +369,14 @@ def run_without_package(tmp_path, folder, again):
 def test_a_saved_folder_works_without_this_package(tmp_path):
     model = small_model(attention="sdpa")
     model.save_pretrained(tmp_path / "saved")
+    heads = {task: getattr(transformers, f"AutoModelFor{task}").from_config(model.config).eval() for task in TASKS}
+    for task, head in heads.items():
+        head.save_pretrained(tmp_path / f"saved{task}")
     logits, generated = run_without_package(tmp_path, tmp_path / "saved", tmp_path / "again")
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
+        for task, head in heads.items():
+            torch.testing.assert_close(torch.load(tmp_path / f"out.pt{task}"), head(ids)[0])
         assert torch.equal(logits, model(ids).logits)
         assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
