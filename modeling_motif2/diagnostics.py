@@ -90,7 +90,20 @@ def track_output_norms(model: nn.Module, enabled: bool = True) -> None:
 
 def _new_state(attention: nn.Module, value: float, extra: int) -> torch.Tensor:
     heads = attention.num_groups * (attention.num_signal_heads_per_group + 1)
-    return torch.full((heads + extra,), value, dtype=torch.float32, device=attention.lambda_q1.device)
+    parameter = attention.lambda_q1
+    device = (
+        torch.device("cpu") if parameter.is_meta else parameter.device
+    )  # an offloaded layer's: the forward moves it
+    return torch.full((heads + extra,), value, dtype=torch.float32, device=device)
+
+
+def _lambda_of(attention: nn.Module) -> float:
+    if not attention.lambda_q1.is_meta:
+        return float(attention.lambda_value())
+    from accelerate.utils import align_module_device  # what has put the layer off
+
+    with align_module_device(attention):
+        return float(attention.lambda_value())
 
 
 def reset_max_logits(model: nn.Module) -> None:
@@ -147,7 +160,7 @@ def _layer_statistics(attention: nn.Module) -> LayerStatistics:
         signal_norms, noise_norms = by_group[:, :-1].flatten().cpu(), by_group[:, -1].cpu()
     return LayerStatistics(
         layer=attention.layer_idx,
-        lambda_value=float(attention.lambda_value()),
+        lambda_value=_lambda_of(attention),
         signal_norms=signal_norms,
         noise_norms=noise_norms,
         max_logits=None if attention.max_logits is None else attention.max_logits.cpu().clone(),

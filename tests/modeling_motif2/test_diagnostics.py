@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import StaticCache
 
+import modeling_motif2.modeling_motif2
 from modeling_motif2.diagnostics import (
     attention_modules,
     attention_statistics,
@@ -115,6 +118,71 @@ def test_recording_does_not_count_padding_and_keeps_an_earlier_tracking():
         torch.testing.assert_close(actual.signal_norms, expected.signal_norms)
         torch.testing.assert_close(actual.max_logits, expected.max_logits)
     assert all(torch.isneginf(module.max_logits).all() for module in attention_modules(model))
+
+
+def test_layers_put_off_to_disk_are_recorded_too(tmp_path):
+    model = small_model(attention="sdpa")
+    model.save_pretrained(tmp_path)
+    here = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
+    split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert split.model.layers[1].self_attn.lambda_q1.is_meta
+    ids = random_ids(1, 8)
+    compare(attention_statistics(split, input_ids=ids), attention_statistics(model, input_ids=ids))
+
+
+def compare(found, expected):
+    """Asserts that two lists of statistics agree."""
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.lambda_value == pytest.approx(other.lambda_value)
+        for name in ("noise_norms", "signal_norms", "max_logits"):
+            torch.testing.assert_close(getattr(mine, name), getattr(other, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "gda_kernel"])
+def test_generation_with_a_static_cache_is_recorded_as_with_a_growing_one(attention, window):
+    overrides = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1} if window else {}
+    model = small_model(attention=attention, ratio=3, **overrides)
+    statistics = {}
+    for cache in ("static", "dynamic"):
+        with torch.compiler.set_stance("force_eager"), record_attention(model) as statistics[cache]:
+            options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+            model.generate(random_ids(2, 6), cache_implementation=cache, **options)
+    compare(statistics["static"], statistics["dynamic"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "gda_kernel"])
+def test_forwards_with_a_static_cache_are_recorded(attention):
+    model = small_model(attention=attention, ratio=3)
+    ids = random_ids(1, 9)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = attention_statistics(model, input_ids=ids)
+        cache = StaticCache(model.config, max_cache_len=16)
+        with record_attention(model) as found:
+            model(ids[:, :5], past_key_values=cache, use_cache=True)
+            model(ids[:, 5:], past_key_values=cache, use_cache=True)
+    compare(found, expected)
+
+
+def test_a_mask_that_cannot_be_read_is_refused():
+    model = small_model(attention="sdpa")
+    with pytest.raises(ValueError, match="cannot be recorded through a prepared mask of 2 dimensions"):
+        attention_statistics(model, input_ids=random_ids(1, 4), attention_mask={"full_attention": torch.ones(1, 4)})
+
+
+def test_nothing_is_computed_while_off(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("diagnostics ran while they are off")
+
+    for name in ("update_max_logits", "update_output_norms", "raise_max_logits", "visible_positions"):
+        monkeypatch.setattr(modeling_motif2.modeling_motif2, name, refuse)
+    model = small_model(attention="sdpa")
+    model(random_ids(1, 6), labels=random_ids(1, 6)).loss.backward()
+    model.generate(random_ids(1, 6), max_new_tokens=2)
+    track_max_logits(model)
+    with pytest.raises(AssertionError, match="while they are off"):
+        model(random_ids(1, 6))
 
 
 def test_a_model_of_another_kind_is_refused():
