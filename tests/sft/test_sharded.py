@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft import stage
 from sft.callbacks import MetricsCallback
@@ -106,6 +106,32 @@ def test_sharded_run_goes_on_where_it_stopped(settings):
     expected = weights(whole.output_dir)
     for name, value in weights(broken.output_dir).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_in_fp8_equal_one(settings, workplace, tmp_path):
+    """FP8 products, MuonClip with QK-clip and sharded parameters together; the products are emulated."""
+    pytest.importorskip("torchao")
+    config = AutoConfig.from_pretrained(workplace / "base", head_dim=16)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(workplace / "base").save_pretrained(tmp_path / "base")
+    common = {"model_name_or_path": str(tmp_path / "base"), "qk_clip_threshold": 0.02, "max_steps": 3}
+    low = {"fp8": "rowwise_with_gw_hp", "fp8_skip_edge_layers": 0, "fp8_emulate": True}
+    plain = run_stage(settings("plain", gradient_accumulation_steps=2, **common))
+    one = run_stage(settings("one", gradient_accumulation_steps=2, **common, **low))
+    two = settings("two", gradient_accumulation_steps=1, **common, **low)
+    assert run_distributed(run_sharded, 2, two) == [True, True]
+    alone, together = lines_of(one.output_dir), lines_of(two.output_dir)
+    assert alone[0]["loss"] != lines_of(plain.output_dir)[0]["loss"]
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], abs=1e-4)
+    assert [line["clipped_heads"] for line in together] == [line["clipped_heads"] for line in alone]
+    assert sum(line["clipped_heads"] for line in together) > 0
+    expected = weights(one.output_dir)
+    assert {name: value.shape for name, value in weights(two.output_dir).items()} == {
+        name: value.shape for name, value in expected.items()
+    }
 
 
 @pytest.mark.distributed
