@@ -1,5 +1,6 @@
 """Every fine-tuning recipe loads, says what it needs, and the full-size ones carry the report's numbers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from sft.prune import PruneConfig
 from trainer.cli import parse_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sft"
+TASK_FILES = (FOLDER.parents[1] / "eval_harness" / "tasks").glob("*.yaml")
+TASKS = {
+    name for file in TASK_FILES for name in re.findall(r"^(?:task|group): (\w+)$", file.read_text(), re.MULTILINE)
+}
 STAGES = sorted(FOLDER.glob("*stage[123]*.yaml"))
 STAGES = [path for path in STAGES if not path.name.startswith("prepare")]
 
@@ -29,11 +34,13 @@ def test_each_stage_has_four_sizes():
 def test_recipe_loads_and_says_what_it_needs(path):
     config = load(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for word in ("Hardware:", "Time:", "Launch:", "Report:"):
+    for word in ("Hardware:", "Time:", "Launch:", "Evaluation:", "Report:"):
         assert any(word in line for line in header), word
     assert config.output_dir == f"runs/sft/{path.stem}"
     assert config.packing
     assert config.batch_tokens(world_size=1) >= config.max_length
+    assert config.eval_tasks, "every stage is measured before and after"
+    assert set(config.eval_tasks) <= TASKS
 
 
 def test_full_size_stage_1_is_the_report():
@@ -62,7 +69,12 @@ def test_full_size_batches_divide_over_one_node_and_eight(stage, devices):
 @pytest.mark.parametrize("name", ["stage{}", "stage{}_lora", "stage{}_fp8", "small_stage{}", "cpu_stage{}"])
 def test_later_stages_are_gentler_and_start_where_the_one_before_ended(name):
     one, two, three = (load(FOLDER / f"{name.format(number)}.yaml") for number in (1, 2, 3))
-    assert one.learning_rate >= two.learning_rate > three.learning_rate
+    assert one.learning_rate > two.learning_rate > three.learning_rate
+    if one.max_steps == -1:  # shorter by their data: stage 2 keeps half, stage 3 prunes what is left
+        assert two.max_steps == three.max_steps == -1
+        assert one.num_epochs >= two.num_epochs >= three.num_epochs
+    else:
+        assert one.max_steps > two.max_steps > three.max_steps
     assert two.model_name_or_path == f"{one.output_dir}/model"
     assert three.model_name_or_path == f"{two.output_dir}/model"
 
