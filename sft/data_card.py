@@ -1,8 +1,13 @@
 """The card of a prepared data set: counts, licences, and what was dropped for which reason, as JSON and as a page."""
 
 import json
+import math
 from collections import Counter, defaultdict
 from pathlib import Path
+
+import yaml
+
+from sft.files import write_text
 
 
 def data_card(prepared) -> dict:
@@ -32,28 +37,33 @@ def data_card(prepared) -> dict:
 
 def render_data_card(card: dict) -> str:
     """The card as a Markdown page in the form of a Hub data set's README."""
-    licenses = sorted(card["license"])
-    lines = ["---", "license: other", f"license_name: {' + '.join(licenses)}", "---", "", "# Fine-tuning data", ""]
+    licenses = {"license": "other", "license_name": " + ".join(sorted(card["license"]))}
+    header = yaml.safe_dump(licenses, sort_keys=False, allow_unicode=True, width=math.inf)
+    lines = ["---", *header.splitlines(), "---", "", "# Fine-tuning data", ""]
     lines += [f"{card['rows']:,} conversations, {card['tokens']:,} tokens.", ""]
     for column in ("domain", "source", "license", "origin"):
         lines += [f"| {column} | rows | tokens | share of tokens |", "|---|---|---|---|"]
-        lines += [
-            f"| {name} | {counts['rows']:,} | {counts['tokens']:,} | {counts['tokens'] / max(card['tokens'], 1):.1%} |"
-            for name, counts in card[column].items()
-        ]
+        for name, counts in card[column].items():
+            share = counts["tokens"] / max(card["tokens"], 1)
+            lines.append(f"| {_cell(name)} | {counts['rows']:,} | {counts['tokens']:,} | {share:.1%} |")
         lines.append("")
     lines += ["| dropped for | rows |", "|---|---|"]
-    lines += [f"| {reason} | {count:,} |" for reason, count in card["dropped"].items()] or ["| nothing | 0 |"]
+    lines += [f"| {_cell(reason)} | {count:,} |" for reason, count in card["dropped"].items()] or ["| nothing | 0 |"]
     lines += ["", "| source | dropped |", "|---|---|"]
     lines += [
-        f"| {source} | {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())} |"
+        f"| {_cell(source)} | {', '.join(f'{count:,} {_cell(reason)}' for reason, count in reasons.items())} |"
         for source, reasons in card["dropped_by_source"].items()
     ]
     return "\n".join(lines) + "\n"
 
 
+def _cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def write_data_card(prepared, folder: Path) -> None:
     """Write `card.json` and `README.md` into a folder."""
     card = data_card(prepared)
-    (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(render_data_card(card), encoding="utf-8")
+    write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", folder / "card.json")
+    write_text(render_data_card(card), folder / "README.md")

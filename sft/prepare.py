@@ -4,7 +4,6 @@
 too short or too long, a near-duplicate, contaminated by an evaluation set, or beyond its domain's share.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from sft.chat import encode_conversations
 from sft.data import DataReport, load_rows, read_rows, row_tools
 from sft.data_card import write_data_card
 from sft.examples import write_conversations
+from sft.files import write_lines
 from sft.filters import Contamination, NearDuplicates, conversation_text, nested_texts
 from sft.mixing import domain_budgets, fill_budgets, parse_ratios
 from trainer.cli import parse_recipe
@@ -65,12 +65,21 @@ class PrepareConfig:
 
 @dataclass
 class Prepared:
-    """Rows that stay with their token counts, and (place, row, reason) of each one that goes."""
+    """Rows that stay with their token counts, and what goes.
+
+    Args:
+        rows: conversations that stay.
+        num_tokens: tokens of each.
+        dropped: (place, row, reason) of each well-formed row that goes.
+        report: counts of all of it.
+        malformed: (place, problem) of rows that are no conversations.
+    """
 
     rows: list[dict]
     num_tokens: list[int]
     dropped: list[tuple[str, dict, str]]
     report: DataReport
+    malformed: list[tuple[str, str]] = field(default_factory=list)
 
 
 def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -89,8 +98,8 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
     report = DataReport()
     contamination = Contamination(evaluation_texts(config.eval_files))
     duplicates = NearDuplicates(config.duplicate_threshold)
-    rows, counts, dropped = [], [], []
-    for place, row, num_tokens in _counted(load_rows(config.train_files, report), tokenizer):
+    places, rows, counts, dropped, malformed = [], [], [], [], []
+    for place, row, num_tokens in _counted(load_rows(config.train_files, report, malformed=malformed), tokenizer):
         text = conversation_text(row)
         if num_tokens < config.min_tokens:
             reason = f"fewer than {config.min_tokens} tokens"
@@ -101,17 +110,19 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
         elif duplicates.add(place, text) is not None:
             reason = "near-duplicate"
         else:
+            places.append(place)
             rows.append(row)
             counts.append(num_tokens)
             continue
         dropped.append((place, row, reason))
     if config.domain_ratios:
-        rows, counts, surplus = _mix(config, rows, counts)
-        dropped += [("", row, "beyond its domain's share") for row in surplus]
+        kept, surplus = _mix(config, rows, counts)
+        dropped += [(places[index], rows[index], "beyond its domain's share") for index in surplus]
+        rows, counts = [rows[index] for index in kept], [counts[index] for index in kept]
     for place, _, reason in dropped:
         report.drop(reason, place)
     report.kept, report.tokens, report.longest_tokens = len(rows), sum(counts), max(counts, default=0)
-    return Prepared(rows, counts, dropped, report)
+    return Prepared(rows, counts, dropped, report, malformed)
 
 
 def evaluation_texts(files: Iterable[str]) -> Iterator[str]:
@@ -145,32 +156,40 @@ def _count_batch(batch, tokenizer) -> Iterator[tuple[str, dict, int]]:
         yield place, row, len(ids)
 
 
-def _mix(config: PrepareConfig, rows: list[dict], counts: list[int]) -> tuple[list[dict], list[int], list[dict]]:
+def _mix(config: PrepareConfig, rows: list[dict], counts: list[int]) -> tuple[list[int], list[int]]:
+    """Indices of the rows that hold the ratios, and of the others."""
     domains = [row.get("domain") or "unknown" for row in rows]
     available: Counter = Counter()
     for domain, count in zip(domains, counts, strict=True):
         available[domain] += count
     budgets = domain_budgets(available, parse_ratios(config.domain_ratios), config.total_tokens)
-    kept, left = fill_budgets(domains, counts, budgets, config.seed)
-    return [rows[index] for index in kept], [counts[index] for index in kept], [rows[index] for index in left]
+    return fill_budgets(domains, counts, budgets, config.seed)
 
 
 def write_prepared(prepared: Prepared, output_dir: str | Path) -> Path:
-    """Write train.jsonl, dropped.jsonl (each row's place, source and reason) and the card; returns the train file.
+    """Write dropped.jsonl (each row's place, source and reason), the card, and last train.jsonl; returns the latter.
 
     Raises:
         ValueError: the folder holds prepared data.
+        OSError: a file cannot be written; there is no train.jsonl then.
     """
-    folder = Path(output_dir)
-    train_file = folder / "train.jsonl"
-    if train_file.exists():
-        raise ValueError(f"output_dir {str(folder)!r} holds prepared data; choose another folder, or remove this one")
-    write_conversations(prepared.rows, train_file)
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
-        for place, row, reason in prepared.dropped:
-            line = {"place": place, "source": row.get("source"), "domain": row.get("domain"), "reason": reason}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    folder, train_file = Path(output_dir), _new_train_file(output_dir)
+    lines = [
+        {"place": place, "source": row.get("source"), "domain": row.get("domain"), "reason": reason}
+        for place, row, reason in prepared.dropped
+    ]
+    lines += [{"place": place, "reason": f"malformed: {problem}"} for place, problem in prepared.malformed]
+    write_lines(lines, folder / "dropped.jsonl")
     write_data_card(prepared, folder)
+    return write_conversations(prepared.rows, train_file)
+
+
+def _new_train_file(output_dir: str | Path) -> Path:
+    train_file = Path(output_dir) / "train.jsonl"
+    if train_file.exists():
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds prepared data; choose another folder, or remove this one"
+        )
     return train_file
 
 
@@ -184,9 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     from sft.stage import load_tokenizer
 
     try:
+        _new_train_file(config.output_dir)
         prepared = prepare(config, load_tokenizer(config.tokenizer))
         train_file = write_prepared(prepared, config.output_dir)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"sft.prepare: {error}") from error
     print(prepared.report.summary())
     print(f"{train_file}; what was dropped and why: {train_file.with_name('dropped.jsonl')}")

@@ -8,7 +8,6 @@ Source: arXiv 2511.07464, section 4, stage 3, names the aims; the measures and t
 the ratio of the answer's loss with and without its instruction (arXiv 2308.12032).
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from sft.chat import REPLY_HEADER, encode_conversations
 from sft.data import DataReport, load_rows, row_tools
 from sft.equations import false_equation
 from sft.examples import write_conversations
+from sft.files import write_lines, write_text
 from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
 from sft.prune_page import render_page
 from sft.scoring import score_conversation
@@ -239,23 +239,41 @@ def _groups(decisions: list[Decision]) -> dict[tuple[str, str], list[int]]:
     return groups
 
 
-def write_pruned(rows: Sequence[dict], decisions: Sequence[Decision], output_dir: str | Path) -> Path:
-    """Write train.jsonl, decisions.jsonl and page.html; returns the train file.
+def write_pruned(
+    rows: Sequence[dict],
+    decisions: Sequence[Decision],
+    output_dir: str | Path,
+    malformed: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write decisions.jsonl, page.html, and last train.jsonl; returns the latter.
+
+    Args:
+        rows: conversations.
+        decisions: one a row.
+        output_dir: folder of the three files.
+        malformed: place and problem of rows that could not be read as conversations.
 
     Raises:
         ValueError: the folder holds pruned data, or nothing was kept.
+        OSError: a file cannot be written; there is no train.jsonl then.
     """
-    folder = Path(output_dir)
-    train_file = folder / "train.jsonl"
-    if train_file.exists():
-        raise ValueError(f"output_dir {str(folder)!r} holds pruned data; choose another folder, or remove this one")
+    folder, train_file = Path(output_dir), _new_train_file(output_dir)
     kept = [row for row, decision in zip(rows, decisions, strict=True) if decision.kept]
     if not kept:
         raise ValueError(f"pruning kept none of {len(rows)} rows; lower its thresholds or raise keep_share")
-    write_conversations(kept, train_file)
-    lines = [json.dumps(asdict(decision), ensure_ascii=False) + "\n" for decision in decisions]
-    (folder / "decisions.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "page.html").write_text(render_page(rows, decisions), encoding="utf-8")
+    lines = [asdict(decision) for decision in decisions]
+    lines += [{"place": place, "kept": False, "reason": f"malformed: {problem}"} for place, problem in malformed]
+    write_lines(lines, folder / "decisions.jsonl")
+    write_text(render_page(rows, decisions, malformed), folder / "page.html")
+    return write_conversations(kept, train_file)
+
+
+def _new_train_file(output_dir: str | Path) -> Path:
+    train_file = Path(output_dir) / "train.jsonl"
+    if train_file.exists():
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds pruned data; choose another folder, or remove this one"
+        )
     return train_file
 
 
@@ -266,19 +284,20 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: a setting or file cannot be used; the message says why and what to do.
     """
     (config,) = parse_recipe(PruneConfig, description=__doc__.replace("%", "%%"), argv=argv)
+    report, malformed = DataReport(), []
     try:
-        report = DataReport()
-        loaded = list(load_rows(config.train_files, report))
+        _new_train_file(config.output_dir)
+        loaded = list(load_rows(config.train_files, report, malformed=malformed))
         if not loaded:
             raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")
         places, rows = zip(*loaded, strict=True)
         reading = _read_with_model(config, rows) if config.model_name_or_path else None
         decisions = prune(places, rows, config, reading)
-        train_file = write_pruned(rows, decisions, config.output_dir)
-    except ValueError as error:
+        train_file = write_pruned(rows, decisions, config.output_dir, malformed)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"sft.prune: {error}") from error
     counts = Counter(decision.reason.partition(" of ")[0].partition(":")[0] for decision in decisions)
-    print("\n".join(f"{count:8,} {reason}" for reason, count in counts.most_common()))
+    print("\n".join([*(f"{count:8,} {reason}" for reason, count in counts.most_common()), *report.dropped_lines()]))
     print(f"{train_file}; look at {train_file.with_name('page.html')}")
 
 

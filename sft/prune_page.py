@@ -4,6 +4,8 @@ import html
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from sft.filters import message_text
+
 SAMPLES = 5
 LIMIT_CHARACTERS = 1500
 STYLE = """
@@ -16,12 +18,13 @@ pre.kept { border-color: #2a7; } summary { cursor: pointer; font-weight: 600; ma
 """
 
 
-def render_page(rows: Sequence[dict], decisions: Sequence) -> str:
+def render_page(rows: Sequence[dict], decisions: Sequence, malformed: Sequence[tuple[str, str]] = ()) -> str:
     """The page as HTML; texts of the rows are escaped.
 
     Args:
         rows: conversations.
         decisions: `sft.prune.Decision`, one a row.
+        malformed: place and problem of rows that could not be read as conversations.
     """
     kept = sum(decision.kept for decision in decisions)
     by_kind: dict[str, list[int]] = defaultdict(list)
@@ -33,6 +36,7 @@ def render_page(rows: Sequence[dict], decisions: Sequence) -> str:
         f"<p>{kept:,} of {len(rows):,} conversations stay.</p>",
         _reason_table(by_kind, decisions),
         _group_table(decisions),
+        _malformed_table(malformed),
     ]
     for kind, members in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         parts.append(f"<details><summary>{html.escape(kind)}: {len(members):,}</summary>")
@@ -51,6 +55,19 @@ def _reason_table(by_kind: dict[str, list[int]], decisions: Sequence) -> str:
     for kind, members in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         stays = "yes" if decisions[members[0]].kept else "no"
         lines.append(f"<tr><td>{html.escape(kind)}</td><td class='n'>{len(members):,}</td><td>{stays}</td></tr>")
+    return "".join([*lines, "</table>"])
+
+
+def _malformed_table(malformed: Sequence[tuple[str, str]]) -> str:
+    if not malformed:
+        return ""
+    lines = ["<h2>Malformed rows, not read</h2><table><tr><th>problem</th><th>rows</th><th>first</th></tr>"]
+    for problem, count in Counter(problem for _, problem in malformed).most_common():
+        places = [place for place, own in malformed if own == problem][:SAMPLES]
+        lines.append(
+            f"<tr><td>{html.escape(problem)}</td><td class='n'>{count:,}</td>"
+            f"<td>{html.escape(', '.join(places))}</td></tr>"
+        )
     return "".join([*lines, "</table>"])
 
 
@@ -76,7 +93,7 @@ def _group_table(decisions: Sequence) -> str:
 
 def _sample(row: dict, decision) -> str:
     measured = "" if decision.utility is None else f" (loss {decision.loss:.3f}, utility {decision.utility:.3f})"
-    text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"])[:LIMIT_CHARACTERS]
+    text = "\n\n".join(f"{turn['role']}: {message_text(turn)}" for turn in row["messages"])[:LIMIT_CHARACTERS]
     kind = " class='kept'" if decision.kept else ""
     caption = html.escape(f"{decision.place}: {decision.reason}{measured}")
     return f"<p>{caption}</p><pre{kind}>{html.escape(text)}</pre>"

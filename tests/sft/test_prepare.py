@@ -1,12 +1,19 @@
 """Preparation drops each row for its reason, holds the ratios, and writes a card that adds up."""
 
+import errno
 import json
+import os
 from collections import Counter
 
 import pytest
+import yaml
 
+from sft.curate import main as curate_main
 from sft.data import read_rows
-from sft.prepare import PrepareConfig, main, prepare, write_prepared
+from sft.data_card import render_data_card
+from sft.prepare import PrepareConfig, prepare, write_prepared
+from sft.prepare import main as prepare_main
+from sft.prune import main as prune_main
 
 EVALUATION = (
     "If five machines make five parts in five minutes, how long do a hundred machines take for a hundred parts?"
@@ -80,7 +87,12 @@ def test_each_row_goes_for_its_reason_and_the_card_adds_up(config, tokenizer, tm
     assert "| evaluation text | 1 |" in page
     assert "| theirs |" in page
     written = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert Counter(line["reason"] for line in written) == reasons + Counter({"beyond its domain's share": surplus})
+    assert Counter(line["reason"] for line in written) == reasons + Counter(
+        {"beyond its domain's share": surplus, "malformed: no messages": 1}
+    )
+    places = {place for place, _ in read_rows(config.train_files[0])}
+    assert {line["place"] for line in written} < places
+    assert len({line["place"] for line in written}) == len(written)
     with pytest.raises(ValueError, match="holds prepared data"):
         write_prepared(prepared, config.output_dir)
 
@@ -102,10 +114,85 @@ def test_bad_settings_are_named(settings, message):
 def test_entry_point_writes_and_names_a_missing_file(config, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = ["--output_dir", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer"), "--train_files"]
-    main([*words, *config.train_files])
+    prepare_main([*words, *config.train_files])
     assert "near-duplicate" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="does not exist"):
-        main([*words, "absent.jsonl"])
+        prepare_main([*words, "absent.jsonl"])
+
+
+LABELS = {
+    "domain is not text": {"domain": ["math"]},
+    "license is not text": {"license": 5},
+    "source is not text": {"source": {"a": 1}},
+    "skill is not text": {"skill": ["a"]},
+}
+CALLING = {
+    "messages": [
+        {"role": "user", "content": "What is seven times six, please?"},
+        {"role": "assistant", "tool_calls": [{"name": "multiply", "arguments": {"a": 7, "b": 6}}]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ],
+    "domain": "general",
+}
+
+
+@pytest.mark.parametrize("step", [prepare_main, curate_main, prune_main])
+def test_every_step_counts_rows_with_bad_labels_and_keeps_calls_without_content(
+    step, workplace, write_rows, tmp_path, capsys
+):
+    bad = [row("Why is it so today?", "Because it is.", "general") | label for label in LABELS.values()]
+    words = ["--train_files", write_rows([CALLING, *bad]), "--output_dir", str(tmp_path / "out")]
+    step([*words, *(["--tokenizer", str(workplace / "base")] if step is prepare_main else [])])
+    printed = capsys.readouterr().out
+    for number, reason in enumerate(LABELS, start=2):
+        assert f"dropped 1: {reason} (first: rows.jsonl:{number})" in printed
+    ((_, kept),) = read_rows(tmp_path / "out" / "train.jsonl")
+    assert kept["messages"][1] == CALLING["messages"][1] | {"content": None}
+    decisions = "dropped.jsonl" if step is prepare_main else "decisions.jsonl"
+    written = [json.loads(line) for line in (tmp_path / "out" / decisions).read_text().splitlines()]
+    malformed = {line["place"]: line["reason"] for line in written if line["reason"].startswith("malformed")}
+    assert malformed == {f"rows.jsonl:{n}": f"malformed: {reason}" for n, reason in enumerate(LABELS, start=2)}
+    if step is prune_main:
+        assert (
+            "<td>license is not text</td><td class='n'>1</td><td>rows.jsonl:3</td>"
+            in (tmp_path / "out" / "page.html").read_text()
+        )
+
+
+@pytest.mark.parametrize("step", [prepare_main, curate_main, prune_main])
+def test_a_full_disk_leaves_nothing_that_the_next_step_would_read(step, workplace, write_rows, tmp_path, monkeypatch):
+    synced = []
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == full.at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    words = ["--train_files", write_rows([CALLING]), "--output_dir", str(tmp_path / "out")]
+    words += ["--tokenizer", str(workplace / "base")] if step is prepare_main else []
+    for full.at in (1, 2):
+        synced.clear()
+        with pytest.raises(SystemExit, match="cannot be written: No space left"):
+            step(words)
+        assert not (tmp_path / "out" / "train.jsonl").exists()
+    full.at = 0
+    step(words)
+    assert len(list(read_rows(tmp_path / "out" / "train.jsonl"))) == 1
+    words[1] = "absent.jsonl"
+    with pytest.raises(SystemExit, match="choose another folder"):  # said before anything is read
+        step(words)
+
+
+@pytest.mark.parametrize("name", ["CC-BY: 4.0 # see", "a|b", 'it\'s "so"', "- x", "{y}", "null", "ゼロ"])
+def test_any_licence_stands_in_the_header_of_the_card(name):
+    counts = {column: {"x": {"rows": 1, "tokens": 1}} for column in ("domain", "source", "origin")}
+    license = {name: {"rows": 1, "tokens": 1}, "x" * 200: {"rows": 1, "tokens": 1}}
+    card = {"rows": 2, "tokens": 2, "license": license, "dropped": {}, "dropped_by_source": {}} | counts
+    _, header, page = render_data_card(card).split("---\n", 2)
+    assert yaml.safe_load(header) == {"license": "other", "license_name": " + ".join(sorted([name, "x" * 200]))}
+    assert f"\n| {name.replace('|', chr(92) + '|')} | 1 | 1 | 50.0% |\n" in page
 
 
 @pytest.mark.slow
