@@ -117,7 +117,7 @@ def test_entry_point_writes_and_names_a_missing_file(config, tokenizer, tmp_path
     prepare_main([*words, *config.train_files])
     assert "near-duplicate" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="does not exist"):
-        prepare_main([*words, "absent.jsonl"])
+        prepare_main([*words, "absent.jsonl", "--output_dir", str(tmp_path / "other")])
 
 
 LABELS = {
