@@ -1,6 +1,6 @@
 """Parallel MuonClip on paper: a step of the 12.7B on 2 to 512 ranks, from kernel times and link speeds.
 
-    python benchmarks/muonclip_scaling.py [--milliseconds 5.00 5.00 2.81 0.517 3.42]
+    python benchmarks/muonclip_scaling.py [--milliseconds 5.00 5.00 2.81 0.517 3.42] [--memory 3.8] [--link 300]
 
 The optimizer's own plan is simulated round by round: a gather waits for the network and for every rank to have packed,
 a rank's products wait for its gather, a scatter for the slowest owner. Eight ranks share a node. The first table holds
@@ -9,6 +9,7 @@ what parallel_muonclip.py measures on fewer ranks: 10 layers on 2, 20 and 40 on 
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,16 +24,30 @@ NUM_LAYERS, RANKS_A_NODE = 40, 8
 # matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200 (quack's symmetric products)
 SHAPES = (((16384, 4096), 2), ((4096, 16384), 1), ((5120, 4096), 1), ((2048, 4096), 2), ((4096, 8192), 1))
 MILLISECONDS = (5.00, 5.00, 2.81, 0.517, 3.42)
-NODE_BYTES_PER_MS = 300e6  # assumption: all-to-all over NVLink, each way
 NETWORK_BYTES_PER_MS = 45e6  # assumption: one 400 Gbit/s adapter a rank, each way
 PEER_MS = 0.003  # assumption: cost of each peer in an all-to-all
-MEMORY_BYTES_PER_MS = 3.8e9  # a copy on an H200, read plus written
 WIRE_BYTES = 2
 ELEMENTWISE_BYTES = 4 + 14 + 10  # float32: finiteness check, momentum and direction, decay and update
+OWNER_BYTES = 4 + 4  # from the received buffer to whole matrices, and from updates to the sent one
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU and its node can do.
+
+    Args:
+        milliseconds: Newton-Schulz time of a matrix by shape.
+        memory: terabytes a second of a copy, read plus written.
+        link: gigabytes a second that a rank sends to the others of its node in an all-to-all.
+    """
+
+    milliseconds: dict[tuple[int, int], float]
+    memory: float
+    link: float
 
 
 def simulate(
-    shards: int, together: int, chunk_size: int, milliseconds: dict, layers: int = NUM_LAYERS, pipelined: bool = True
+    shards: int, together: int, chunk_size: int, machine: Machine, layers: int = NUM_LAYERS, pipelined: bool = True
 ) -> dict[str, float]:
     """One step.
 
@@ -40,7 +55,7 @@ def simulate(
         shards: ranks that split each matrix.
         together: copies that share a matrix's work; others repeat it.
         chunk_size: as `ParallelMuonClip`'s.
-        milliseconds: Newton-Schulz time of a matrix by shape.
+        machine: that it runs on.
         layers: of the model.
         pipelined: transfers run beside the products of their neighbours.
 
@@ -50,13 +65,13 @@ def simulate(
     mesh = torch.arange(shards * together).view(together, shards)
     shapes = [shape for _ in range(layers) for shape, count in SHAPES for _ in range(count)]
     by_shape = {shape: _read_placements(mesh, (Replicate(), Shard(0)), shape) for shape, _ in SHAPES}
-    layouts, costs = [by_shape[shape] for shape in shapes], [milliseconds[shape] for shape in shapes]
+    layouts, costs = [by_shape[shape] for shape in shapes], [machine.milliseconds[shape] for shape in shapes]
     owners = assign_owners(costs, mesh.numel())
     rounds = cut_rounds(layouts, owners, costs, chunk_size, True)
     compute = [[sum(costs[n] for n in owned) for owned in owned_by] for owned_by in rounds]
-    traffic = [transfer_ms(layouts, owned_by, shards, together) for owned_by in rounds]
+    traffic = [transfer_ms(layouts, owned_by, shards, together, machine.link) for owned_by in rounds]
     elements = sum(rows * columns for rows, columns in shapes)
-    local_ms = elements / shards * ELEMENTWISE_BYTES / MEMORY_BYTES_PER_MS
+    local_ms = elements * (ELEMENTWISE_BYTES / shards + OWNER_BYTES / mesh.numel()) / (1e9 * machine.memory)
     totals = [sum(per_round) for per_round in zip(*compute, strict=True)]
     largest = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for n in owned) for o in rounds for owned in o)
     shard = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for owned in o for n in owned) for o in rounds) / shards
@@ -72,21 +87,21 @@ def simulate(
     }
 
 
-def transfer_ms(layouts: list[Layout], owned_by: list, shards: int, together: int) -> tuple[float, float]:
+def transfer_ms(layouts: list[Layout], owned_by: list, shards: int, together: int, link: float) -> tuple[float, float]:
     """Milliseconds of a round's gather and scatter: the busiest rank's bytes, within and beyond its node."""
     owned = [sum(layouts[n].shape[0] * layouts[n].shape[1] for n in numbers) * WIRE_BYTES for numbers in owned_by]
     ranks = shards * together
     shard_bytes = sum(owned) / shards  # of this round's matrices, what one rank holds
     return tuple(
-        link_ms(busiest, peers) for busiest, peers in ((max(max(owned), shard_bytes / together), shards),
+        link_ms(busiest, peers, link) for busiest, peers in ((max(max(owned), shard_bytes / together), shards),
                                                        (max(max(owned) * together, shard_bytes), ranks))
     )  # fmt: skip
 
 
-def link_ms(busiest_bytes: float, peers: int) -> float:
+def link_ms(busiest_bytes: float, peers: int, link: float) -> float:
     """Time to move `busiest_bytes` evenly from or to `peers` ranks."""
     inside = min(RANKS_A_NODE, peers) / peers
-    within = busiest_bytes * inside * (1 - 1 / min(RANKS_A_NODE, peers)) / NODE_BYTES_PER_MS
+    within = busiest_bytes * inside * (1 - 1 / min(RANKS_A_NODE, peers)) / (1e6 * link)
     return max(within, busiest_bytes * (1 - inside) / NETWORK_BYTES_PER_MS) + PEER_MS * peers
 
 
@@ -110,8 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--milliseconds", type=float, nargs=5, default=MILLISECONDS, metavar="MS",
                         help=f"Newton-Schulz of {[shape for shape, _ in SHAPES]}")  # fmt: skip
-    times = parser.parse_args().milliseconds
-    milliseconds = {shape: value for (shape, _), value in zip(SHAPES, times, strict=True)}
+    parser.add_argument("--memory", type=float, default=3.8, help="TB/s of a copy; an H200's")
+    parser.add_argument("--link", type=float, default=300.0, help="GB/s of an all-to-all in a node (assumption)")
+    arguments = parser.parse_args()
+    times = {shape: value for (shape, _), value in zip(SHAPES, arguments.milliseconds, strict=True)}
+    machine = Machine(times, arguments.memory, arguments.link)
     small = [("FSDP", 2, 1, 1, 10), ("FSDP", 4, 1, 1, 20), ("FSDP", 4, 1, 1, 40), ("HSDP", 2, 2, 2, 20),
              ("HSDP", 2, 2, 1, 20)]  # fmt: skip
     rows = [("FSDP", ranks, 1, 1) for ranks in (8, 16, 32, 64, 128, 256, 512)]
@@ -120,13 +138,13 @@ def main() -> None:
     header = ("layout", "ranks", "shards", "together", "step ms", "products ms", "balance", "network ms", "memory GB")
     print("| layers | " + " | ".join(header) + " | not pipelined ms |\n" + "|---" * (len(header) + 2) + "|")
     for name, shards, copies, together, layers in small:
-        result = simulate(shards, together, 2, milliseconds, layers)
-        in_turn = simulate(shards, together, 2, milliseconds, layers, pipelined=False)["step_ms"]
+        result = simulate(shards, together, 2, machine, layers)
+        in_turn = simulate(shards, together, 2, machine, layers, pipelined=False)["step_ms"]
         values = f"{name} | {shards * copies} | {shards} | {together} | {figures(result)}"
         print(f"| {layers} | {values} | {in_turn:.1f} |")
     print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name, shards, copies, together in rows:
-        result = simulate(shards, together, 2 if shards * together <= 32 else 1, milliseconds)
+        result = simulate(shards, together, 2 if shards * together <= 32 else 1, machine)
         print(f"| {name} | {shards * copies} | {shards} | {together} | {figures(result)} |")
 
 
