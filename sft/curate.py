@@ -123,7 +123,7 @@ def rate_rows(
         tuple: numbers, None where the judge gave none, and how many rows have none for which reason.
 
     Raises:
-        ValueError: the folder holds ratings of another judge.
+        ValueError: the folder holds ratings of another judge, or the judge gave no number at all.
         EndpointError: the judge fails; its ratings so far are kept.
     """
     journal = Journal(config.output_dir, {"judge_model": config.judge_model}, key="answer", work="selection")
@@ -139,6 +139,8 @@ def rate_rows(
             journal.add({"answer": key, "rating": rating})
     found = [ratings[key] for key in keys]
     notes = Counter(rating for rating in found if isinstance(rating, str))
+    if notes.total() == len(found):
+        raise ValueError(f"the judge rated none of {len(found)} rows: {dict(notes)}; use another judge, or none")
     return [None if isinstance(rating, str) else rating for rating in found], notes
 
 

@@ -115,7 +115,10 @@ def prune_worked_examples(rows: Sequence[dict], keep_share: float = 0.5) -> Prun
 
 
 def worked_solution_problem(solution: str) -> str | None:
-    """Why a worked solution cannot be trusted ("malformed" or "incoherent"), or None."""
+    """Why a solution of our generator's form cannot be trusted ("malformed" or "incoherent"), or None.
+
+    Its last equation gives the answer; for equations in any text there is `sft.equations.false_equation`.
+    """
     final = _FINAL_ANSWER.search(solution)
     equations = _EQUATION.findall(solution)
     if final is None or not equations:

@@ -25,7 +25,7 @@ JUDGE_PROMPT = (
     "Rate the answer from 0 (wrong, incoherent or cut off) to 10 (correct, complete, every step justified). "
     "Reply with the number alone.\n\nQuestion:\n{question}\n\nAnswer:\n{answer}"
 )
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?10\b)?")
 
 
 class Sampler(Protocol):

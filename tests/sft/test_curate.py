@@ -115,6 +115,13 @@ def test_a_dead_judge_ends_the_run_and_the_same_command_goes_on(endpoint, write_
     assert len(list(read_rows(tmp_path / "out" / "train.jsonl"))) == 4
 
 
+def test_a_judge_that_rates_nothing_is_no_judge(endpoint, write_rows, tmp_path):
+    rated(endpoint, lambda text: (400, "unknown field"))
+    with pytest.raises(SystemExit, match=r"rated none of 1 rows: .*refused the request with status 400"):
+        main(words_for(endpoint, write_rows([row(GOOD)]), tmp_path / "out"))
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
 def test_no_judge_there_at_all_is_named(endpoint, write_rows, tmp_path, monkeypatch):
     monkeypatch.setattr("sft.samplers.time.sleep", lambda seconds: None)
     words = words_for(endpoint, write_rows([row(GOOD)]), tmp_path / "out")

@@ -289,6 +289,9 @@ def test_judge_rates_through_the_endpoint(endpoint):
     endpoint.replies.append((200, choices("7")))
     assert score_conversation(row, judge).judge == 0.7
     assert "Because." in endpoint.requests[0][1]["messages"][0]["content"]
+    for reply in ("7/10", "I say 7 out of 10.", "<think>10?</think> 7.0", "It is 3, no: 7"):
+        endpoint.replies.append((200, choices(reply)))
+        assert judge("Why?", "Because.") == 0.7
     endpoint.replies.append((200, choices("great")))
     with pytest.raises(ValueError, match="judge judge replied 'great'"):
         judge("Why?", "Because.")
