@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from .model_card import write_model_card
@@ -23,6 +23,8 @@ AUTO_MAP = {
 TASK_HEAD_WEIGHTS = ("score.", "qa_outputs.")
 LANGUAGE_HEAD_WEIGHT = "lm_head.weight"
 NAMES_IN_A_MESSAGE = 20
+# Arguments of `push_to_hub` that `save_pretrained(push_to_hub=True)` takes too.
+UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags")
 
 
 class Motif2HubMixin:
@@ -76,11 +78,8 @@ class Motif2HubMixin:
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown: use one of {', '.join(LAYOUTS)}.")
         folder = Path(save_directory)
-        upload = {
-            name: kwargs.pop(name)
-            for name in ("repo_id", "commit_message", "create_pr", "private", "revision")
-            if name in kwargs
-        }
+        upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
+        upload["tags"] = self._all_tags(upload.get("tags"))
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         on_this_rank = self.should_save_on_this_rank(kwargs.get("is_main_process", True))
@@ -90,7 +89,7 @@ class Motif2HubMixin:
             elif layout == "engine":
                 self.config.for_engines().save_pretrained(folder)
             if not (folder / "README.md").exists():
-                write_model_card(folder, num_parameters=self.num_parameters())
+                write_model_card(folder, num_parameters=self.num_parameters(), tags=upload["tags"])
         if on_this_rank and push_to_hub:
             upload_folder(folder, upload.pop("repo_id", folder.name), token=kwargs.get("token"), **upload)
 
@@ -100,11 +99,13 @@ class Motif2HubMixin:
         *,
         layout: str = "motif2",
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
+        tags: list[str] | str | None = None,
         **card,
     ) -> str:
         """Saves to a temporary folder and uploads it in one commit; a model card already on the Hub is kept.
@@ -113,11 +114,14 @@ class Motif2HubMixin:
             repo_id: "name" or "organisation/name"; made when it does not exist.
             layout: as in `save_pretrained`.
             commit_message: what the commit says.
+            commit_description: what it says below that.
             private: whether a new repository is private.
             token: access token, True for the stored one.
-            revision: branch.
+            revision: branch, made when it does not exist.
             create_pr: whether to open a pull request instead of committing.
             max_shard_size: largest file of weights.
+            tags: of the model card, beside the model's own (`add_model_tags`); what a card already on the Hub lacks is
+                added to it in a second commit.
             **card: what `write_model_card` takes, to say how the model was made.
 
         Returns:
@@ -125,17 +129,23 @@ class Motif2HubMixin:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
-            card = {"name": repo_id.split("/")[-1], "num_parameters": self.num_parameters()} | card
+            tags = self._all_tags(tags)
+            card = {"name": repo_id.split("/")[-1], "num_parameters": self.num_parameters(), "tags": tags} | card
             write_model_card(folder, **card)
             return upload_folder(
                 folder,
                 repo_id,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 private=private,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+                tags=tags,
             )
+
+    def _all_tags(self, tags: list[str] | str | None) -> list[str]:
+        return [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
 
 
 def upload_folder(
@@ -143,10 +153,12 @@ def upload_folder(
     repo_id: str,
     *,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tags: list[str] | None = None,
 ) -> str:
     """Uploads a saved folder to the Hub in one commit; arguments as in `Motif2HubMixin.push_to_hub`.
 
@@ -155,19 +167,31 @@ def upload_folder(
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
-        api.hf_hub_download(repo_id, "README.md", revision=revision)
-        keep = ["README.md"]
+        card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
     except EntryNotFoundError:
-        keep = None
+        card = None
     commit = api.upload_folder(
         folder_path=folder,
         repo_id=repo_id,
         commit_message=commit_message or "Upload Motif-2 model",
+        commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=keep,
+        ignore_patterns=None if card is None else ["README.md"],
     )
+    there = [] if card is None else card.data.tags or []
+    if card is not None and set(tags or []) - set(there):
+        card.data.tags = list(dict.fromkeys([*there, *tags]))
+        api.upload_file(
+            path_or_fileobj=str(card).encode(),
+            path_in_repo="README.md",
+            repo_id=repo_id,
+            commit_message="Add tags",
+            revision=commit.pr_revision or revision,
+        )
     return commit.commit_url
 
 

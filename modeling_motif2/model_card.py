@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CODE_LICENSE = "Apache-2.0"
 REPORT = "arXiv:2511.07464"
+TAGS = ("motif2", "grouped-differential-attention", "polynorm")
 
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +30,7 @@ def write_model_card(
     base_model: str | None = None,
     datasets: list[str] | None = None,
     language: list[str] | None = None,
+    tags: list[str] | None = None,
     evaluation: dict[str, dict[str, float]] | None = None,
 ) -> Path:
     """Writes README.md into a saved folder, over one that is there.
@@ -43,6 +45,7 @@ def write_model_card(
         base_model: repository that it was fine-tuned from.
         datasets: repositories of its data.
         language: language codes.
+        tags: on the Hub, beside those that every card of this model has.
         evaluation: {task: {metric: value}}.
 
     Returns:
@@ -65,7 +68,7 @@ def write_model_card(
         base_model=base_model,
         datasets=datasets,
         language=language,
-        tags=["motif2", "grouped-differential-attention", "polynorm"],
+        tags=list(dict.fromkeys([*TAGS, *(tags or [])])),
         model_name=name if results else None,
         eval_results=results or None,
     )

@@ -14,13 +14,14 @@ class RecordingHub:
     """Serves on a free local port while used as a context manager.
 
     Attributes:
-        commits: (repository, summary, paths) of each commit, in order.
-        files: {repository: {path: content}}.
+        commits: (repository, summary, paths, description) of each commit, in order; a branch other than main shows as
+            "repository@branch".
+        files: {repository or "repository@branch": {path: content}}.
         endpoint: URL for HF_ENDPOINT.
     """
 
     def __init__(self):
-        self.commits: list[tuple[str, str, list[str]]] = []
+        self.commits: list[tuple[str, str, list[str], str]] = []
         self.files: dict[str, dict[str, bytes]] = {}
         self.large: dict[str, bytes] = {}
         hub = self
@@ -91,18 +92,30 @@ class _Handler(BaseHTTPRequestHandler):
                 for item in json.loads(body)["objects"]
             ]
             self.answer_json({"transfer": "basic", "objects": objects})
+        elif "/branch/" in path:
+            repo, branch = path.removeprefix("/api/models/").split("/branch/")
+            if self.known(repo, branch) in self.state.files:
+                return self.answer_json({"error": "the branch exists"}, 409)
+            self.state.files[self.known(repo, branch)] = dict(self.state.files[repo])
+            return self.answer_json({})
         elif "/commit/" in path:
-            self.record(path.removeprefix("/api/models/").split("/commit/")[0], body)
+            self.record(self.known(*path.removeprefix("/api/models/").split("/commit/")), body)
         else:
             self.answer_json({"error": f"not built: POST {path}"}, 404)
+        return None
+
+    @staticmethod
+    def known(repo: str, revision: str) -> str:
+        """What a branch of a repository is called in `files`; every commit counts as main's."""
+        return repo if revision == "main" or len(revision) == 40 else f"{repo}@{revision}"
 
     def record(self, repo: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
-        summary, paths = "", []
+        summary, description, paths = "", "", []
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
-                summary = value["summary"]
+                summary, description = value["summary"], value["description"]
                 continue
             if line["key"] == "file":
                 content = base64.b64decode(value["content"])
@@ -110,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
                 content = self.state.large[value["oid"]]
             self.state.files[repo][value["path"]] = content
             paths.append(value["path"])
-        self.state.commits.append((repo, summary, paths))
+        self.state.commits.append((repo, summary, paths, description))
         url = f"{self.state.endpoint}/{repo}/commit/{'0' * 40}"
         self.answer_json({"success": True, "commitUrl": url, "commitOid": "0" * 40, "hookOutput": ""})
 
@@ -128,11 +141,15 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         if "/resolve/" in path:
             repo, rest = path.strip("/").split("/resolve/")
-            content = self.state.files.get(repo, {}).get(rest.split("/", 1)[1])
+            revision, name = rest.split("/", 1)
+            if self.known(repo, revision) not in self.state.files:
+                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            commit = f"{sum(self.known(repo, revision) == each[0] for each in self.state.commits):040x}"
+            content = self.state.files[self.known(repo, revision)].get(name)
             if content is not None:
                 etag = hashlib.sha256(content).hexdigest()
-                return self.answer(200, content, {"X-Repo-Commit": "0" * 40, "ETag": f'"{etag}"'})
-            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "0" * 40}
+                return self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
+            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
             return self.answer(404, b"", missing)
         if path.startswith("/api/models/"):
             repo = path.removeprefix("/api/models/").split("/revision/")[0].split("/tree/")[0]

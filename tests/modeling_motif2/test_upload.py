@@ -28,11 +28,16 @@ ids = torch.arange(3, 15)[None]
 with torch.no_grad():
     assert torch.equal(again(ids).logits, model(ids).logits)
 there = dict(push_to_hub=True, repo_id="someone/motif-official", token="secret")
+there |= dict(commit_description="In the official layout.", tags=["tiny"])
 model.save_pretrained({second!r}, layout="official", **there)
 again = AutoModelForCausalLM.from_pretrained("someone/motif-official")
 with torch.no_grad():
     assert torch.equal(again(ids).logits, model(ids).logits)
 model.push_to_hub("someone/motif-small", commit_message="Second weights", token="secret")
+model.add_model_tags("kept")
+aside = dict(revision="next", commit_message="Third weights", commit_description="Beside the others.", tags="tiny")
+for _ in range(2):
+    model.push_to_hub("someone/motif-small", token="secret", **aside)
 """
 
 
@@ -60,7 +65,7 @@ def uploaded(tmp_path_factory):
 
 def test_each_upload_is_one_commit(uploaded):
     hub, folder, _ = uploaded
-    first, official, second = hub.commits
+    first, official, second = hub.commits[:3]
     assert first[:2] == ("someone/motif-small", "First weights")
     local = {path.name for path in (folder / "local").iterdir()}
     assert set(first[2]) == local
@@ -69,6 +74,23 @@ def test_each_upload_is_one_commit(uploaded):
     assert not [path for path in official[2] if path.endswith(".py")]
     assert second[1] == "Second weights"
     assert "README.md" not in second[2]
+
+
+def test_a_branch_a_description_and_tags_arrive(uploaded):
+    hub, _, _ = uploaded
+    assert hub.commits[1][3] == "In the official layout."
+    assert "- tiny" in hub.files["someone/motif-official"]["README.md"].decode()
+    third, tagged, again = hub.commits[3:]
+    assert third[:2] == ("someone/motif-small@next", "Third weights")
+    assert third[3] == "Beside the others."
+    assert tagged[::2] == ("someone/motif-small@next", ["README.md"])
+    card = hub.files["someone/motif-small@next"]["README.md"].decode()
+    assert "Drawn at random." in card
+    assert "- motif2" in card
+    assert "- kept" in card
+    assert "- tiny" in card
+    assert "- tiny" not in hub.files["someone/motif-small"]["README.md"].decode()
+    assert again[1] == "Third weights"
 
 
 def test_the_card_was_uploaded_and_kept(uploaded):
