@@ -158,10 +158,10 @@ SWEEP = (
 
 
 def with_tile(launch, plan, kernel: str, tile):
-    """The plan with another tile; the blocks of maps are those of the products too."""
+    """The plan with another tile; a tile of `key` has as many keys as one of `query` has queries."""
     plan = plan._replace(**{kernel: tile})
-    edge = plan.maps.queries
-    return plan._replace(products=plan.products._replace(keys=edge, queries=min(edge, plan.products.queries)))
+    edge = plan.query.queries
+    return plan._replace(key=plan.key._replace(keys=edge, queries=min(edge, plan.key.queries)))
 
 
 def compile_tiles(kernel: str, tile: tuple[int, int, int, int]) -> None:
@@ -282,7 +282,7 @@ class Suite:
                 print(f"{name} packed: {type(error).__name__}: {str(error)[:200]}")
 
     def sweep(self) -> None:
-        """Tiles of the forward and of the backward's maps at the first size, each with the others as shipped."""
+        """Tiles of the forward and of the backward's two large passes at the first size, each with the others as shipped."""
         launch = self.kernel.ops.launch
         if launch is None or (self.device.type == "cpu" and not launch.INTERPRETED):
             print("no sweep: outside a GPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)")
@@ -295,11 +295,11 @@ class Suite:
         out, raw, lse, _ = launch.forward(*inputs, *options, True)
         dout = torch.randn_like(out)
         tiles = [launch.Tiles(*each) for each in SWEEP] if not self.tiny else [shipped.forward]
-        jobs = list(itertools.product(("forward", "maps"), SWEEP))
+        jobs = list(itertools.product(("forward", "query", "value"), SWEEP))
         if self.device.type == "cuda":
             with ProcessPoolExecutor(min(12, os.cpu_count()), mp_context=get_context("spawn")) as pool:
                 list(pool.map(compile_tiles, *zip(*jobs, strict=True)))
-        for kernel, tile in itertools.product(("forward", "maps"), tiles):
+        for kernel, tile in itertools.product(("forward", "query", "value"), tiles):
             plan = with_tile(launch, shipped, kernel, tile)
 
             def call(_, kernel=kernel, plan=plan):

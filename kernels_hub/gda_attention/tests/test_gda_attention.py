@@ -167,23 +167,25 @@ def test_a_cache_of_which_a_part_is_filled(kernel, device, poisoned):
 def test_a_backward_in_parts(kernel, device, poisoned, monkeypatch, case, rows):
     keys = 75 if case == "more keys" else 70
     inputs = make(2, 70, keys, 1, 2, 16, torch.float32, device)
-    edge = kernel.ops.launch.plan(16, 4, inputs.key.device).maps.queries
+    edge = kernel.ops.launch.plan(16, 4, inputs.key.device).query.queries
     row_of_blocks = -(-keys // edge) * edge * edge * 3 * 4
-    monkeypatch.setattr(kernel.ops.launch, "SCRATCH_BYTES", 2 * rows * row_of_blocks)
+    monkeypatch.setattr(kernel.ops.launch, "SCRATCH_BYTES", rows * row_of_blocks)
     bounds = padded((70, 33), 70, "left", device) if case == "padded" else (None, None)
     assert_matches(kernel, inputs, *bounds)
 
 
 @pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch has no parts")
 @pytest.mark.parametrize("triangular", [True, False])
+@pytest.mark.parametrize("together", [1, 100])
 @pytest.mark.parametrize("limit", [1, 5, 6, 27, 40, 1000])
-def test_parts_cover_every_block_once(kernel, triangular, limit):
+def test_parts_cover_every_block_once(kernel, triangular, together, limit):
     groups, rows, columns = 5, 6, 7
     seen = []
-    for part in kernel.ops.launch.parts(groups, rows, columns, triangular, limit):
+    for part in kernel.ops.launch.parts(groups, rows, columns, triangular, together, limit):
         here = range(part.first_block, part.first_block + part.blocks)
         assert part.size == sum(row + 1 if triangular else columns for row in here)
-        assert part.groups * part.size <= limit or part.groups == part.blocks == 1
+        assert part.size <= limit or part.groups == part.blocks == 1
+        assert part.groups == 1 or part.groups * part.size <= together
         seen += [(part.first_group + group, row) for group in range(part.groups) for row in here]
     assert sorted(seen) == [(group, row) for group in range(groups) for row in range(rows)]
 

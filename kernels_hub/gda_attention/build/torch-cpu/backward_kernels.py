@@ -1,16 +1,16 @@
-"""Triton kernels of the backward: through the epilogue, then the maps and dQ by tiles of queries, then dK and dV.
+"""Triton kernels of the backward: through the epilogue; dQ by tiles of queries; dK and dV by tiles of keys.
 
-Logits are computed once more, from the saved log-sum-exp and in base 2. The maps P and their gradients dS go to a
-scratch, in the type of the inputs; from there dK and dV are plain products. So no pass holds more than one gradient in
-registers, and the seven products of a backward are done once each. Every gradient is summed by one program in a fixed
-order: no atomics, results repeat bit for bit.
+Logits are computed again from the saved log-sum-exp, in base 2: once for dQ, which needs the logits' gradients dS, and
+once for dV, which needs the maps alone. dS goes to a scratch in the type of the inputs, from where dK is a plain
+product. So no pass holds more than one gradient in registers. Each gradient is summed by one program in a fixed order:
+no atomics, results repeat bit for bit.
 
 The scratch holds blocks of M queries and M keys, a head's after each other: row by row all of them, or with as many
-queries as keys in causal order (TRIANGULAR) the `row + 1` that are seen. Maps are made and used for a range of rows of
+queries as keys in causal order (TRIANGULAR) the `row + 1` that are seen. dS is made and used for a range of rows of
 blocks of some groups at a time, so that the scratch stays small.
 
-Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, M queries and keys of a block, N
-keys of a tile.
+Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, M queries and keys of a block or
+queries of a tile, N keys of a tile.
 """
 
 import triton
@@ -78,12 +78,12 @@ def _block(i, j, base, blocks_of_keys, TRIANGULAR: tl.constexpr):
 
 @triton.jit
 def _descend(
-    dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+    dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, dmap_ptr,
     key_stride, value_stride, start, end, first, last, num_keys, log2_scale,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from `start` to `end` to the gradient of a tile of queries, and stores their maps."""
+    """Adds the keys from `start` to `end` to the gradient of a tile of queries, and stores dS."""
     inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_M + tl.arange(0, BLOCK_N)[None, :]  # (M, N)
     for begin in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         keys = begin + tl.arange(0, BLOCK_N)
@@ -99,16 +99,14 @@ def _descend(
         dweights = tl.dot(dhigh_out, tl.trans(high), dweights, input_precision=PRECISION)  # (M, N)
         dlogits = (weights * (dweights - delta[:, None])).to(query.dtype)
         dquery = tl.dot(dlogits, key, dquery, input_precision=PRECISION)
-        place = begin // BLOCK_M * (BLOCK_M * BLOCK_M) + begin % BLOCK_M + inner
-        tl.store(map_ptr + place, weights.to(query.dtype))
-        tl.store(dmap_ptr + place, dlogits)
+        tl.store(dmap_ptr + begin // BLOCK_M * (BLOCK_M * BLOCK_M) + begin % BLOCK_M + inner, dlogits)
     return dquery
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride", "first_group", "first_block", "base"])
-def maps_kernel(
+def query_kernel(
     signal_ptr, noise_ptr, key_ptr, value_ptr, draw_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr,
-    map_ptr, dmap_ptr, dsignal_ptr, dnoise_ptr,
+    dmap_ptr, dsignal_ptr, dnoise_ptr,
     signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
     key_row, key_token, key_group, key_half, value_row, value_token, value_group, value_half,
     num_queries, num_keys, num_groups, interval_stride, first_group, groups_here, first_block, blocks_here, base,
@@ -116,7 +114,7 @@ def maps_kernel(
     RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr, TRIANGULAR: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dsignal (B, T, G, r, D), dnoise (B, T, G, D), and the blocks of both maps that any of a tile's queries sees.
+    """dsignal (B, T, G, r, D), dnoise (B, T, G, D), and the blocks of dS that any of a tile's queries sees.
 
     Grid: (blocks_here * groups_here * (r + 1),), the last tile first. Groups count over all rows.
     """
@@ -155,23 +153,21 @@ def maps_kernel(
     low_ptr = value_ptr + row * value_row + group * value_group
     high_ptr = low_ptr + value_half
     block = _block(tile, 0, base, tl.cdiv(num_keys, BLOCK_M), TRIANGULAR)
-    place = (group_here * HEADS + head).to(tl.int64) * map_head + block.to(tl.int64) * (BLOCK_M * BLOCK_M)
-    map_ptr += place
-    dmap_ptr += place
+    dmap_ptr += (group_here * HEADS + head).to(tl.int64) * map_head + block.to(tl.int64) * (BLOCK_M * BLOCK_M)
     dquery = tl.zeros((BLOCK_M, DIM), tl.float32)
     if HAS_INTERVALS:
         dquery = _descend(
-            dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+            dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, dmap_ptr,
             key_token, value_token, start, tl.minimum(middle, end), first, last, num_keys, log2_scale,
             DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, True,
         )  # fmt: skip
     dquery = _descend(
-        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, dmap_ptr,
         key_token, value_token, middle, middle_end, first, last, num_keys, log2_scale,
         DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, False,
     )  # fmt: skip
     dquery = _descend(
-        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, map_ptr, dmap_ptr,
+        dquery, query, dlow_out, dhigh_out, lse, delta, key_ptr, low_ptr, high_ptr, dmap_ptr,
         key_token, value_token, middle_end, end, first, last, num_keys, log2_scale,
         DIM, BLOCK_M, BLOCK_N, STAGES, PRECISION, True,
     )  # fmt: skip
@@ -183,70 +179,148 @@ def maps_kernel(
     store_rows(out_ptr, dquery * scale, queries, out_token, num_queries, DIM)
 
 
+@triton.jit
+def _seen_from(
+    tile, runs_ptr, row, tiles, num_queries, num_keys, interval_stride, EDGE: tl.constexpr, HAS_INTERVALS: tl.constexpr
+):
+    """The first query that sees any key of a tile, and the one after the last; equal where none does."""
+    start, end = tl.maximum(tile * EDGE - (num_keys - num_queries), 0), num_queries
+    if HAS_INTERVALS:
+        runs_ptr += row * tl.where(interval_stride > 0, 2 * tiles, 0) + tile
+        start = tl.load(runs_ptr)
+        end = tl.load(runs_ptr + tiles)
+    return start, tl.maximum(end, start)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride", "first_group", "first_block", "base"])
-def products_kernel(
-    map_ptr, dmap_ptr, signal_ptr, noise_ptr, draw_ptr, runs_ptr, dkey_ptr, dvalue_ptr,
+def key_kernel(
+    dmap_ptr, signal_ptr, noise_ptr, runs_ptr, dkey_ptr,
     signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
     num_queries, num_keys, num_groups, interval_stride, first_group, groups_here, first_block, blocks_here, base,
     map_head, scale,
     RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr, TRIANGULAR: tl.constexpr, ADD: tl.constexpr,
     DIM: tl.constexpr, EDGE: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dkey and dvalue (B, S, G, 2, D): sums of map^T states over heads and queries, added to what is there if `ADD`.
+    """dkey (B, S, G, 2, D): sums of dS^T Q over the heads and queries here, added to what is there if `ADD`.
 
-    Grid: (blocks of keys * groups_here * 4,): two halves of dvalue, dkey of the signal heads, dkey of the noise head.
-    With intervals, `runs` (B or 1, 2, blocks of keys) tells which queries see a block of keys.
+    Grid: (2 * blocks of keys * groups_here,), the signal heads' keys first, then the noise heads'. With intervals,
+    `runs` (B or 1, 2, blocks of keys) tells which queries see a block of keys.
     """
     HEADS: tl.constexpr = RATIO + 1
-    part = tl.program_id(0) % 4
-    group_here = tl.program_id(0) // 4 % groups_here
-    tile = tl.program_id(0) // (4 * groups_here)
-    blocks_of_keys = tl.cdiv(num_keys, EDGE)
+    tiles = tl.cdiv(num_keys, EDGE)
+    half = tl.program_id(0) // (tiles * groups_here)
+    tile = tl.program_id(0) // groups_here % tiles
+    group_here = tl.program_id(0) % groups_here
     row_and_group = first_group + group_here
     row = (row_and_group // num_groups).to(tl.int64)
     group = (row_and_group % num_groups).to(tl.int64)
-
-    start, end = tl.maximum(tile * EDGE - (num_keys - num_queries), 0), num_queries
-    if HAS_INTERVALS:
-        runs_ptr += row * tl.where(interval_stride > 0, 2 * blocks_of_keys, 0) + tile
-        start = tl.load(runs_ptr)
-        end = tl.load(runs_ptr + blocks_of_keys)
+    start, end = _seen_from(
+        tile, runs_ptr, row, tiles, num_queries, num_keys, interval_stride, EDGE, HAS_INTERVALS
+    )  # fmt: skip
     end = tl.where(end > start, tl.minimum(tl.cdiv(end, EDGE), first_block + blocks_here), 0)
     start = tl.maximum(start // EDGE, first_block)
     steps = tl.maximum(end - start, 0) * (EDGE // BLOCK_M)
 
-    draw_token = num_groups * HEADS * 2 * DIM
-    map_ptr += (group_here * HEADS).to(tl.int64) * map_head
-    states_ptr = draw_ptr + row * num_queries * draw_token + group * HEADS * 2 * DIM + part * DIM
-    states_token, states_head, heads = draw_token, 2 * DIM, HEADS
-    out_ptr, factor = dvalue_ptr + part * DIM, 1.0
-    if part == 2:
-        map_ptr = dmap_ptr + (group_here * HEADS).to(tl.int64) * map_head
-        states_ptr = signal_ptr + row * signal_row + group * signal_group
-        states_token, states_head, heads = signal_token, signal_head, RATIO
-        out_ptr, factor = dkey_ptr, scale
-    if part == 3:
-        map_ptr = dmap_ptr + (group_here * HEADS + RATIO).to(tl.int64) * map_head
-        states_ptr = noise_ptr + row * noise_row + group * noise_group
-        states_token, states_head, heads = noise_token, 0, 1
-        out_ptr, factor = dkey_ptr + DIM, scale
-
+    dmap_ptr += (group_here * HEADS).to(tl.int64) * map_head
+    query_ptr = signal_ptr + row * signal_row + group * signal_group
+    query_token, heads = signal_token, RATIO
+    if half == 1:
+        dmap_ptr += RATIO * map_head.to(tl.int64)
+        query_ptr = noise_ptr + row * noise_row + group * noise_group
+        query_token, heads = noise_token, 1
     total = tl.zeros((EDGE, DIM), tl.float32)
     columns = tl.arange(0, EDGE)
     for step in tl.range(0, heads * steps, num_stages=STAGES):
         head = step // steps
         begin = start * EDGE + step % steps * BLOCK_M
-        block = _block(begin // EDGE, tile, base, blocks_of_keys, TRIANGULAR)
+        block = _block(begin // EDGE, tile, base, tiles, TRIANGULAR)
         rows = begin % EDGE + tl.arange(0, BLOCK_M)
         place = head.to(tl.int64) * map_head + block.to(tl.int64) * (EDGE * EDGE)
-        maps = tl.load(map_ptr + place + rows[:, None] * EDGE + columns[None, :])  # (M, EDGE)
+        dmap = tl.load(dmap_ptr + place + rows[:, None] * EDGE + columns[None, :])  # (M, EDGE)
         queries = begin + tl.arange(0, BLOCK_M)
-        states = load_rows(states_ptr + head * states_head, queries, states_token, num_queries, DIM, True)  # (M, D)
-        total = tl.dot(tl.trans(maps), states, total, input_precision=PRECISION)
-    total *= factor
+        query = load_rows(query_ptr + head * signal_head, queries, query_token, num_queries, DIM, True)  # (M, D)
+        total = tl.dot(tl.trans(dmap), query, total, input_precision=PRECISION)
+    total *= scale
     keys = tile * EDGE + columns
     out_token = num_groups * 2 * DIM
-    out_ptr += row * num_keys * out_token + group * 2 * DIM
+    dkey_ptr += row * num_keys * out_token + group * 2 * DIM + half * DIM
     if ADD:
-        total += load_rows(out_ptr, keys, out_token, num_keys, DIM, True)
-    store_rows(out_ptr, total, keys, out_token, num_keys, DIM)
+        total += load_rows(dkey_ptr, keys, out_token, num_keys, DIM, True)
+    store_rows(dkey_ptr, total, keys, out_token, num_keys, DIM)
+
+
+@triton.jit
+def _collect(
+    dlow, dhigh, key, keys, query_ptr, draw_ptr, lse_ptr, first_ptr, last_ptr,
+    query_stride, query_head, draw_stride, start, steps, num_heads, num_queries, num_keys, log2_scale,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INTERVALS: tl.constexpr,
+):  # fmt: skip
+    """Adds `steps` tiles of queries of each head, from `start` on, to the gradient of a tile of values."""
+    for step in tl.range(0, num_heads * steps, num_stages=STAGES):
+        head = step // steps
+        queries = start + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = queries < num_queries
+        query = load_rows(query_ptr + head * query_head, queries, query_stride, num_queries, DIM, True)  # (M, D)
+        logits = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
+        lse = tl.load(lse_ptr + head * num_queries + queries, mask=inside, other=float("inf"))
+        weights = tl.exp2(logits * log2_scale - lse[None, :])
+        first, last = interval(first_ptr, last_ptr, queries, num_queries, num_keys, HAS_INTERVALS)
+        seen = keys[:, None] <= last[None, :]
+        if HAS_INTERVALS:
+            seen = seen & (keys[:, None] >= first[None, :])
+        weights = tl.where(seen, weights, 0.0).to(query.dtype)
+        dlow_out = load_rows(draw_ptr + head * 2 * DIM, queries, draw_stride, num_queries, DIM, True)  # (M, D)
+        dlow = tl.dot(weights, dlow_out, dlow, input_precision=PRECISION)
+        dhigh_out = load_rows(draw_ptr + head * 2 * DIM + DIM, queries, draw_stride, num_queries, DIM, True)
+        dhigh = tl.dot(weights, dhigh_out, dhigh, input_precision=PRECISION)
+    return dlow, dhigh
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "interval_stride"])
+def value_kernel(
+    signal_ptr, noise_ptr, key_ptr, draw_ptr, lse_ptr, first_ptr, last_ptr, runs_ptr, dvalue_ptr,
+    signal_row, signal_token, signal_group, signal_head, noise_row, noise_token, noise_group,
+    key_row, key_token, key_group, key_half,
+    num_queries, num_keys, num_groups, rows_and_groups, interval_stride, log2_scale,
+    RATIO: tl.constexpr, HAS_INTERVALS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dvalue (B, S, G, 2, D).
+
+    Grid: (tiles of keys * B * G,). With intervals, `runs` (B or 1, 2, tiles) tells which queries see a tile.
+    """
+    tiles = tl.cdiv(num_keys, BLOCK_N)
+    tile = tl.program_id(0) // rows_and_groups
+    row_and_group = tl.program_id(0) % rows_and_groups
+    row = (row_and_group // num_groups).to(tl.int64)
+    group = (row_and_group % num_groups).to(tl.int64)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, end = _seen_from(
+        tile, runs_ptr, row, tiles, num_queries, num_keys, interval_stride, BLOCK_N, HAS_INTERVALS
+    )  # fmt: skip
+    steps = tl.cdiv(end - start, BLOCK_M)
+    first_ptr += row * interval_stride
+    last_ptr += row * interval_stride
+    key_ptr += row * key_row + group * key_group
+    draw_token = num_groups * (RATIO + 1) * 2 * DIM
+    draw_ptr += row * num_queries * draw_token + group * (RATIO + 1) * 2 * DIM
+    lse_ptr += row_and_group.to(tl.int64) * (RATIO + 1) * num_queries
+    dlow = tl.zeros((BLOCK_N, DIM), tl.float32)
+    dhigh = tl.zeros((BLOCK_N, DIM), tl.float32)
+    key = load_rows(key_ptr, keys, key_token, num_keys, DIM, True)  # (N, D)
+    dlow, dhigh = _collect(
+        dlow, dhigh, key, keys, signal_ptr + row * signal_row + group * signal_group, draw_ptr, lse_ptr,
+        first_ptr, last_ptr, signal_token, signal_head, draw_token, start, steps, RATIO,
+        num_queries, num_keys, log2_scale, DIM, BLOCK_M, STAGES, PRECISION, HAS_INTERVALS,
+    )  # fmt: skip
+    key = load_rows(key_ptr + key_half, keys, key_token, num_keys, DIM, True)
+    dlow, dhigh = _collect(
+        dlow, dhigh, key, keys, noise_ptr + row * noise_row + group * noise_group, draw_ptr + RATIO * 2 * DIM,
+        lse_ptr + RATIO * num_queries, first_ptr, last_ptr, noise_token, 0, draw_token, start, steps, 1,
+        num_queries, num_keys, log2_scale, DIM, BLOCK_M, STAGES, PRECISION, HAS_INTERVALS,
+    )  # fmt: skip
+    out_token = num_groups * 2 * DIM
+    dvalue_ptr += row * num_keys * out_token + group * 2 * DIM
+    store_rows(dvalue_ptr, dlow, keys, out_token, num_keys, DIM)
+    store_rows(dvalue_ptr + DIM, dhigh, keys, out_token, num_keys, DIM)

@@ -14,7 +14,7 @@ from . import backward_kernels, decode_kernels, forward_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = math.log2(math.e)
-EPILOGUE_ROWS = 16
+EPILOGUE_ROWS, EPILOGUE_WARPS = 8, 2
 
 
 class Tiles(NamedTuple):
@@ -34,24 +34,27 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of every kernel; a product's keys are the queries of a tile of maps."""
+    """Tiles of every kernel; a tile of `key` has as many keys as one of `query` has queries."""
 
     forward: Tiles
-    maps: Tiles
-    products: Tiles
+    query: Tiles
+    key: Tiles
+    value: Tiles
     decode: Tiles
 
 
 SMALL = Tiles(16, 16, 4, 1)  # a few values a program: for the interpreter
-INTERPRETER = Plan(SMALL, SMALL, SMALL, SMALL)
+INTERPRETER = Plan(SMALL, SMALL, SMALL, SMALL, SMALL)
 # The fastest of those measured on an H100 and an H200.
-HOPPER = Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 3), Tiles(16, 64, 4, 3))
+HOPPER = Plan(
+    Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 3), Tiles(16, 64, 4, 3)
+)
 # For 64 KiB to 164 KiB of shared memory.
-MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 2), Tiles(16, 32, 4, 2))
+MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(16, 32, 4, 2))
 # For wide heads of 32-bit elements.
-NARROW = Plan(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
-# The maps of a backward and their gradients that are kept at a time (assumption: 5% of a large GPU's memory).
-SCRATCH_BYTES = 4 * 2**30
+NARROW = Plan(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1))
+# Scratch of a backward: groups go together up to the first, a group is cut beyond the second (assumptions).
+TOGETHER_BYTES, SCRATCH_BYTES = 2**29, 4 * 2**30
 
 
 @cache
@@ -140,7 +143,7 @@ def _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
     dweight = lse.new_empty((grid[0] * grid[1], width))
     backward_kernels.epilogue_kernel[grid](
         dout, raw, lambda_, weight, draw, delta, dlambda, dweight, *dout.stride()[:4],
-        tokens, groups, eps, out_scale, RATIO=ratio, DIM=width // 2, BLOCK=EPILOGUE_ROWS, num_warps=4,
+        tokens, groups, eps, out_scale, RATIO=ratio, DIM=width // 2, BLOCK=EPILOGUE_ROWS, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip
     return draw, delta, dlambda.sum(), dweight.sum(0)
 
@@ -174,15 +177,18 @@ class Part(NamedTuple):
     size: int
 
 
-def parts(groups: int, blocks_of_queries: int, blocks_of_keys: int, triangular: bool, limit: int) -> list[Part]:
-    """Cuts a backward so that the heads of a part keep at most `limit` blocks each, summed over its groups.
+def parts(
+    groups: int, blocks_of_queries: int, blocks_of_keys: int, triangular: bool, together: int, limit: int
+) -> list[Part]:
+    """Cuts a backward into parts, by the blocks that a head of each group keeps.
 
     Args:
         groups: groups of all rows.
         blocks_of_queries: rows of blocks of a map.
         blocks_of_keys: columns.
         triangular: whether row i keeps i + 1 blocks only.
-        limit: blocks; a part has one row of blocks at least.
+        together: blocks up to which several groups make one part.
+        limit: blocks beyond which a group makes several parts; one has a row of blocks at least.
     """
 
     def size(start: int, end: int) -> int:
@@ -190,7 +196,7 @@ def parts(groups: int, blocks_of_queries: int, blocks_of_keys: int, triangular: 
 
     whole = size(0, blocks_of_queries)
     if whole <= limit:
-        cuts = math.ceil(groups / (limit // whole))
+        cuts = math.ceil(groups / max(1, min(together, limit) // whole))
         here = math.ceil(groups / cuts)
         return [
             Part(start, min(here, groups - start), 0, blocks_of_queries, whole) for start in range(0, groups, here)
@@ -213,46 +219,53 @@ def backward(
     signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
     gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (
         signal_query, noise_query, key, value)]  # fmt: skip
+    dsignal, dnoise, dkey, dvalue = gradients
     if dout.numel() == 0:
         return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
     tiles = tiles or plan(dim, key.element_size(), key.device)
     first, last, has_intervals, interval_stride = _intervals(first, last, lse)
-    edge = tiles.maps.queries
+    edge = tiles.query.queries
+    blocks = triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge)
     triangular = not has_intervals and tokens == num_keys
-    map_bytes = edge * edge * (ratio + 1) * key.element_size()
-    limit = SCRATCH_BYTES // (2 * map_bytes)
-    cut = parts(batch * groups, triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge), triangular, limit)
-    in_ranges = cut[0].blocks < triton.cdiv(tokens, edge)
-    sums = [each.new_empty(each.shape, dtype=torch.float32) if in_ranges else each for each in gradients[2:]]
-    maps = key.new_empty((2, max(part.groups * part.size for part in cut), ratio + 1, edge, edge))
+    block_bytes = edge * edge * (ratio + 1) * key.element_size()
+    limits = TOGETHER_BYTES // block_bytes, SCRATCH_BYTES // block_bytes
+    cut = parts(batch * groups, *blocks, triangular, *limits)
+    in_ranges = cut[0].blocks < blocks[0]
+    dkey_sum = dkey.new_empty(dkey.shape, dtype=torch.float32) if in_ranges else dkey
+    dmaps = key.new_empty((max(part.groups * part.size for part in cut), ratio + 1, edge, edge))
     states = (*signal_query.stride()[:4], *noise_query.stride()[:3])
-    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "TRIANGULAR": triangular, "DIM": dim}
-    constants["PRECISION"] = _precision(key)
+    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "DIM": dim, "PRECISION": _precision(key)}
     with torch.cuda.device_of(key):
         draw, delta, dlambda, dweight = _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
         runs = _runs(first, last, num_keys, edge) if has_intervals else lse
         for part in cut:
-            base = part.first_block * (part.first_block + 1) // 2
-            if not triangular:
-                base = part.first_block * triton.cdiv(num_keys, edge)
+            base = part.first_block * (part.first_block + 1) // 2 if triangular else part.first_block * blocks[1]
             where = (*part[:4], base, part.size * edge * edge)
-            chosen = tiles.maps
-            backward_kernels.maps_kernel[(part.blocks * part.groups * (ratio + 1),)](
-                signal_query, noise_query, key, value, draw, lse, delta, first, last, *maps, *gradients[:2],
+            chosen = tiles.query
+            backward_kernels.query_kernel[(part.blocks * part.groups * (ratio + 1),)](
+                signal_query, noise_query, key, value, draw, lse, delta, first, last, dmaps, dsignal, dnoise,
                 *states, *key.stride()[:4], *value.stride()[:4],
                 tokens, num_keys, groups, interval_stride, *where, scaling * LOG2_E, scaling,
-                BLOCK_M=edge, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+                TRIANGULAR=triangular, BLOCK_M=edge, BLOCK_N=chosen.keys, STAGES=chosen.stages,
+                num_warps=chosen.warps, **constants,
             )  # fmt: skip
-            chosen = tiles.products
-            backward_kernels.products_kernel[(triton.cdiv(num_keys, edge) * part.groups * 4,)](
-                *maps, signal_query, noise_query, draw, runs, *sums, *states,
+            chosen = tiles.key
+            backward_kernels.key_kernel[(2 * blocks[1] * part.groups,)](
+                dmaps, signal_query, noise_query, runs, dkey_sum, *states,
                 tokens, num_keys, groups, interval_stride, *where, scaling,
-                ADD=part.first_block > 0, EDGE=edge,
-                BLOCK_M=chosen.queries, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+                TRIANGULAR=triangular, ADD=part.first_block > 0, EDGE=edge, BLOCK_M=chosen.queries,
+                STAGES=chosen.stages, num_warps=chosen.warps, **constants,
             )  # fmt: skip
+        chosen = tiles.value
+        if has_intervals and chosen.keys != edge:
+            runs = _runs(first, last, num_keys, chosen.keys)
+        backward_kernels.value_kernel[(triton.cdiv(num_keys, chosen.keys) * batch * groups,)](
+            signal_query, noise_query, key, draw, lse, first, last, runs, dvalue, *states, *key.stride()[:4],
+            tokens, num_keys, groups, batch * groups, interval_stride, scaling * LOG2_E,
+            BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+        )  # fmt: skip
     if in_ranges:
-        for gradient, total in zip(gradients[2:], sums, strict=True):
-            gradient.copy_(total)
+        dkey.copy_(dkey_sum)
     return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
 
 
