@@ -153,7 +153,8 @@ def values_and_gradients(function: Callable, inputs: list, dout: torch.Tensor, *
 # Queries, keys, warps, stages.
 SWEEP = (
     (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3),
-    (32, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2),
+    (32, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 8, 4),
+    (128, 32, 8, 4), (128, 128, 8, 2),
 )  # fmt: skip
 
 
@@ -282,7 +283,7 @@ class Suite:
                 print(f"{name} packed: {type(error).__name__}: {str(error)[:200]}")
 
     def sweep(self) -> None:
-        """Tiles of the forward and of the backward's two large passes at the first size, each with the others as shipped."""
+        """Tiles of the forward and of the backward's large passes at the first size, the others as shipped."""
         launch = self.kernel.ops.launch
         if launch is None or (self.device.type == "cpu" and not launch.INTERPRETED):
             print("no sweep: outside a GPU the kernels run in Triton's interpreter only (TRITON_INTERPRET=1)")
