@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments.curves import summarise
 from benchmarks.experiments.recall import measure_recall, recall_documents
 from benchmarks.experiments.recipe import DIVERGED, Recipe
 from benchmarks.experiments.report import crossing, interval, report
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
-from benchmarks.experiments.training import softmax_flops, summarise
+from benchmarks.experiments.training import softmax_flops
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
 from trainer.data.shards import TokenCorpus, build_shards

@@ -8,7 +8,7 @@
         tables, verdicts and figure from the results, into the recipe's page
 
 Results lie in FOLDER/<recipe>/runs.csv and curves.csv, with FOLDER as --results says. A run whose settings are in runs.csv
-is finished; one that was interrupted is made anew. Small models leave a GPU idle most of the time, so several processes
+is finished; one that was cut by --seconds is there as far as it came, and made anew by the next call. Small models leave a GPU idle most of the time, so several processes
 share it. A recipe's keys are explained in benchmarks/experiments/recipe.py.
 """  # noqa: E501
 
@@ -39,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(arguments.results)
     if arguments.list:
         for recipe in recipes:
-            finished = Results(folder / recipe.name).records
+            finished = Results(folder / recipe.name).finished
             for run in recipe.runs(finished):
                 print(f"{'done' if run.key in finished else '    '} {run.key} {run.name}")
+        return 0
+    if arguments.merge:
+        for recipe in recipes:
+            taken = Results(folder / recipe.name).take(Results(Path(arguments.merge) / recipe.name))
+            print(f"{recipe.name}: {taken} runs taken from {arguments.merge}")
         return 0
     if not arguments.report:
         if arguments.tiny and folder == TINY_FOLDER:
@@ -73,7 +78,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", nargs="+", required=True, metavar="YAML", help="the most important first")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs to use; 0 trains on the CPU")
     parser.add_argument("--workers_per_gpu", type=int, default=1, help="processes a GPU, or on the CPU")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no run starts that would not end within these")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="what has not ended by then is cut (default: no limit)"
+    )
     parser.add_argument(
         "--results", metavar="FOLDER", help="default: $OUT/experiments or benchmarks/results/experiments"
     )
@@ -82,6 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="try everything in miniature; results in runs/")
     parser.add_argument("--report", action="store_true", help="make no run: tables, verdicts and figures only")
+    parser.add_argument("--merge", metavar="FOLDER", help="make no run: take another machine's results into --results")
     parser.add_argument("--list", action="store_true", help="make no run: name those that are known by now")
     arguments = parser.parse_args(argv)
     if arguments.workers_per_gpu < 1 or arguments.gpus < 0:
@@ -116,8 +124,9 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
     commit = current_commit()
 
     def next_runs() -> list[Run]:
-        known = [(recipe, recipe.runs(results[recipe.name].records)) for recipe in recipes]
-        return [run for recipe, runs in known for run in runs if run.key not in results[recipe.name].records]
+        finished = {recipe.name: results[recipe.name].finished for recipe in recipes}
+        known = [run for recipe in recipes for run in recipe.runs(finished[recipe.name])]
+        return [run for run in known if run.key not in finished[run.recipe]]
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)
@@ -142,7 +151,8 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
         say("data is ready")
         outcome = pool.work(data, next_runs, finish, started + arguments.seconds, say)
     tokens = sum(float(record["tokens"]) for result in results.values() for record in result.records.values())
-    say(f"{outcome.finished} runs finished, {len(outcome.failed)} failed, {len(outcome.left)} left for another call")
+    failed, left = len(outcome.failed), len(outcome.left)
+    say(f"{outcome.finished} runs finished, {outcome.cut} cut, {failed} failed, {left} not begun")
     say(f"{tokens / 1e6:.1f}M tokens in all finished runs; results in {folder}")
     return outcome
 

@@ -1,6 +1,7 @@
 """Many runs over several GPUs and several processes a GPU. Imports no torch: a process chooses its GPU first."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from benchmarks.experiments.recipe import Run
+from benchmarks.experiments.curves import curve, read_steps, summarise
+from benchmarks.experiments.recipe import CUT, DESCRIPTION, METRICS, Run
 
 POLL_SECONDS = 20.0
 MAX_ATTEMPTS = 2
@@ -37,9 +39,11 @@ class Outcome:
         finished: runs that ended.
         failed: names of runs that failed, with the reason.
         left: names of runs that there was no time for.
+        cut: number of runs that were stopped.
     """
 
     finished: int = 0
+    cut: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
@@ -86,7 +90,8 @@ class Pool:
             data: folder with `tokenizer` and `shards`.
             next_runs: all unfinished runs that are known by now, the most important first.
             finish: takes a run and its record.
-            deadline: on `time.monotonic`'s clock; a run starts only if it should end by then.
+            deadline: on `time.monotonic`'s clock; a run starts only if it should end by then, and what goes on then is
+                stopped: `finish` gets what it had come to.
             say: prints a line.
 
         Raises:
@@ -96,7 +101,7 @@ class Pool:
         self.attempts: dict[str, int] = {}
         seconds_per_size = 0.0
         while True:
-            waiting = self._waiting(next_runs(), outcome)
+            waiting = self._waiting(next_runs())
             for worker in self.workers:
                 if worker.run is None and worker.ready:
                     fitting = (run for run in waiting if time.monotonic() + seconds_per_size * run.size <= deadline)
@@ -108,7 +113,12 @@ class Pool:
             if not busy and not (starting and waiting and time.monotonic() < deadline):
                 outcome.left = [run.name for run in waiting]
                 return outcome
-            for pipe in wait([worker.pipe for worker in self.workers], POLL_SECONDS):
+            if time.monotonic() >= deadline:
+                outcome.cut = sum(self._cut(worker, finish) for worker in busy)
+                outcome.left = [run.name for run in self._waiting(next_runs())]
+                return outcome
+            seconds = min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            for pipe in wait([worker.pipe for worker in self.workers], seconds):
                 worker = next(worker for worker in self.workers if worker.pipe is pipe)
                 run, took = worker.run, time.monotonic() - worker.since
                 kind, content = self._receive(worker)
@@ -119,23 +129,40 @@ class Pool:
                 if kind == "done":
                     seconds_per_size = max(seconds_per_size, took / run.size)
                     outcome.finished += 1
-                    finish(run, content | {"worker": worker.number, "workers_per_device": self._sharing()})
+                    finish(run, content | self._place(worker))
                 else:
                     outcome.failed[run.name] = content.strip().splitlines()[-1]
                     say(f"{run.name} failed: {outcome.failed[run.name]}")
 
-    def _waiting(self, runs: list[Run], outcome: Outcome) -> list[Run]:
+    def _waiting(self, runs: list[Run]) -> list[Run]:
         """Those that nobody trains and that have not failed too often."""
         taken = {worker.run.key for worker in self.workers if worker.run is not None}
         return [run for run in runs if run.key not in taken and self.attempts.get(run.key, 0) < MAX_ATTEMPTS]
 
-    def _sharing(self) -> int:
-        return len(self.devices) // len(set(self.devices))
+    def _cut(self, worker: Worker, finish: Callable[[Run, dict], None]) -> bool:
+        """Stop a worker and hand over what its run had come to; whether there was anything."""
+        worker.process.terminate()
+        worker.process.join(5)
+        run, worker.run = worker.run, None
+        folder = self._run_folder(run)
+        steps = read_steps(folder / METRICS)
+        if len([row for row in steps if "eval" in row]) < 2:
+            return False
+        record = json.loads((folder / DESCRIPTION).read_text()) | summarise(steps) | self._place(worker)
+        record |= {"status": CUT, "seconds": round(time.monotonic() - worker.since, 1), "curve": curve(steps)}
+        finish(run, record)
+        return True
+
+    def _place(self, worker: Worker) -> dict:
+        return {"worker": worker.number, "workers_per_device": len(self.devices) // len(set(self.devices))}
+
+    def _run_folder(self, run: Run) -> Path:
+        return self.folder / "runs" / run.key
 
     def _give(self, worker: Worker, run: Run, data: Path) -> None:
         self.attempts[run.key] = self.attempts.get(run.key, 0) + 1
         worker.run, worker.since = run, time.monotonic()
-        worker.pipe.send((run, data, self.folder / "runs" / run.key))
+        worker.pipe.send((run, data, self._run_folder(run)))
 
     def _receive(self, worker: Worker) -> tuple[str, object]:
         """A worker's next word; one that died is replaced."""

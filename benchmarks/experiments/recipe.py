@@ -13,7 +13,9 @@ from trainer.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECALL = "recall"
-DIVERGED = "diverged"
+# How a run may end; a cut one was stopped for lack of time, and is made anew by the next call.
+DONE, DIVERGED, CUT = "done", "diverged", "cut"
+METRICS, DESCRIPTION = "metrics.jsonl", "description.json"
 ATTENTIONS = ("motif2", "softmax")
 # `--tiny`: every part in seconds on a CPU, too short to learn anything.
 TINY = {

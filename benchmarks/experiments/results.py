@@ -4,6 +4,8 @@ import csv
 import os
 from pathlib import Path
 
+from benchmarks.experiments.recipe import CUT
+
 RUNS, CURVES = "runs.csv", "curves.csv"
 FIRST = ("key", "arm", "learning_rate", "seed", "status", "parameters", "flops_per_token", "tokens", "seconds")
 CURVE_FIELDS = ("key", "tokens", "measure", "value")
@@ -13,7 +15,7 @@ class Results:
     """The finished runs of one recipe, on disk after every run.
 
     Args:
-        folder: of the two files; runs that they hold are not made again.
+        folder: of the two files; runs that they hold are not made again, unless they were cut.
     """
 
     def __init__(self, folder: Path):
@@ -26,8 +28,21 @@ class Results:
                 point = (int(row["tokens"]), row["measure"], float(row["value"]))
                 self.curves.setdefault(row["key"], []).append(point)
 
+    @property
+    def finished(self) -> dict[str, dict]:
+        """The records of all runs that were not cut, by key."""
+        return {key: record for key, record in self.records.items() if record["status"] != CUT}
+
+    def take(self, other: "Results") -> int:
+        """Keep another machine's runs too; returns how many were new. A run that is finished here stays."""
+        new = [key for key in other.records if key not in self.finished]
+        for key in new:
+            self.records[key], self.curves[key] = other.records[key], other.curves.get(key, [])
+        self.save()
+        return len(new)
+
     def add(self, record: dict) -> None:
-        """Keep a finished run."""
+        """Keep a run; what an earlier, cut one left makes way."""
         record = dict(record)
         self.curves[record["key"]] = record.pop("curve")
         self.records[record["key"]] = record

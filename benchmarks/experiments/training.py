@@ -1,6 +1,7 @@
 """One run of an experiment: trained by `run_pretraining`, then measured. Everything here needs torch."""
 
 import gc
+import json
 import shutil
 import statistics
 import time
@@ -11,8 +12,9 @@ from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_motif2  # noqa: F401  registers the model with the Auto classes
+from benchmarks.experiments.curves import curve, read_steps, summarise
 from benchmarks.experiments.recall import measure_recall
-from benchmarks.experiments.recipe import DIVERGED, RECALL, Run
+from benchmarks.experiments.recipe import DESCRIPTION, DIVERGED, DONE, METRICS, RECALL, Run
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
 from modeling_motif2.diagnostics import attention_statistics
 from trainer.assemble import open_heldout
@@ -20,10 +22,7 @@ from trainer.config import PretrainConfig
 from trainer.flops import flops_per_token
 from trainer.loop import run_pretraining
 from trainer.model import load_tokenizer, model_config
-from trainer.plots import read_metrics
 from trainer.step import NonFiniteLossError
-
-CURVE_POINTS = 40  # of the measures that every step has
 
 
 def train(run: Run, data: Path, folder: Path) -> dict:
@@ -39,21 +38,23 @@ def train(run: Run, data: Path, folder: Path) -> dict:
     """
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    record = {"key": run.key, "arm": run.arm, "seed": run.seed, "learning_rate": run.settings["learning_rate"]}
     config = run_config(run, data, folder)
-    record |= describe_model(config, run)
-    status = "done"
+    record = {"key": run.key, "arm": run.arm, "seed": run.seed, "learning_rate": run.settings["learning_rate"]}
+    record |= describe_model(config)
+    record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record["torch"] = torch.__version__
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_text(json.dumps(record))
+    status = DONE
     try:
         result = run_pretraining(config)
         record |= measure(result.model_dir, config, run)
     except NonFiniteLossError as error:
         status = DIVERGED
         print(f"{run.name} diverged: {error}", flush=True)
-    steps = read_metrics(folder / "metrics.jsonl")
+    steps = read_steps(folder / METRICS)
     record |= {"status": status, "seconds": round(time.monotonic() - started, 1)} | summarise(steps)
     record["curve"] = curve(steps)
-    record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    record["torch"] = torch.__version__
     shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
     if torch.cuda.is_available():
@@ -77,7 +78,7 @@ def run_config(run: Run, data: Path, folder: Path) -> PretrainConfig:
     return PretrainConfig(**settings | {"model_name_or_path": str(folder / "start")})
 
 
-def describe_model(config: PretrainConfig, run: Run) -> dict:
+def describe_model(config: PretrainConfig) -> dict:
     """Parameters, and training FLOPs a token of a row that is one document."""
     architecture = model_config(config, AutoTokenizer.from_pretrained(config.tokenizer))
     with torch.device("meta"):
@@ -95,51 +96,6 @@ def softmax_flops(architecture: SoftmaxConfig, length: int) -> float:
     layer = hidden * dim * 2 * (heads + keys) + 3 * hidden * architecture.intermediate_size
     weights = layers * layer + architecture.vocab_size * hidden
     return 6 * weights + 12 * heads * dim * layers * (length + 1) / 2
-
-
-def summarise(steps: list[dict]) -> dict:
-    """Final and extreme values of a run's metrics."""
-    evaluations = [row for row in steps if "eval" in row]
-    training = [row for row in steps if "loss" in row]
-    found = {"tokens": training[-1]["tokens"] if training else 0, "steps": len(training)}
-    if training:
-        found["tokens_per_second"] = round(statistics.median(row["tokens_per_second"] for row in training))
-        found["clipped_heads"] = sum(row["clipped_heads"] for row in training)
-        found["clipped_steps"] = sum(row["clipped_heads"] > 0 for row in training)
-        logits = [max_logit for row in training if (max_logit := _exact_logit(row)) is not None]
-        if logits:
-            found |= {"max_logit": max(logits), "last_max_logit": logits[-1]}
-    if len(evaluations) > 1:
-        losses = evaluations[-1]["eval"]
-        text = [name for name in losses if name != RECALL] or list(losses)
-        found["heldout_mean"] = statistics.mean(losses[name] for name in text)
-        for name, loss in losses.items():
-            found[f"heldout_{name}"] = loss
-            found[f"forgotten_{name}"] = loss - min(row["eval"][name] for row in evaluations)
-    return found
-
-
-def curve(steps: list[dict]) -> list[tuple[int, str, float]]:
-    """Held-out losses of every evaluation; training loss and exact maximum logits, thinned."""
-    points = []
-    training = [row for row in steps if "loss" in row]
-    exact = [row for row in training if _exact_logit(row) is not None]
-    for row in training[:: -(-len(training) // CURVE_POINTS) or 1]:
-        points.append((row["tokens"], "train_loss", row["loss"]))
-    for row in exact[:: -(-len(exact) // CURVE_POINTS) or 1]:
-        points.append((row["tokens"], "max_logit", _exact_logit(row)))
-    for row in steps:
-        if "eval" in row:
-            text = [loss for name, loss in row["eval"].items() if name != RECALL] or list(row["eval"].values())
-            points += [(row["tokens"], f"heldout_{name}", loss) for name, loss in row["eval"].items()]
-            points.append((row["tokens"], "heldout_mean", statistics.mean(text)))
-    return [(tokens, measure, float(f"{value:.5g}")) for tokens, measure, value in points if value is not None]
-
-
-def _exact_logit(row: dict) -> float | None:
-    """Largest attention logit of a step that took them exactly, else None."""
-    logits = [logit for logit in row.get("max_logits") or [] if logit is not None]
-    return max(logits) if logits and row.get("max_logits_exact") else None
 
 
 def measure(model_dir: Path, config: PretrainConfig, run: Run) -> dict:
