@@ -209,6 +209,8 @@ class SftStageConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; use a share of the updates, from 0 to below 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}; use 0 to {(1 << 32) - 1}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; use 0 to below 1")
         if self.max_steps < 1 and self.max_steps != -1:

@@ -183,11 +183,16 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
     """The model in float32 with its kernels and stop tokens, recording the largest attention logits; FP8 if set.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model has embeddings, or FP8 is not possible here.
+        ValueError: there are no weights, the tokenizer has more tokens than the model has embeddings, or FP8 is not
+            possible here.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path, dtype=torch.float32, attn_implementation=config.attn_implementation
-    )
+    name, attention = config.model_name_or_path, config.attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+    except OSError as error:
+        raise ValueError(
+            f"no model can be loaded from model_name_or_path {name!r}: {error}; give a folder or Hub name with weights"
+        ) from error
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size} embeddings; "

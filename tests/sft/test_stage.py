@@ -1,6 +1,7 @@
 """A stage through TRL equals a plain loop, records attention, resumes exactly, and refuses what cannot work."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,12 @@ def test_tokenizer_that_does_not_fit_is_refused(settings, workplace, tmp_path, t
     tokenizer.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"the tokenizer has 400 tokens and the model 390 embeddings"):
         run_stage(settings(model_name_or_path=str(tmp_path / "small")))
+
+
+def test_a_folder_without_weights_is_named(settings, workplace, tmp_path):
+    shutil.copytree(workplace / "base", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"no model can be loaded from model_name_or_path .*empty.* with weights"):
+        run_stage(settings(model_name_or_path=str(tmp_path / "empty")))
 
 
 def test_dry_run_shows_sizes_and_masks_and_writes_nothing(settings, capsys, tmp_path):
