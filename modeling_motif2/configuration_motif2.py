@@ -1,10 +1,12 @@
 """Configuration of Motif-2, in our layout (`model_type` "motif2") and in the official one ("Motif" or "motif")."""
 
+import difflib
+import warnings
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 PUBLISHED_VOCAB_SIZE = 219520
 PUBLISHED_BOS_TOKEN_ID = 219396
@@ -22,6 +24,8 @@ REQUIRED_OFFICIAL_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+# How alike an unknown key and a field must be for a warning (assumption: a letter or two off).
+LIKENESS_OF_A_MISTYPED_KEY = 0.85
 
 
 def from_official_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +50,16 @@ def from_official_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
         translated.pop(name, None)
     translated["model_type"] = "motif2"
     architectures = config_dict.get("architectures") or []
-    translated["architectures"] = [name.replace("MotifFor", "Motif2For") for name in architectures] or None
+    translated["architectures"] = [_in_our_terms(name) for name in architectures] or None
     return translated
+
+
+def _in_our_terms(architecture: str) -> str:
+    return (
+        architecture.replace("Motif", "Motif2", 1)
+        if architecture.startswith(("MotifFor", "MotifModel"))
+        else architecture
+    )
 
 
 @strict
@@ -79,14 +91,15 @@ class Motif2Config(PreTrainedConfig):
         use_sliding_window: whether layers from `max_window_layers` on see only `sliding_window` tokens.
         sliding_window: width of the window in tokens; set to None unless `use_sliding_window`.
         max_window_layers: index of the first layer with a window.
-        layer_types: set from the three fields above: "full_attention" or "sliding_attention" for every layer.
+        layer_types: follows from the three fields above: "full_attention" or "sliding_attention" for every layer.
         single_attention_call: whether a layer does its attention in one standard call, for serving engines; the head
             counts are then those of that call (see `for_engines`), and `num_noise_heads` says the number of groups.
         bos_token_id, eos_token_id, pad_token_id: default to the published ids with the published vocabulary,
             otherwise to None.
 
     Raises:
-        ValueError: if the settings contradict each other; the message names the value and the mend.
+        ValueError: if the settings contradict each other; the message names the value and the mend. A key that is
+            unknown but nearly a field's name is warned of; others are kept, as official config.json files have some.
 
     Source: arXiv 2511.07464, section 2; the official checkpoints' config.json.
     """
@@ -155,7 +168,9 @@ class Motif2Config(PreTrainedConfig):
             self.pad_token_id = PUBLISHED_EOS_TOKEN_ID if self.pad_token_id is None else self.pad_token_id
         self._check_heads()
         self._check_the_rest(kwargs)
+        self._warn_of_mistyped(kwargs)
         super().__post_init__(**kwargs)
+        self._check_rope()
 
     @property
     def num_groups(self) -> int:
@@ -187,19 +202,28 @@ class Motif2Config(PreTrainedConfig):
         return 128
 
     def _set_layer_types(self) -> None:
+        layers, first = self.num_hidden_layers, self.max_window_layers or 0
         if not self.use_sliding_window:
             self.sliding_window = None
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
-            return
-        if self.sliding_window is None or self.sliding_window < 1:
+            first = layers
+        elif self.sliding_window is None or self.sliding_window < 1:
             raise ValueError(
                 f"use_sliding_window=True needs sliding_window >= 1 (tokens), got {self.sliding_window}: "
                 "set sliding_window, or use_sliding_window=False."
             )
-        first = self.max_window_layers or 0
-        self.layer_types = [
-            "sliding_attention" if layer >= first else "full_attention" for layer in range(self.num_hidden_layers)
-        ]
+        elif not 0 <= first <= layers:
+            raise ValueError(
+                f"max_window_layers={first} is not one of the {layers} layers: it is the index of the first with a "
+                f"window, so use 0 to {layers}."
+            )
+        types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        if self.layer_types is not None and list(self.layer_types) != types:
+            raise ValueError(
+                f"layer_types={self.layer_types} contradicts num_hidden_layers={layers}, use_sliding_window="
+                f"{self.use_sliding_window} and max_window_layers={self.max_window_layers}, from which it follows: "
+                "leave layer_types out."
+            )
+        self.layer_types = types
 
     def for_engines(self) -> "Motif2Config":
         """Returns a copy that runs each layer's attention as one call of plain grouped-query attention.
@@ -270,6 +294,9 @@ class Motif2Config(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("rms_norm_eps", "attn_rms_norm_eps", "initializer_range", "lambda_std_dev"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token_id in value if isinstance(value, list) else [value]:
@@ -277,6 +304,24 @@ class Motif2Config(PreTrainedConfig):
                     raise ValueError(
                         f"{name}={token_id} lies outside the vocabulary of {self.vocab_size}: set it below, or None."
                     )
+
+    def _check_rope(self) -> None:
+        theta, kind = self.rope_parameters["rope_theta"], self.rope_parameters["rope_type"]
+        if not theta > 0:
+            raise ValueError(f"rope_theta={theta} must be positive: it is the base of RoPE's wavelengths.")
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"rope_type={kind!r} is unknown: use one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+            )
+
+    def _warn_of_mistyped(self, extra: dict[str, Any]) -> None:
+        fields = type(self).__dataclass_fields__
+        for name in extra.keys() - fields.keys():
+            alike = difflib.get_close_matches(name, fields, n=1, cutoff=LIKENESS_OF_A_MISTYPED_KEY)
+            if alike:
+                warnings.warn(
+                    f"{name} is no field of Motif2Config and does nothing: is {alike[0]} meant?", stacklevel=4
+                )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -305,7 +350,7 @@ class Motif2Config(PreTrainedConfig):
         scaling = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
         official.update(
             model_type="Motif",
-            architectures=["MotifForCausalLM"],
+            architectures=[name.replace("Motif2", "Motif", 1) for name in self.architectures or ["Motif2ForCausalLM"]],
             rope_theta=self.rope_parameters["rope_theta"],
             rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
             use_bias=False,

@@ -106,10 +106,10 @@ class Growth:
         return layer + sum(1 for inserted in self.insert_after if inserted < layer)
 
     def config_changes(self) -> dict[str, Any]:
-        """The keys of config.json that growth changes, with their new values."""
+        """The keys of config.json that growth changes, with their new values; None: what follows from the others."""
         source, changes = self.source, {}
         if self.insert_after:
-            changes["num_hidden_layers"] = len(self.blocks)
+            changes |= {"num_hidden_layers": len(self.blocks), "layer_types": None}
             if source.use_sliding_window:
                 changes["max_window_layers"] = self.position(
                     min(source.max_window_layers or 0, source.num_hidden_layers)

@@ -55,9 +55,7 @@ class Motif2HubMixin:
             *args, ignore_mismatched_sizes=strict or ignore_mismatched_sizes, output_loading_info=True, **kwargs
         )
         if strict and not getattr(model, "_hf_peft_config_loaded", False):
-            _refuse_what_does_not_fit(
-                info, has_language_head=hasattr(model, "lm_head"), shapes=not ignore_mismatched_sizes
-            )
+            _refuse_what_does_not_fit(info, model, shapes=not ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, layout: str = "motif2", push_to_hub: bool = False, **kwargs):
@@ -202,8 +200,11 @@ def _make_official(folder: Path, config: dict) -> None:
         (folder / source.name).unlink(missing_ok=True)
 
 
-def _refuse_what_does_not_fit(info: dict, has_language_head: bool, shapes: bool) -> None:
-    missing = [name for name in info["missing_keys"] if not name.startswith(TASK_HEAD_WEIGHTS)]
+def _refuse_what_does_not_fit(info: dict, model, shapes: bool) -> None:
+    has_language_head = hasattr(model, "lm_head")
+    # A task head is drawn anew where the checkpoint is another model's, never where it should have one.
+    new = () if type(model).__name__ in (model.config.architectures or []) else TASK_HEAD_WEIGHTS
+    missing = [name for name in info["missing_keys"] if not name.startswith(new)]
     extra = [name for name in info["unexpected_keys"] if has_language_head or name != LANGUAGE_HEAD_WEIGHT]
     wrong = [
         f"{name} is {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"] if shapes

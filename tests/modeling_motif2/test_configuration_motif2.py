@@ -1,6 +1,7 @@
 """Bad configurations raise at construction with the mend; good ones survive a round trip."""
 
 import json
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,23 @@ from tests.modeling_motif2.builders import small_config
         ({"eos_token_id": 61}, r"eos_token_id=61 lies outside the vocabulary of 61"),
         ({"eos_token_id": [2, 99]}, r"eos_token_id=99 lies outside"),
         ({"use_sliding_window": True}, r"use_sliding_window=True needs sliding_window >= 1 .* got None"),
+        ({"rms_norm_eps": -1e-6}, r"rms_norm_eps=-1e-06 must not be negative"),
+        ({"attn_rms_norm_eps": -1.0}, r"attn_rms_norm_eps=-1.0 must not be negative"),
+        ({"initializer_range": -0.02}, r"initializer_range=-0.02 must not be negative"),
+        ({"lambda_std_dev": float("nan")}, r"lambda_std_dev=nan must not be negative"),
+        ({"rope_theta": 0.0}, r"rope_theta=0.0 must be positive"),
+        ({"rope_theta": -5.0}, r"rope_theta=-5.0 must be positive"),
+        (
+            {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
+            r"rope_type='nonsense' is unknown: use one of default, .*yarn",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
+            r"max_window_layers=3 is not one of the 2 layers: .* use 0 to 2",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": -1}, r"max_window_layers=-1"),
+        ({"layer_types": ["sliding_attention"] * 2}, r"layer_types=.* leave layer_types out"),
+        ({"layer_types": ["full_attention"] * 3}, r"layer_types=.* contradicts num_hidden_layers=2"),
         (
             {"num_noise_heads": None, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": None},
             r"hidden_size=32 is not a multiple of num_attention_heads=6, .* set head_dim",
@@ -40,6 +58,15 @@ from tests.modeling_motif2.builders import small_config
 def test_contradictions_are_refused_with_the_mend(overrides, message):
     with pytest.raises(ValueError, match=message):
         small_config(**overrides)
+
+
+def test_a_mistyped_key_is_warned_of_and_official_extras_are_not():
+    with pytest.warns(UserWarning, match="num_hiden_layers is no field .* is num_hidden_layers meant"):
+        small_config(num_hiden_layers=3)
+    extras = {"expanded": True, "fused_rope": True, "rope_scaling": None, "use_bias": False, "torch_dtype": "float32"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_config(**extras, num_labels=3, classifier_dropout=0.1, attn_implementation="sdpa")
 
 
 def test_defaults_are_the_published_model():

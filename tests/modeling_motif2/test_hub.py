@@ -165,6 +165,22 @@ def test_a_task_head_loads_from_a_language_model(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["motif2", "official"])
+def test_a_saved_task_head_is_expected_to_be_there(tmp_path, layout):
+    write_official(tmp_path / "in", "12.7B")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "in", num_labels=3)
+    model.save_pretrained(tmp_path / "out", layout=layout)
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert named == ["MotifForSequenceClassification" if layout == "official" else "Motif2ForSequenceClassification"]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.score.weight, model.score.weight)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: score\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["motif2", "official"])
 @pytest.mark.parametrize("style", STYLES)
 def test_saving_in_both_layouts_loses_nothing(tmp_path, style, layout):
     tensors = write_official(tmp_path / "in", style)
