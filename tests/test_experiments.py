@@ -53,8 +53,8 @@ def test_arms_have_what_must_be_equal_within_bounds(path):
         architecture = model_config(config)
         length = config.sequence_length
         flops = flops_per_token(architecture, length)
-        if run.attention == "softmax":
-            architecture = softmax_config(architecture)
+        if run.attention != "motif2":
+            architecture = softmax_config(architecture, norm_output=run.attention == "softmax_norm")
             flops = softmax_flops(architecture, length)
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(architecture).num_parameters()
@@ -242,13 +242,15 @@ def test_uniform_maps_lie_on_distractors_as_often_as_there_are_any(recall_shards
     assert found["recall_accuracy"] < 0.2
 
 
-def softmax_model(implementation: str) -> SoftmaxForCausalLM:
+def softmax_model(implementation: str, norm_output: bool = False) -> SoftmaxForCausalLM:
     torch.manual_seed(0)
-    return SoftmaxForCausalLM(SoftmaxConfig(**SHAPE | {"num_attention_heads": 8}, attn_implementation=implementation))
+    settings = SHAPE | {"num_attention_heads": 8, "norm_output": norm_output}
+    return SoftmaxForCausalLM(SoftmaxConfig(**settings, attn_implementation=implementation))
 
 
-def test_the_control_is_plain_attention():
-    attention = softmax_model("eager").model.layers[0].self_attn
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_the_control_is_plain_attention(norm_output):
+    attention = softmax_model("eager", norm_output).model.layers[0].self_attn
     torch.nn.init.normal_(attention.q_proj.weight)
     torch.nn.init.normal_(attention.k_proj.weight)
     hidden = torch.randn(2, 5, 16)
@@ -261,16 +263,19 @@ def test_the_control_is_plain_attention():
     for head in range(8):
         logits = query[:, :, head] @ key[:, :, head // 2].mT / 2 + mask[0, 0]
         expected[:, :, head] = logits.softmax(-1) @ value[:, :, head // 2]
+    if norm_output:
+        expected = expected * (expected.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     torch.testing.assert_close(output, expected.flatten(2) @ attention.o_proj.weight.T)
 
 
 def test_the_control_is_initialised_saved_and_loaded_as_any_model(tmp_path):
-    model = softmax_model("sdpa").eval()
+    model = softmax_model("sdpa", norm_output=True).eval()
     weight = model.model.layers[1].self_attn.q_proj.weight
     assert 0.015 < weight.std() < 0.025
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert isinstance(again, SoftmaxForCausalLM)
+    assert again.config.norm_output
     ids = torch.arange(12)[None]
     torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])

@@ -16,7 +16,7 @@ RECALL = "recall"
 # How a run may end; a cut one was stopped for lack of time, and is made anew by the next call.
 DONE, DIVERGED, CUT = "done", "diverged", "cut"
 METRICS, DESCRIPTION = "metrics.jsonl", "description.json"
-ATTENTIONS = ("motif2", "softmax")
+ATTENTIONS = ("motif2", "softmax", "softmax_norm")
 # `--tiny`: every part in seconds on a CPU, too short to learn anything.
 TINY = {
     "hidden_size": 32,
@@ -55,7 +55,7 @@ class Arm:
         name: short, for files.
         label: for tables.
         settings: fields of `PretrainConfig` in which it differs.
-        attention: "motif2", or "softmax" for standard attention.
+        attention: "motif2", "softmax" for standard attention, "softmax_norm" for that with a norm on its output.
         sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
         against: the arm it is compared with; None is the recipe's first.
     """

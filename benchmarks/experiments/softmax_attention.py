@@ -8,17 +8,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
-from modeling_motif2.modeling_motif2 import Motif2AttentionStream, rotate
+from modeling_motif2.modeling_motif2 import Motif2AttentionStream, Motif2RMSNorm, rotate
 
 
 class SoftmaxConfig(Motif2Config):
-    """A Motif-2 configuration whose heads are plain: `num_attention_heads` queries over `num_key_value_heads` keys."""
+    """A Motif-2 configuration whose heads are plain: `num_attention_heads` queries over `num_key_value_heads` keys.
+
+    `norm_output` puts a norm on each head's output, as grouped differential attention has it on the difference.
+    """
 
     model_type = "motif2_softmax"
+    norm_output: bool = False
 
 
 class SoftmaxAttention(nn.Module):
-    """Grouped-query attention with one softmax, without noise map, lambda and the norm on the difference.
+    """Grouped-query attention with one softmax, without noise map and lambda, and without a norm unless asked for.
 
     Args:
         config: shapes.
@@ -39,6 +43,7 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys * dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        self.subln = Motif2RMSNorm(dim, eps=config.attn_rms_norm_eps) if config.norm_output else nn.Identity()
         self.signal = Motif2AttentionStream(config, layer_idx, heads // keys)
 
     def lambda_value(self) -> torch.Tensor:
@@ -58,7 +63,7 @@ class SoftmaxAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape)  # (B, T, K, 1, D)
         query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key, value))  # (B, H or K, T, D)
         output, attention_map = self.signal(query, key, value, attention_mask, **kwargs)  # (B, T, H, D)
-        return self.o_proj(output.flatten(2)), attention_map
+        return self.o_proj(self.subln(output).flatten(2)), attention_map
 
 
 class SoftmaxForCausalLM(Motif2ForCausalLM):
@@ -77,8 +82,8 @@ AutoConfig.register(SoftmaxConfig.model_type, SoftmaxConfig)
 AutoModelForCausalLM.register(SoftmaxConfig, SoftmaxForCausalLM)
 
 
-def softmax_config(config: Motif2Config) -> SoftmaxConfig:
+def softmax_config(config: Motif2Config, norm_output: bool = False) -> SoftmaxConfig:
     """The same shape with standard attention."""
     settings = config.to_dict()
     settings.pop("model_type")
-    return SoftmaxConfig(**settings)
+    return SoftmaxConfig(**settings, norm_output=norm_output)

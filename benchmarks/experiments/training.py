@@ -73,7 +73,8 @@ def run_config(run: Run, data: Path, folder: Path) -> PretrainConfig:
     if run.attention == "motif2":
         return config
     set_seed(run.seed)
-    model = SoftmaxForCausalLM(softmax_config(model_config(config, load_tokenizer(config.tokenizer))))
+    architecture = model_config(config, load_tokenizer(config.tokenizer))
+    model = SoftmaxForCausalLM(softmax_config(architecture, norm_output=run.attention == "softmax_norm"))
     model.save_pretrained(folder / "start")
     return PretrainConfig(**settings | {"model_name_or_path": str(folder / "start")})
 
