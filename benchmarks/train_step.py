@@ -1,6 +1,6 @@
 """A training step of a 1B-class Motif-2, beside transformers' Trainer with Llama and DiffLlama of equal parameters.
 
-    python benchmarks/train_step.py                                  # one GPU, under nine minutes
+    python benchmarks/train_step.py                                  # one GPU, about nine minutes
     torchrun --nproc_per_node 2 benchmarks/train_step.py             # FSDP2; compares itself with the table of one GPU
     python benchmarks/train_step.py --ranks 1 2 4                    # the main step alone on 1, 2 and 4 GPUs
     python benchmarks/train_step.py --tiny                           # tries the program itself, on a CPU
@@ -45,31 +45,20 @@ COLUMNS = (
     "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
     "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
 )  # fmt: skip
-MAIN = Variant("Motif-2, compiled", compiled=True)
-LEAN = Variant("Motif-2, compiled, lean", compiled=True, residual="bfloat16", chunk_size=8, loss="full")
+# What a recipe sets as compile_layers, residual, muon_chunk_size, loss, micro_batch_tokens and attn_implementation.
+MAIN = Variant("Motif-2", compiled=True, residual="bfloat16", chunk_size=8, loss="full", micro_rows=5)
+KERNEL = replace(MAIN, name="Motif-2, attention kernel", attention="gda_kernel")
+FP8 = replace(MAIN, name="Motif-2, FP8", fp8="rowwise_with_gw_hp")
 VARIANTS = (
-    replace(LEAN, name="Motif-2, compiled, lean, 5 rows", micro_rows=5),
-    LEAN,
-    replace(LEAN, name="Motif-2, compiled, lean, 5 rows, attention kernel", micro_rows=5, attention="gda_kernel"),
-    Variant("Motif-2, compiled, attention kernel", compiled=True, attention="gda_kernel"),
+    replace(MAIN, name="Motif-2, AdamW", optimizer="adamw"),
+    replace(MAIN, name="Motif-2, packed documents", packed=True),
+    replace(KERNEL, name="Motif-2, packed documents, attention kernel", packed=True),
+    replace(MAIN, name="Motif-2, selective recomputation", recompute="selective"),
+    replace(MAIN, name="Motif-2, 2 rows at once", micro_rows=2),
+    Variant("Motif-2, compiled alone", compiled=True),
     Variant("Motif-2, eager"),
-    Variant("Motif-2, eager, attention kernel", attention="gda_kernel"),
-    Variant("Motif-2, compiled, AdamW", compiled=True, optimizer="adamw"),
-    Variant("Motif-2, compiled, packed documents", compiled=True, packed=True),
-    Variant(
-        "Motif-2, compiled, packed documents, attention kernel", compiled=True, packed=True, attention="gda_kernel"
-    ),
-    Variant("Motif-2, compiled, selective recomputation", compiled=True, recompute="selective"),
 )
-FP8_VARIANTS = (  # last: an illegal memory access in one of them ends what a process can do with the device
-    Variant("Motif-2, compiled, FP8", compiled=True, fp8="rowwise"),
-    Variant("Motif-2, compiled, FP8, bfloat16 weight gradients", compiled=True, fp8="rowwise_with_gw_hp"),
-)
-PROFILED = (
-    "Motif-2, compiled",
-    "Motif-2, compiled, lean, 5 rows",
-    "Motif-2, compiled, lean, 5 rows, attention kernel",
-)
+PROFILED = (MAIN.name, KERNEL.name)
 
 
 class Bench:
@@ -103,11 +92,15 @@ class Bench:
         if self.main:
             print(text, flush=True)
 
+    def wants(self, title: str) -> bool:
+        """Whether the command line asks for a section; the reference is always wanted."""
+        only = self.arguments.only
+        return not only or any(re.search(pattern, title) for pattern in (*only, "reference"))
+
     def section(self, title: str, body: Callable[[], None]) -> None:
         """Run one part unless time is up; a failure is shown and noted, and the next part runs."""
         passed = time.perf_counter() - self.started
-        wanted = (*self.arguments.only, "reference")
-        if self.arguments.only and not any(re.search(pattern, title) for pattern in wanted):
+        if not self.wants(title):
             return
         self.say(f"\n## {title} (after {passed:.0f} s)\n")
         if passed > self.arguments.budget_seconds:
@@ -231,7 +224,7 @@ def attempt(bench: Bench, shape: Shape, variant: Variant) -> bool:
         entry = bench.report("step", variant.name, timing, variant.micro_rows, **columns)
         if variant.name == MAIN.name:
             compare_with_one(bench, entry)
-        if variant.name in PROFILED:
+        if variant.name in PROFILED and not bench.arguments.unprofiled:
             write_profile(bench, run, variant, timing)
         return True
     except torch.OutOfMemoryError:
@@ -318,6 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", default=[], help="run only sections whose title holds one of these patterns"
     )
+    parser.add_argument("--unprofiled", action="store_true", help="write no profile")
     parser.add_argument("--budget_seconds", type=float, default=430, help="start no section after this")
     parser.add_argument(
         "--peak_tflops", type=float, default=None, help="of the device, where the program knows it not"
@@ -338,22 +332,24 @@ def main() -> None:
         return
     shape = cases.TINY if arguments.tiny else cases.LARGE
     shape = replace(shape, rows=arguments.rows or shape.rows, micro_rows=arguments.micro_rows or shape.micro_rows)
-    for packed in (False, True):
+    main_shape = replace(shape, micro_rows=MAIN.micro_rows)
+    packing = any(variant.packed and bench.wants(f"step: {variant.name}") for variant in VARIANTS)
+    for packed in (False, True) if packing else (False,):
         title = f"reference for every step: {'packed' if packed else 'whole'} rows"
         bench.section(title, lambda packed=packed: take_reference(bench, shape, packed))
     bench.section(f"step: {MAIN.name}", lambda: time_variant(bench, shape, MAIN))
     if bench.world_size == 1:
-        bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
+        bench.section(f"step: {KERNEL.name}", lambda: time_variant(bench, shape, KERNEL))
+        bench.section("linear part", lambda: parts.time_linear_part(bench, main_shape))
+        bench.section(f"step: {FP8.name}", lambda: time_variant(bench, shape, FP8))
         bench.section("peer: Llama, Trainer", lambda: time_peer(bench, shape, "Llama", False))
+        bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
         bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
-        bench.section("linear part", lambda: parts.time_linear_part(bench, shape))
     for variant in VARIANTS:
         bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))
     if bench.world_size == 1:
         bench.section("loss", lambda: parts.time_head(bench, shape, 2048 if arguments.tiny else 219_520))
         bench.section("peer: Llama, Trainer, compiled", lambda: time_peer(bench, shape, "Llama", True))
-    for variant in FP8_VARIANTS:
-        bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))
     bench.save()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

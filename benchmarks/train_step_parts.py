@@ -13,7 +13,7 @@ from benchmarks.train_step_peers import trainer_run
 from trainer.flops import count_parameters
 from trainer.head_loss import HeadLoss
 
-FP8_RECIPES = ("rowwise", "rowwise_with_gw_hp")
+FP8_RECIPES = ("rowwise_with_gw_hp",)  # compiled, "rowwise" is refused
 FP8_BOUND = 0.15  # assumption: e4m3 rounds to 2^-4 of a value, and a gradient goes through two such products
 
 

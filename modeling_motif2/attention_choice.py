@@ -368,17 +368,18 @@ def attend_with_kernel(
         attention.lambda_value().to(signal_query.dtype),
         attention.subln.weight,
     )
-    options = {
-        "out_scale": 1 - attention.lambda_init,
-        "eps": attention.subln.variance_epsilon,
-        "scaling": attention.scaling,
-    }
+    options = {"eps": attention.subln.variance_epsilon, "scaling": attention.scaling}
     if mask is not None:
         options["first"], options["last"] = mask
+    out_scale = 1 - attention.lambda_init
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arguments)
-    if signal_query.shape[2] == 1 and not wants_gradient:
-        return attention.kernel.decode(*arguments, **options), None
-    return attention.kernel.attend(*arguments, **options)
+    if not wants_gradient:
+        if signal_query.shape[2] == 1:
+            return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
+        return attention.kernel.attend(*arguments, out_scale=out_scale, **options)
+    # A factor of the weight, not of the operator: compiled layers, each with its own, share their code.
+    weight = attention.subln.weight * out_scale
+    return attention.kernel.attend(*arguments[:-1], weight, out_scale=1.0, **options)
 
 
 for _name in CHOOSERS:

@@ -119,7 +119,9 @@ class PretrainConfig:
         "float32", "residual stream under bf16 without FSDP2, which always keeps it in bfloat16"
     )
     fp8: Literal["none", "rowwise", "rowwise_with_gw_hp"] = setting(
-        "none", "FP8 products in the decoder layers, by torchao; …_gw_hp takes the weights' gradients in bfloat16"
+        "none",
+        "FP8 products in the decoder layers, by torchao; …_gw_hp, the one to compile, takes the weights' gradients in "
+        "bfloat16",
     )
     fp8_skip_edge_layers: int = setting(1, "layers at each end that stay out of FP8, besides embedding and head")
     fp8_emulate: bool = setting(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
@@ -288,8 +290,15 @@ class PretrainConfig:
             raise ValueError(
                 f"rows of {longest} tokens exceed max_position_embeddings {self.max_position_embeddings}: raise it"
             )
+        if self.muon_chunk_size is not None and self.muon_chunk_size < 1:
+            raise ValueError(f"muon_chunk_size is {self.muon_chunk_size}: use 1 or more, or null for all at once")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < longest:
             raise ValueError(f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens")
+        if self.fp8 == "rowwise" and self.compile_layers and not self.fp8_emulate:
+            raise ValueError(
+                "fp8 is 'rowwise' with compile_layers: compiled so, torchao 0.18 gave wrong gradients on an H100 "
+                "under PyTorch 2.11; set fp8 rowwise_with_gw_hp, or compile_layers false"
+            )
         if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
             raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
         if self.average_every_tokens and not (

@@ -60,7 +60,8 @@ def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emu
     Args:
         model: a Motif-2 model with a head, not yet sharded.
         recipe: torchao's "rowwise" (all three products in FP8) or "rowwise_with_gw_hp" (the weights' gradients come
-            from products in bfloat16).
+            from products in bfloat16; those of the inputs accumulate as fast as the forward's, which torchao's own
+            recipe does not do: on Hopper only then a product by rows is one kernel).
         skip_edge_layers: how many layers at each end stay as they are.
         emulate: compute the FP8 products in float32, on any device; slow.
 
@@ -74,7 +75,7 @@ def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emu
     Source: arXiv 2511.07464, pre-training ("FP8 with row-wise scaling, gradients in BF16").
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import Float8GemmConfig, Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ValueError(
             f"fp8 is {recipe!r}, but torchao cannot be imported ({error}): pip install 'motif2[fp8]', or set fp8 none"
@@ -100,7 +101,11 @@ def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emu
                 f"{FP8_ALIGNMENT}; change the model's sizes, or set fp8 none"
             )
     settings = Float8LinearConfig.from_recipe_name(recipe)
-    object.__setattr__(settings, "emulate", emulate)  # a frozen dataclass whose recipes take no argument
+    changes = {"emulate": emulate}
+    if recipe == "rowwise_with_gw_hp":
+        changes["gemm_config_grad_input"] = Float8GemmConfig(use_fast_accum=True)
+    for name, value in changes.items():
+        object.__setattr__(settings, name, value)  # a frozen dataclass whose recipes take no argument
     convert_to_float8_training(model, config=settings, module_filter_fn=lambda _, name: name in chosen)
     return list(chosen)
 

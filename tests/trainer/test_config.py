@@ -19,6 +19,8 @@ import pytest
         ({"batch_tokens_end": 256}, "belong together"),
         ({"warmup_tokens": 10**6}, "shorten"),
         ({"batch_tokens": 16}, "raise batch_tokens"),
+        ({"fp8": "rowwise", "compile_layers": True}, "set fp8 rowwise_with_gw_hp, or compile_layers false"),
+        ({"muon_chunk_size": 0}, "muon_chunk_size is 0"),
         ({"eval_steps": -1}, "eval_steps is -1"),
         ({"reasoning_domains": ["c"]}, "not among the domains"),
     ],

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from kernels_hub import use_gda_attention
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
 from tests.trainer.storages import Storages
@@ -193,6 +194,16 @@ class TestCompilation:
         )  # once with the first layer's lambda as a constant, once with any, and the last norm
         for one, other in zip(attention_modules(model), attention_modules(reference), strict=True):
             torch.testing.assert_close(one.max_logits, other.max_logits)
+
+    def test_layers_with_the_attention_kernel_share_their_code(self):
+        model, reference = small_model(4), small_model(4)
+        for each in (model, reference):
+            use_gda_attention(each, attn_implementation="gda_kernel")
+            track_max_logits(each)
+        counter = CompileCounterWithBackend("aot_eager")
+        compile_layers(model, counter)
+        assert_equal_outcome(model, reference, tolerance=1e-6)
+        assert counter.frame_count <= 3
 
     @pytest.mark.slow
     def test_recomputed_layers_compile(self):
