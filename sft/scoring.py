@@ -20,7 +20,9 @@ _STEP = re.compile(
 _EQUATION = re.compile(r"[\w)\]}]\s*(?:=|<|>|≤|≥|\\le|\\ge)\s*[\w(\[{\\$-]")
 _NUMBERED = re.compile(r"^[ \t]*(\d{1,3})[.)]\s", re.MULTILINE)
 _FINAL = re.compile(r"(####\s*\S|\\boxed\{|\b(?:the )?(?:final )?answer is\b|```\s*$)", re.IGNORECASE | re.MULTILINE)
-_REFUSAL = re.compile(r"\b(as an ai\b|i (?:cannot|can't|am unable to) (?:help|assist|answer))", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(as an ai\b|i (?:cannot|can't|am unable to) (?:help(?! (?:but|\w+ing)\b)|assist|answer))", re.IGNORECASE
+)
 _UNFINISHED = re.compile(r"(\.\.\.|…|[,:;=+*/-]|\b(?:and|or|the|a|of|to|is))\s*$", re.IGNORECASE)
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"\s*[-+]?[$€£]?\d[\d.,]*(?:/\d+)?\s?%?\s*")
@@ -28,6 +30,8 @@ _LIST_LINE = re.compile(r"\s*(?:[-*+•|]|\d{1,3}[.)])\s")
 # `a) … b) …` closes brackets that nothing opened, and so does a smile.
 _CLOSED_ALONE = re.compile(r"(?<!\S)(?:\d{1,3}|[A-Za-z]|[ivx]{2,5})\)|[:;=]['-]?\)")
 _OPENED_ALONE = re.compile(r"[:;=]['-]?\(")
+_SENTENCE_ENDS = ".!?)\"'`。！？」"
+_CODE_ENDS = ";)}]>"
 # An answer of so few words needs no full stop (assumption).
 FEW_WORDS = 6
 # Marks of reasoning in a hundred words that count as full density (assumption).
@@ -70,23 +74,25 @@ def response_completeness(question: str, answer: str, domain: str) -> float:
     Args:
         question: not scored itself; a refusal to answer it scores 0.
         answer: the assistant's text.
-        domain: math and code need a result in their form, or a number alone; elsewhere a last full sentence will do,
-            a few words, or a list.
+        domain: math and code need a result in their form, or a last line that is a number or the end of a program;
+            elsewhere a last full sentence will do, a few words, or a list.
     """
     if not answer.strip() or _REFUSAL.search(answer):
         return 0.0
+    last_line = answer.rstrip().rpartition("\n")[2]
     ends = answer.count("```") % 2 == 0 and not _UNFINISHED.search(answer)
-    if domain in ("math", "code"):
-        stated = bool(_FINAL.search(answer) or _NUMBER.fullmatch(answer))
+    if domain == "code" and last_line[-1] in _CODE_ENDS:  # a program without a fence
+        ends = stated = answer.count("```") % 2 == 0
+    elif domain in ("math", "code"):
+        stated = bool(_FINAL.search(answer) or _NUMBER.fullmatch(last_line))
     else:
-        stated = ends and _has_an_end(answer)
+        stated = ends and _has_an_end(answer, last_line)
     long_enough = min(1.0, len(words(answer)) / min(20, max(4, len(words(question)) // 2)))
     return 0.5 * stated + 0.3 * ends + 0.2 * long_enough
 
 
-def _has_an_end(answer: str) -> bool:
-    last_line = answer.rstrip().rpartition("\n")[2]
-    return last_line[-1] in ".!?)\"'`。！？」" or len(words(answer)) <= FEW_WORDS or bool(_LIST_LINE.match(last_line))
+def _has_an_end(answer: str, last_line: str) -> bool:
+    return last_line[-1] in _SENTENCE_ENDS or len(words(answer)) <= FEW_WORDS or bool(_LIST_LINE.match(last_line))
 
 
 def structural_consistency(answer: str) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sft.data import read_rows
 from sft.equations import false_equation, value_of
 from trainer.data.arithmetic import generate_problems
 
@@ -75,6 +76,12 @@ def test_parts_of_true_texts_are_not(text):
 def test_generated_solutions_are_true():
     for problem in generate_problems(seed=4, count=300):
         assert false_equation(problem.solution) is None, problem.solution
+
+
+def test_answers_of_people_are_hardly_ever_called_false(shared_data):
+    answers = [row["messages"][-1]["content"] for _, row in read_rows(shared_data / "sft" / "math.parquet")]
+    assert len(answers) > 10_000
+    assert sum(false_equation(answer) is not None for answer in answers) < len(answers) / 500
 
 
 @pytest.mark.parametrize("piece", ["1", "1 + ", "1 ", "9 * 9 = ", "-"])
