@@ -1,10 +1,13 @@
 """The experiments: recipes, the order of runs, intervals, the recall task, and standard attention as the control."""
 
 import csv
+import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.experiments.curves import summarise
+from benchmarks.experiments.pool import Pool, Worker
 from benchmarks.experiments.recall import measure_recall, recall_documents
-from benchmarks.experiments.recipe import DIVERGED, Recipe
+from benchmarks.experiments.recipe import CUT, DIVERGED, Recipe
 from benchmarks.experiments.report import crossing, interval, report
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
@@ -123,7 +127,7 @@ def test_runs_differ_in_key_by_arm_rate_and_seed_only():
     [
         ({"arms": {"a": {}}}, "needs label"),
         ({"arms": {"a": {"label": "A", "attention": "linear"}}}, "'linear': choose one of"),
-        ({"arms": {"a": {"label": "A", "against": "z"}}}, "'z': name one of"),
+        ({"arms": {"a": {"label": "A", "against": ["z"]}}}, "name some of"),
         ({"same": "memory"}, "'memory': write parameters"),
         ({"seeds": []}, "must each have an entry"),
         ({"decay_share": 1.5}, "use shares below 1"),
@@ -169,6 +173,55 @@ def test_report_pairs_runs_by_seed_and_fills_the_page(tmp_path):
     assert "| loss, mean | 3.0000 ± 2.4843 | 2.5100 ± 2.5092 |" in text
     assert page.read_text() == f"before\n{text}\nafter\n"
     assert (tmp_path / "example.png").stat().st_size > 1000
+
+
+def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_path):
+    recipe = make_recipe(sweep=[{"learning_rate": 1.0}], seeds=[0, 1])
+    results = Results(tmp_path)
+    for seed in (0, 1):
+        results.add(record(recipe, "a", 0, seed, 2.0))
+        cut = record(recipe, "b", 0, seed, 1.0, CUT)
+        results.add(cut | {"tokens": 500, "curve": [(0, "heldout_mean", 9.0), (500, "heldout_mean", 2.0 + seed)]})
+    text = report(recipe, results, tmp_path)
+    assert "those after 0.0M tokens" in text
+    assert "| B | A | loss, mean | 2 | -0.5000 | -6.8530 to +5.8530 | no |" in text
+    assert [run.arm for run in recipe.runs(results.finished) if run.key not in results.finished] == ["b", "b"]
+
+
+def test_what_a_stopped_run_had_come_to_is_kept(tmp_path):
+    """The process is any that sleeps; its run's folder holds what a run writes, the last line cut short."""
+    recipe = make_recipe()
+    run = recipe.run("a", 0, 0)
+    pool = Pool.__new__(Pool)
+    pool.folder, pool.devices = tmp_path, ["0", "1", "0", "1"]
+    folder = tmp_path / "runs" / run.key
+    folder.mkdir(parents=True)
+    (folder / "description.json").write_text(json.dumps({"key": run.key, "arm": "a", "device": "cpu"}))
+    rows = [{"tokens": tokens, "eval": {"general": 5.0 - tokens / 100}} for tokens in (0, 100)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"tokens": 110, "lo')
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    process.start()
+    worker = Worker(1, process, None, ready=True, run=run, since=time.monotonic())
+    kept = []
+    assert pool._cut(worker, lambda *finished: kept.append(finished))
+    assert not process.is_alive()
+    ((finished, found),) = kept
+    assert finished is run
+    assert (found["status"], found["heldout_mean"], found["workers_per_device"]) == (CUT, 4.0, 2)
+    assert found["curve"][-1] == (100, "heldout_mean", 4.0)
+
+
+def test_results_of_another_machine_fill_the_gaps(tmp_path):
+    recipe = make_recipe()
+    here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
+    here.add(record(recipe, "a", 0, 0, 2.0))
+    here.add(record(recipe, "a", 0, 1, 2.0, CUT))
+    for seed in (0, 1, 2):
+        there.add(record(recipe, "a", 0, seed, 1.0))
+    assert here.take(there) == 2
+    records = Results(tmp_path / "here").records
+    losses = [float(records[recipe.run("a", 0, seed).key]["heldout_mean"]) for seed in range(3)]
+    assert losses == [2.0, 1.0, 1.0]
 
 
 def test_results_come_back_as_they_were_kept(tmp_path):

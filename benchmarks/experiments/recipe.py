@@ -57,7 +57,7 @@ class Arm:
         settings: fields of `PretrainConfig` in which it differs.
         attention: "motif2", "softmax" for standard attention, "softmax_norm" for that with a norm on its output.
         sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
-        against: the arm it is compared with; None is the recipe's first.
+        against: the arms it is compared with; None is the recipe's first.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Arm:
     settings: dict = field(default_factory=dict)
     attention: str = "motif2"
     sweep: list[dict] | None = None
-    against: str | None = None
+    against: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ class Recipe:
         arms: by name; the first is the baseline.
         sweep: learning rates, as lists of settings; the one with the lowest held-out loss on the first seed is each
             arm's. Empty: those in `pretrain`.
-        measures: columns of the table, the first is what the verdict is about.
-        lower_is_better: of the first measure.
+        measures: rows of the table.
+        compared: measures of which differences are shown; the first is what the verdict is about. Empty: the first of
+            `measures`.
+        lower_is_better: of what the verdict is about.
         plot: what the figure's panels show over tokens.
         same: "parameters", "flops" or nothing: what must be equal between arms within `within`.
         within: largest relative difference.
@@ -142,6 +144,7 @@ class Recipe:
     annealing_share: float = 0.0
     sweep: list[dict] = field(default_factory=list)
     lower_is_better: bool = True
+    compared: list[str] = field(default_factory=list)
     plot: list[str] = field(default_factory=lambda: ["heldout_mean"])
     same: str | None = None
     within: float = 0.01
@@ -150,12 +153,13 @@ class Recipe:
     def __post_init__(self):
         if self.tiny:
             self.seeds = self.seeds[:TINY_SEEDS]
+        self.compared = self.compared or self.measures[:1]
         self.arms = {name: self._arm(name, arm) for name, arm in self.arms.items()}
         for arm in self.arms.values():
             if arm.attention not in ATTENTIONS:
                 raise ValueError(f"arm {arm.name!r} has attention {arm.attention!r}: choose one of {ATTENTIONS}")
-            if self.baseline(arm.name) not in self.arms:
-                raise ValueError(f"arm {arm.name!r} is compared with {arm.against!r}: name one of {list(self.arms)}")
+            if not set(self.baselines(arm.name)) <= set(self.arms):
+                raise ValueError(f"arm {arm.name!r} is compared with {arm.against!r}: name some of {list(self.arms)}")
         if self.same not in (None, "parameters", "flops"):
             raise ValueError(f"same is {self.same!r}: write parameters, flops, or leave it out")
         if not self.seeds or not self.arms or not self.measures:
@@ -193,9 +197,10 @@ class Recipe:
         named = [arm.settings.get("domains") or self.pretrain.get("domains") or {} for arm in self.arms.values()]
         return list(dict.fromkeys(name for domains in named for name in domains))
 
-    def baseline(self, arm: str) -> str:
-        """The arm that `arm` is compared with; itself when it is a baseline."""
-        return self.arms[arm].against or next(iter(self.arms))
+    def baselines(self, arm: str) -> list[str]:
+        """The arms that `arm` is compared with; none where that is itself."""
+        against = self.arms[arm].against
+        return [name for name in ([next(iter(self.arms))] if against is None else against) if name != arm]
 
     def points(self, arm: str) -> list[dict]:
         """Learning rates of an arm, as settings."""

@@ -9,13 +9,15 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.experiments.recipe import DIVERGED, Recipe
+from benchmarks.experiments.recipe import CUT, DIVERGED, DONE, Recipe
 from benchmarks.experiments.results import Results
 
 # 97.5% points of Student's t by degrees of freedom: the half width of a 95% interval in standard errors.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {"heldout": "loss,", "recall_accuracy": "recall,", "forgotten": "forgotten,", "best": "best head,"}
 COLORS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6")
+# Columns that a run has at its end only.
+_MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
 
 
@@ -31,7 +33,8 @@ def report(recipe: Recipe, results: Results, pages: Path) -> str:
         str: the text.
     """
     lines = [f"<!-- results: {recipe.name} -->"]
-    chosen = {arm: chosen_runs(recipe, results.records, arm) for arm in recipe.arms}
+    records, tokens = comparable(recipe, results)
+    chosen = {arm: chosen_runs(recipe, records, arm) for arm in recipe.arms}
     page = pages / recipe.page
     picture = page.with_name(f"{recipe.name}.png")
     if any(len(records) > 1 for records in chosen.values()):
@@ -39,17 +42,59 @@ def report(recipe: Recipe, results: Results, pages: Path) -> str:
         draw(recipe, results, chosen, picture)
         lines += [f"![{', '.join(map(title, recipe.plot))} over tokens]({picture.name})", ""]
     lines += [*settings_lines(recipe, results), ""]
-    if recipe.same:
-        lines += [spread(recipe, chosen), ""]
-    lines += [*table(recipe, chosen), ""]
-    lines += [*differences(recipe, chosen, results), ""]
-    if any(len(recipe.points(arm)) > 1 for arm in recipe.arms):
-        lines += [*sweep_table(recipe, results.records), ""]
+    if records:
+        lines += comparison_lines(recipe, records, tokens, chosen, results)
     lines += [f"<!-- end of results: {recipe.name} -->"]
     text = "\n".join(lines)
     if page.is_file():
         fill(page, text)
     return text
+
+
+def comparison_lines(
+    recipe: Recipe, records: Mapping[str, dict], tokens: int | None, chosen: Mapping[str, dict], results: Results
+) -> list[str]:
+    """The tables."""
+    lines = []
+    if tokens:
+        lines = [f"**Not every arm has a finished run**: all values are those after {tokens / 1e6:.1f}M tokens.", ""]
+    if recipe.same:
+        lines += [spread(recipe, chosen), ""]
+    lines += [*table(recipe, chosen), ""]
+    lines += [*differences(recipe, chosen, results), ""]
+    if any(len(recipe.points(arm)) > 1 for arm in recipe.arms):
+        lines += [*sweep_table(recipe, records), ""]
+    return lines
+
+
+def comparable(recipe: Recipe, results: Results) -> tuple[dict[str, dict], int | None]:
+    """Records that may be compared.
+
+    Where every arm that was begun has a finished run, these are the finished ones. Else all runs are taken, each as it
+    was at the last evaluation that all of them reached.
+
+    Returns:
+        tuple: records by key; and the tokens at that evaluation, None where the runs are finished.
+    """
+    begun = {record["arm"] for record in results.records.values()}
+    if begun == {record["arm"] for record in results.finished.values()}:
+        return results.finished, None
+    measured = {key: _evaluations(results.curves[key]) for key in results.records}
+    tokens = max(set.intersection(*map(set, measured.values())))
+    records = {}
+    for key, record in results.records.items():
+        kept = {name: record[name] for name in record if not name.startswith(_MEASURED)}
+        records[key] = kept | measured[key][tokens] | {"status": DONE, "tokens": tokens}
+    return records, tokens
+
+
+def _evaluations(points: list[tuple[int, str, float]]) -> dict[int, dict[str, float]]:
+    """Held-out losses by tokens."""
+    found: dict[int, dict[str, float]] = {}
+    for tokens, measure, value in points:
+        if measure.startswith("heldout_"):
+            found.setdefault(tokens, {})[measure] = value
+    return found
 
 
 def chosen_runs(recipe: Recipe, records: Mapping[str, dict], arm: str) -> dict[int, dict]:
@@ -139,30 +184,29 @@ def first(records: Mapping[int, dict], name: str) -> float:
 
 
 def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: Results) -> list[str]:
-    """Each arm against its baseline, paired by seed, with a verdict on the first measure."""
+    """Each arm against its baseline, paired by seed, with a verdict on the first measure compared."""
     lines = [
         "Differences, paired by seed, with their 95% interval:",
         "",
-        "| arm | against | measure | difference | interval | shown? | tokens to the baseline's last loss |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | against | measure | seeds | difference | interval | shown? | tokens to the baseline's last loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     verdicts = []
     for arm in recipe.arms:
-        baseline = recipe.baseline(arm)
-        if arm == baseline:
-            continue
-        for index, measure in enumerate(recipe.measures):
-            pairs = paired(chosen[arm], chosen[baseline], measure)
-            if not pairs:
-                continue
-            mean, half = interval(pairs)
-            shown = not math.isnan(half) and abs(mean) > half
-            share = tokens_to_equal(chosen[arm], chosen[baseline], results) if index == 0 else ""
-            bounds = "one seed" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
-            names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
-            lines.append(f"| {names} | {mean:+.4f} | {bounds} | {'yes' if shown else 'no'} | {share} |")
-            if index == 0:
-                verdicts.append(verdict(recipe, arm, baseline, mean, bounds, shown))
+        for baseline in recipe.baselines(arm):
+            for index, measure in enumerate(recipe.compared):
+                pairs = paired(chosen[arm], chosen[baseline], measure)
+                if not pairs:
+                    continue
+                mean, half = interval(pairs)
+                shown = not math.isnan(half) and abs(mean) > half
+                share = tokens_to_equal(chosen[arm], chosen[baseline], results) if index == 0 else ""
+                bounds = "one seed" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
+                names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
+                answer = "yes" if shown else "no"
+                lines.append(f"| {names} | {len(pairs)} | {mean:+.4f} | {bounds} | {answer} | {share} |")
+                if index == 0:
+                    verdicts.append(verdict(recipe, arm, baseline, mean, bounds, shown))
     return [*lines, "", *(f"- {text}" for text in verdicts)]
 
 
@@ -173,8 +217,8 @@ def paired(records: Mapping[int, dict], baseline: Mapping[int, dict], measure: s
 
 
 def verdict(recipe: Recipe, arm: str, baseline: str, mean: float, bounds: str, shown: bool) -> str:
-    """One sentence on the first measure."""
-    names = f"**{recipe.arms[arm].label}** against {recipe.arms[baseline].label}: {title(recipe.measures[0])}"
+    """One sentence on the first measure compared."""
+    names = f"**{recipe.arms[arm].label}** against {recipe.arms[baseline].label}: {title(recipe.compared[0])}"
     if not shown:
         return f"{names}: no difference shown ({mean:+.4f}, {bounds})."
     better = (mean < 0) == recipe.lower_is_better
@@ -186,6 +230,7 @@ def tokens_to_equal(records: Mapping[int, dict], baseline: Mapping[int, dict], r
     shares = []
     for seed in sorted(set(records) & set(baseline)):
         own, other = (curve_of(results, runs[seed], "heldout_mean") for runs in (records, baseline))
+        other = [point for point in other if point[0] <= float(baseline[seed]["tokens"])]
         if not own or not other:
             continue
         reached = crossing(own, other[-1][1])
@@ -237,13 +282,16 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
     places = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}" for row in records})
     tokens = sum(float(row["tokens"]) for row in records)
     seconds = sum(float(row["seconds"]) / float(row["workers_per_device"]) for row in records)
-    speeds = sorted(float(row["tokens_per_second"]) for row in records if row.get("tokens_per_second"))
+    speed = statistics.median(float(row["tokens"]) / float(row["seconds"]) for row in records)
     parameters = statistics.mean(float(row["parameters"]) for row in records)
-    planned = len({run.key for run in recipe.runs(results.records)})
+    planned = len({run.key for run in recipe.runs(results.finished)})
+    cut = sum(row["status"] == CUT for row in records)
+    stopped = f" ({cut} of them cut for lack of time)" if cut else ""
     full_hours = seconds / tokens * FULL_TOKENS * planned * FULL_PARAMETERS / parameters / 3600
     return [
-        f"{len(records)} of {planned} runs, {tokens / len(records) / 1e6:.1f}M tokens each, on {'; '.join(places)}; "
-        f"{seconds / 3600:.2f} GPU-hours in all, {speeds[len(speeds) // 2]:,.0f} tokens a second a run (median) with "
+        f"{len(records)} of {planned} runs{stopped}, {tokens / len(records) / 1e6:.1f}M tokens each, on "
+        f"{'; '.join(places)}; "
+        f"{seconds / 3600:.2f} GPU-hours in all, {speed:,.0f} tokens a second a run (median) with "
         f"{records[-1]['workers_per_device']} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
         f"parameters and {FULL_TOKENS / 1e6:.0f}M tokens would take about {full_hours:,.0f} GPU-hours at this "
         "throughput a parameter, which larger models exceed."
