@@ -122,7 +122,7 @@ def test_upload_carries_weights_card_template_and_sources(finished, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("/someone/motif-sft/commit/" + "0" * 40)
-    ((repository, message, _),) = hub.commits
+    ((repository, message, *_),) = hub.commits
     assert (repository, message) == ("someone/motif-sft", "Upload the model of stage")
     files = hub.files["someone/motif-sft"]
     card = files["README.md"].decode()
