@@ -16,6 +16,7 @@ from benchmarks.experiments.results import Results
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {"heldout": "loss,", "recall_accuracy": "recall,", "forgotten": "forgotten,", "best": "best head,"}
 COLORS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6")
+ONE_SEED = "one seed"
 # Columns that a run has at its end only.
 _MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
@@ -201,7 +202,7 @@ def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: 
                 mean, half = interval(pairs)
                 shown = not math.isnan(half) and abs(mean) > half
                 share = tokens_to_equal(chosen[arm], chosen[baseline], results) if index == 0 else ""
-                bounds = "one seed" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
+                bounds = ONE_SEED if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
                 names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
                 answer = "yes" if shown else "no"
                 lines.append(f"| {names} | {len(pairs)} | {mean:+.4f} | {bounds} | {answer} | {share} |")
@@ -219,6 +220,8 @@ def paired(records: Mapping[int, dict], baseline: Mapping[int, dict], measure: s
 def verdict(recipe: Recipe, arm: str, baseline: str, mean: float, bounds: str, shown: bool) -> str:
     """One sentence on the first measure compared."""
     names = f"**{recipe.arms[arm].label}** against {recipe.arms[baseline].label}: {title(recipe.compared[0])}"
+    if bounds == ONE_SEED:
+        return f"{names}: {mean:+.4f} on one seed, which shows nothing."
     if not shown:
         return f"{names}: no difference shown ({mean:+.4f}, {bounds})."
     better = (mean < 0) == recipe.lower_is_better
@@ -329,8 +332,11 @@ def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]]
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(recipe.plot), figsize=(4.6 * len(recipe.plot), 3.4), layout="constrained")
-    for axes, measure in zip(panels if len(recipe.plot) > 1 else [panels], recipe.plot, strict=True):
+    measured = {measure for key in results.records for _, measure, _ in results.curves[key]}
+    shown = [measure for measure in recipe.plot if measure in measured]
+    size = (4.6 * len(shown), 3.4)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for axes, measure in zip(panels[0], shown, strict=True):
         highest = []
         for color, arm in zip(COLORS, recipe.arms, strict=False):
             curves = [curve_of(results, record, measure) for record in chosen[arm].values()]
@@ -350,6 +356,6 @@ def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]]
         axes.set_xlabel("millions of tokens")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb")
-    (panels[0] if len(recipe.plot) > 1 else panels).legend(frameon=False, fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
