@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,13 +100,22 @@ def test_sharded_run_goes_on_where_it_stopped(settings):
 
     assert run_distributed(run_sharded, 2, whole) == [True, True]
     assert run_distributed(stopped, 2, broken) == [True, True]
+    lower = replace(
+        broken, resume=True, learning_rate=broken.learning_rate / 2, output_dir=f"{broken.output_dir}_lower"
+    )
+    shutil.copytree(broken.output_dir, lower.output_dir)
     assert run_distributed(run_sharded, 2, replace(broken, resume=True)) == [True, True]
+    assert run_distributed(run_sharded, 2, lower) == [True, True]
     assert [line["loss"] for line in lines_of(broken.output_dir)] == [
         line["loss"] for line in lines_of(whole.output_dir)
     ]
     expected = weights(whole.output_dir)
     for name, value in weights(broken.output_dir).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+    rates = [lines_of(run.output_dir)[-1]["learning_rate"] for run in (broken, lower)]
+    assert rates[1] == rates[0] / 2, "a new rate counts from the checkpoint on"
+    before = weights(broken.output_dir)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(lower.output_dir).items())
 
 
 @pytest.mark.distributed
