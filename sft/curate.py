@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows
 from sft.examples import write_conversations
 from sft.files import write_lines
@@ -33,6 +34,7 @@ class CurateConfig:
 
     train_files: list[str] = field(default_factory=list, metadata={"help": "open and synthetic conversations"})
     output_dir: str = field(default="", metadata={"help": "gets train.jsonl and decisions.jsonl"})
+    bad_rows: str = field(default="skip", metadata={"help": "malformed rows: skip (and count) or refuse"})
     keep_share: float = field(default=0.5, metadata={"help": "share of each domain that stays (assumption)"})
     min_completeness: float = field(default=0.5, metadata={"help": "answers less complete than this go (assumption)"})
     judge_url: str = field(default="", metadata={"help": "OpenAI-compatible endpoint, up to /v1, of a model as judge"})
@@ -42,6 +44,8 @@ class CurateConfig:
     progress: bool = field(default=True, metadata={"help": "show a progress bar while the judge rates"})
 
     def __post_init__(self):
+        if self.bad_rows not in ROW_RULES:
+            raise ValueError(f"bad_rows is {self.bad_rows!r}; use skip or refuse")
         for name in ("train_files", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
@@ -84,7 +88,7 @@ def curate(
             f"output_dir {config.output_dir!r} holds selected data; choose another folder, or remove this one"
         )
     report, malformed = DataReport() if report is None else report, []
-    loaded = list(load_rows(config.train_files, report, malformed=malformed))
+    loaded = list(load_rows(config.train_files, report, config.bad_rows, malformed=malformed))
     if not loaded:
         raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")
     rows = [row for _, row in loaded]

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat import encode_conversations
+from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows, read_rows, row_tools
 from sft.data_card import write_data_card
 from sft.examples import write_conversations
@@ -47,8 +48,11 @@ class PrepareConfig:
     max_tokens: int = field(default=16_384, metadata={"help": "longest conversation"})
     duplicate_threshold: float = field(default=0.8, metadata={"help": "similarity that counts as a duplicate"})
     seed: int = field(default=0, metadata={"help": "seed of the drawing"})
+    bad_rows: str = field(default="skip", metadata={"help": "malformed rows: skip (and count) or refuse"})
 
     def __post_init__(self):
+        if self.bad_rows not in ROW_RULES:
+            raise ValueError(f"bad_rows is {self.bad_rows!r}; use skip or refuse")
         for name in ("train_files", "output_dir", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
@@ -99,7 +103,9 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
     contamination = Contamination(evaluation_texts(config.eval_files))
     duplicates = NearDuplicates(config.duplicate_threshold)
     places, rows, counts, dropped, malformed = [], [], [], [], []
-    for place, row, num_tokens in _counted(load_rows(config.train_files, report, malformed=malformed), tokenizer):
+    for place, row, num_tokens in _counted(
+        load_rows(config.train_files, report, config.bad_rows, malformed=malformed), tokenizer
+    ):
         text = conversation_text(row)
         if num_tokens < config.min_tokens:
             reason = f"fewer than {config.min_tokens} tokens"

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.chat import REPLY_HEADER, encode_conversations
+from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows, row_tools
 from sft.equations import false_equation
 from sft.examples import write_conversations
@@ -42,6 +43,7 @@ class PruneConfig:
 
     train_files: list[str] = field(default_factory=list, metadata={"help": "stage 2's conversations"})
     output_dir: str = field(default="", metadata={"help": "gets train.jsonl, decisions.jsonl and page.html"})
+    bad_rows: str = field(default="skip", metadata={"help": "malformed rows: skip (and count) or refuse"})
     model_name_or_path: str = field(
         default="", metadata={"help": "model after stage 2; empty: no losses, no embeddings"}
     )
@@ -55,6 +57,8 @@ class PruneConfig:
     batch_size: int = field(default=16, metadata={"help": "conversations that it reads at a time"})
 
     def __post_init__(self):
+        if self.bad_rows not in ROW_RULES:
+            raise ValueError(f"bad_rows is {self.bad_rows!r}; use skip or refuse")
         for name in ("train_files", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; set it in the recipe or on the command line")
@@ -287,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     report, malformed = DataReport(), []
     try:
         _new_train_file(config.output_dir)
-        loaded = list(load_rows(config.train_files, report, malformed=malformed))
+        loaded = list(load_rows(config.train_files, report, config.bad_rows, malformed=malformed))
         if not loaded:
             raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")
         places, rows = zip(*loaded, strict=True)

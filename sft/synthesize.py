@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from eval_harness.sandbox import Sandbox, SandboxUnavailable
 from sft.chat import attach_chat_template, set_stop_tokens
+from sft.config import ROW_RULES
 from sft.data import DataReport, read_rows
 from sft.examples import write_conversations
 from sft.files import write_text
@@ -72,7 +73,7 @@ class SynthesizeConfig:
             raise ValueError("output_dir is empty; set it in the recipe or on the command line")
         if not self.task_files and not self.composed_tasks:
             raise ValueError("there is nothing to solve; set task_files, or composed_tasks above 0")
-        if self.bad_rows not in ("skip", "refuse"):
+        if self.bad_rows not in ROW_RULES:
             raise ValueError(f"bad_rows is {self.bad_rows!r}; use skip or refuse")
         if bool(self.endpoint_url) == bool(self.model_name_or_path):
             raise ValueError(

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from sft.files import whole_file, write_lines, write_text
+from sft.files import write_lines, write_text
 
 
 @pytest.fixture
@@ -28,9 +28,12 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, full_disk):
 
 
 def test_a_writer_that_stops_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "rows.jsonl") as file:
-        file.write("half")
+    def rows():
+        yield {"a": 1}
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lines(rows(), tmp_path / "rows.jsonl")
     assert not list(tmp_path.iterdir())
 
 

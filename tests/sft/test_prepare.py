@@ -161,6 +161,20 @@ def test_every_step_counts_rows_with_bad_labels_and_keeps_calls_without_content(
 
 
 @pytest.mark.parametrize("step", [prepare_main, curate_main, prune_main])
+def test_every_step_refuses_a_bad_row_where_told_so(step, workplace, write_rows, tmp_path, capsys):
+    words = ["--train_files", write_rows([CALLING, {"messages": []}]), "--output_dir", str(tmp_path / "out")]
+    words += ["--tokenizer", str(workplace / "base")] if step is prepare_main else []
+    with pytest.raises(
+        SystemExit, match=r"row rows\.jsonl:2 is malformed: no messages; mend it, or set bad_rows: skip"
+    ):
+        step([*words, "--bad_rows", "refuse"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        step([*words, "--bad_rows", "drop"])
+    assert "bad_rows is 'drop'; use skip or refuse" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [prepare_main, curate_main, prune_main])
 def test_a_full_disk_leaves_nothing_that_the_next_step_would_read(step, workplace, write_rows, tmp_path, monkeypatch):
     synced = []
 
