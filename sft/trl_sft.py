@@ -8,6 +8,7 @@ of messages are checked one by one before they train, and the first sequences ar
 import argparse
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -27,6 +28,7 @@ from trl import (
 from kernels_hub import use_gda_attention, use_polynorm
 from kernels_hub.gda import ATTENTIONS
 from sft.chat import attach_chat_template, render_loss_mask, set_stop_tokens
+from sft.checkpoints import defect
 from sft.config import KERNEL_SOURCES, ROW_RULES
 from sft.data import DataReport, row_problem
 from sft.export import gather_whole_weights
@@ -226,10 +228,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         groups = parser.parse_args_and_config(argv)
-        trainer = build_trl_trainer(*groups)
         _, arguments, *_, motif2 = groups
+        checkpoint = arguments.resume_from_checkpoint
+        if checkpoint and (problem := defect(Path(checkpoint))):
+            raise ValueError(f"resume_from_checkpoint {checkpoint!r} is not complete: {problem}; name another one")
+        trainer = build_trl_trainer(*groups)
         trainer.accelerator.print(*preview_sequences(trainer, motif2.preview_samples), sep="\n")
-        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except DatasetGenerationError as error:  # says what happened in its cause
         raise SystemExit(f"sft.trl_sft: the data cannot be read: {error.__cause__ or error}") from error
     except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:

@@ -141,3 +141,13 @@ def test_a_file_that_is_no_json_is_named(with_bad_rows, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"messages": [\nnothing')
     with pytest.raises(SystemExit, match="the data cannot be read: "):
         main(with_bad_rows)
+
+
+def test_it_goes_on_from_a_whole_checkpoint_alone(words, tmp_path):
+    saving = [*words, "--save_strategy", "steps", "--save_steps", "1"]
+    main(saving)
+    first = tmp_path / "trl" / "checkpoint-1"
+    main([*saving, "--resume_from_checkpoint", str(first)])
+    (first / "optimizer.pt").unlink()
+    with pytest.raises(SystemExit, match=r"checkpoint-1' is not complete: optimizer.pt is missing; name another one"):
+        main([*saving, "--resume_from_checkpoint", str(first)])
