@@ -90,11 +90,13 @@ def reference_logits(model, input_ids: torch.Tensor, record: dict | None = None)
     Args:
         model: only its `state_dict()` and `config` are read.
         input_ids: (T,) token ids without padding.
-        record: filled with `attentions`, `max_logits`, `signal_norms` and `noise_norms` when given.
+        record: filled with `attentions`, `hidden_states` (the last one normed), `max_logits`, `signal_norms` and
+            `noise_norms` when given.
     """
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     x = weights["model.embed_tokens.weight"][input_ids]
+    states = [x]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         h = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
@@ -103,4 +105,8 @@ def reference_logits(model, input_ids: torch.Tensor, record: dict | None = None)
         gate, up = h @ weights[f"{prefix}.mlp.gate_proj.weight"].T, h @ weights[f"{prefix}.mlp.up_proj.weight"].T
         act = poly_norm(gate, weights[f"{prefix}.mlp.act_fn.weight"], weights[f"{prefix}.mlp.act_fn.bias"])
         x = x + (act * up) @ weights[f"{prefix}.mlp.down_proj.weight"].T
-    return rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps) @ weights["lm_head.weight"].T
+        states.append(x)
+    states[-1] = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
+    if record is not None:
+        record["hidden_states"] = states
+    return states[-1] @ weights["lm_head.weight"].T

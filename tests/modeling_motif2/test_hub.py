@@ -67,9 +67,8 @@ CONSTANTS = {
 }
 
 
-def official_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Random float32 tensors with the official names and shapes, listed without help from the model."""
-    generator = torch.Generator().manual_seed(0)
+def official_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The official names and shapes, listed without help from the model."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     dim = config.get("head_dim") or hidden // heads
     signal = heads - (config.get("num_noise_heads") or heads // 2)
@@ -97,11 +96,23 @@ def official_tensors(config: dict) -> dict[str, torch.Tensor]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def official_tensors(config: dict) -> dict[str, torch.Tensor]:
+    """Random float32 tensors of a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = official_shapes(config)
     return {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()}
 
 
-def write_official(folder, style: str, model_type: str = "Motif", change=None) -> dict[str, torch.Tensor]:
-    """Writes a checkpoint in the official layout, two shards; `change(tensors)` may spoil it first."""
+def write_official(
+    folder, style: str, model_type: str = "Motif", change=None, stops=(2, 5)
+) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint in the official layout, two shards; `change(tensors)` may spoil it first.
+
+    An instruct checkpoint stops on two tokens (`stops`), a base one on one.
+    """
     folder.mkdir(exist_ok=True)
     config = CONSTANTS | STYLES[style]
     tensors = official_tensors(config)
@@ -116,7 +127,8 @@ def write_official(folder, style: str, model_type: str = "Motif", change=None) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     head = {"model_type": model_type, "architectures": ["MotifForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(head | config | UNUSED_KEYS))
-    generation = {"bos_token_id": 3, "eos_token_id": [2, 5], "pad_token_id": 2}
+    eos = list(stops) if len(stops) > 1 else stops[0]
+    generation = {"bos_token_id": 3, "eos_token_id": eos, "pad_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return tensors
 
@@ -156,6 +168,21 @@ def test_official_checkpoints_load_through_the_auto_classes(tmp_path, style, mod
         assert type(backbone) is Motif2Model
         torch.testing.assert_close(backbone(ids[None])[0], model.model(ids[None])[0])
     assert type(Motif2ForCausalLM.from_pretrained(tmp_path).config) is Motif2Config
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_base_and_instruct_checkpoints_stop_where_they_say(tmp_path, style):
+    ids = random_ids(1, 4) % 53
+    write_official(tmp_path / "probe", style)
+    free = AutoModelForCausalLM.from_pretrained(tmp_path / "probe")
+    said = free.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 4:].tolist()
+    turn_end = said[3]
+    for stops in ((2,), (2, turn_end)):
+        write_official(tmp_path / f"{len(stops)}", style, stops=stops)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{len(stops)}")
+        expected = said[: said.index(turn_end) + 1] if len(stops) > 1 else said
+        assert 2 not in said
+        assert model.generate(ids, max_new_tokens=8, do_sample=False)[0, 4:].tolist() == expected
 
 
 def test_a_task_head_loads_from_a_language_model(tmp_path):
@@ -257,13 +284,33 @@ def test_an_official_configuration_that_cannot_be_read_says_why(tmp_path, change
         AutoConfig.from_pretrained(tmp_path)
 
 
+FULL_SIZE_12_7B = {
+    "vocab_size": 219520,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 16,
+    "num_noise_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+FULL_SIZE_2_6B = {
+    "vocab_size": 219520,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+
+
 def test_full_size_has_the_published_tensors():
     config = Motif2Config()
     with torch.device("meta"):
         model = Motif2ForCausalLM(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in full_size_shapes(config).items()}
     actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert actual == expected
+    assert actual == official_shapes(FULL_SIZE_12_7B)
     assert len(actual) == 643 == 3 + 16 * 40
     assert actual["model.layers.39.self_attn.q_proj.weight"] == (5120, 4096)
     assert actual["model.layers.39.self_attn.k_proj.weight"] == (2048, 4096)
@@ -275,50 +322,19 @@ def test_full_size_has_the_published_tensors():
     assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (219395, 219396, 219395)
 
 
-def full_size_shapes(config: Motif2Config) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        tensors = {}
-        hidden, inner, vocabulary = 4096, 16384, 219520
-        tensors["model.embed_tokens.weight"] = torch.empty(vocabulary, hidden)
-        tensors["model.norm.weight"] = torch.empty(hidden)
-        tensors["lm_head.weight"] = torch.empty(vocabulary, hidden)
-        for layer in range(40):
-            prefix = f"model.layers.{layer}."
-            tensors[prefix + "input_layernorm.weight"] = torch.empty(hidden)
-            tensors[prefix + "post_attention_layernorm.weight"] = torch.empty(hidden)
-            tensors[prefix + "self_attn.q_proj.weight"] = torch.empty(5120, hidden)
-            tensors[prefix + "self_attn.k_proj.weight"] = torch.empty(2048, hidden)
-            tensors[prefix + "self_attn.v_proj.weight"] = torch.empty(2048, hidden)
-            tensors[prefix + "self_attn.o_proj.weight"] = torch.empty(hidden, 8192)
-            for name in ("q1", "k1", "q2", "k2"):
-                tensors[prefix + f"self_attn.lambda_{name}"] = torch.empty(128)
-            tensors[prefix + "self_attn.subln.weight"] = torch.empty(256)
-            tensors[prefix + "mlp.gate_proj.weight"] = torch.empty(inner, hidden)
-            tensors[prefix + "mlp.up_proj.weight"] = torch.empty(inner, hidden)
-            tensors[prefix + "mlp.down_proj.weight"] = torch.empty(hidden, inner)
-            tensors[prefix + "mlp.act_fn.weight"] = torch.empty(3)
-            tensors[prefix + "mlp.act_fn.bias"] = torch.empty(1)
-    return tensors
-
-
-def test_full_size_2_6b_ties_its_head():
-    config = Motif2Config(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_noise_heads=None,
-        tie_word_embeddings=True,
-        rope_theta=500000.0,
-        max_position_embeddings=16384,
-    )
+def test_full_size_2_6b_has_its_tensors_and_ties_its_head():
+    written = FULL_SIZE_2_6B | {"model_type": "Motif", "rope_theta": 500000.0, "max_position_embeddings": 16384}
+    config = Motif2Config.from_dict(written)
     with torch.device("meta"):
         model = Motif2ForCausalLM(config)
     assert (config.num_groups, config.num_signal_heads_per_group, config.head_dim) == (8, 1, 128)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (2048, 2048)
-    assert model.model.layers[0].self_attn.o_proj.weight.shape == (2048, 2048)
+    actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert actual.pop("lm_head.weight") == (219520, 2048)
+    assert actual == official_shapes(FULL_SIZE_2_6B)
+    assert actual["model.layers.31.self_attn.q_proj.weight"] == (2048, 2048)
+    assert actual["model.layers.31.self_attn.o_proj.weight"] == (2048, 2048)
+    assert len(actual) == 2 + 16 * 32
     assert model.num_parameters() == pytest.approx(2.6e9, rel=0.02)
 
 

@@ -1,6 +1,8 @@
 """bfloat16 beside float32: loss, gradients, and a short training, within the bounds that README.md states."""
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.modeling_motif2.builders import random_ids, small_model
 
@@ -21,7 +23,7 @@ def gradient(model, ids, autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss = model(ids, labels=ids, use_cache=False).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return loss.item(), torch.cat([part.flatten() for part in gradients])
+    return loss.item(), torch.cat([part.flatten().float() for part in gradients])
 
 
 def measured(seed: int) -> tuple[float, float]:
@@ -38,6 +40,21 @@ def test_loss_and_gradients_under_bfloat16_stay_close():
         loss_error, gradient_error = measured(seed)
         assert 0 < loss_error < LOSS_BOUND
         assert 0 < gradient_error < GRADIENT_BOUND
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.bfloat16])
+def test_weights_in_bfloat16_stay_close(tmp_path, norms):
+    """As `from_pretrained(dtype=torch.bfloat16)` leaves them, norms in float32, and with every weight in bfloat16."""
+    wide = small_model(seed=0, attention="sdpa", lambda_std_dev=0.1, **SIZES)
+    wide.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    if norms == torch.bfloat16:
+        half = half.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16, norms}
+    ids = random_ids(4, 48, 0)
+    (wide_loss, wide_gradient), (half_loss, half_gradient) = (gradient(model, ids, False) for model in (wide, half))
+    assert 0 < abs(half_loss - wide_loss) / wide_loss < LOSS_BOUND
+    assert 0 < float((half_gradient - wide_gradient).norm() / wide_gradient.norm()) < GRADIENT_BOUND
 
 
 def train(seed: int, autocast: bool, steps: int = 30) -> list[float]:
