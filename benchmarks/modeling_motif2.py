@@ -58,11 +58,12 @@ class Report:
         self.common = {"device": name, "torch": torch.__version__, "commit": commit()}
 
     def add(self, section: str, backend: str, **values) -> None:
-        """Adds a row; numbers are rounded to four digits."""
+        """Adds a row, prints it with four digits, and writes the table, so that a run cut short keeps what it has."""
         row = {"section": section, "backend": backend} | values
         self.rows.append(row)
         shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
         print(" | ".join(shown), flush=True)
+        self.write()
 
     def fail(self, section: str, backend: str, error: BaseException) -> None:
         """Adds a row for a check that failed, and keeps the backend from being timed."""
@@ -432,7 +433,6 @@ def main() -> int:
         except Exception as error:
             report.fail(part, "all", error)
         print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
-        report.write()
     print(f"# written to {options.results}; failed: {', '.join(sorted(report.failed)) or 'nothing'}")
     return 1 if report.failed else 0
 
