@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache, QuantizedCache, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 from tests.modeling_motif2.builders import random_ids, small_model
@@ -69,6 +69,22 @@ def test_a_quantised_cache_stays_close(model, ids):
         actual = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     error = (actual - expected).abs().max() / expected.abs().max()
     assert 0 < error < 0.05
+
+
+@pytest.mark.slow  # quanto compiles an extension when first used
+def test_the_quantised_cache_of_optimum_quanto_stays_close():
+    pytest.importorskip("optimum.quanto")
+    model = small_model(attention="sdpa", ratio=3, head_dim=32, initializer_range=0.2)
+    ids = random_ids(1, 9)
+    settings = {"nbits": 4, "q_group_size": 32, "residual_length": 4}
+    cache = QuantizedCache("quanto", model.config, **settings)
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        actual = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    assert 0 < (actual - expected).abs().max() / expected.abs().max() < 0.5
+    out = generate(model, ids, cache_implementation="quantized", cache_config={"backend": "quanto", **settings})
+    assert out.shape == (1, 9 + NEW_TOKENS)
 
 
 def test_sampling_is_reproducible_and_the_same_for_static_caches(model, ids):
