@@ -82,8 +82,8 @@ def use_polynorm(
         KernelChoice: what runs now; `polynorm_in_use(model)` tells it again.
 
     Raises:
-        ValueError: unknown source, a model without PolyNorm or with its features split over ranks, or a kernel that
-            differs from the lock file.
+        ValueError: unknown source, a model without PolyNorm, with its features split over ranks or with a forward that
+            another library put in, or a kernel that differs from the lock file.
         AssertionError: the kernel was put in but does not run.
     """
     if source not in SOURCES:
@@ -95,6 +95,11 @@ def use_polynorm(
         if hasattr(module, "reduces_over_ranks"):
             raise ValueError(
                 f"{name} adds over {module.reduces_over_ranks} ranks, which no other source can: leave it as it is"
+            )
+        if not (_is_own(module) or _is_ours(module)):
+            raise ValueError(
+                f"{name} runs {_function(module)!r}, which use_polynorm did not put there: take it out first, or put "
+                "the kernel in before it"
             )
     candidates = [] if source == "torch" else [source]
     refused = []
@@ -125,8 +130,8 @@ def use_polynorm(
     if chosen == "torch" and source != "torch":
         _once(f"PolyNorm runs in plain torch, not as a kernel: {'; '.join(refused)}", warnings.warn)
     _once(f"PolyNorm: {choice}", lambda text: print(text, file=sys.stderr))
-    if not any(parameter.is_meta for module, _ in modules.values() for parameter in module.parameters()):
-        assert_polynorm_runs(model)
+    if not any(_device(module).type == "meta" for module, _ in modules.values()):
+        assert_polynorm_runs(model, training=training)
     return choice
 
 
@@ -142,15 +147,44 @@ def _once(text: str, say: Callable) -> None:
         say(text)
 
 
+def _forward_name(module: nn.Module) -> str:
+    """The attribute that holds what computes; accelerate's device hook takes `forward` and keeps it in another."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def _function(module: nn.Module) -> Callable:
+    forward = getattr(module, _forward_name(module))
+    return getattr(forward, "__func__", forward)
+
+
+def _is_own(module: nn.Module) -> bool:
+    return _function(module) is type(module).forward
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return "_polynorm" in module.__dict__ and module._polynorm[0] is _function(module)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where the module computes; a hook that offloads keeps its parameters on the meta device in between."""
+    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+    if device is None or not module.weight.is_meta:
+        return module.weight.device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 def _install(modules: dict[str, tuple[nn.Module, str]], loaded: Layers | None, choice: KernelChoice) -> None:
     for module, layer in modules.values():
-        module.__dict__.pop("forward", None)
+        name = _forward_name(module)
+        module.__dict__.pop(name, None)
         module.__dict__.pop("_polynorm", None)
         if loaded is not None:
             forward = loaded.classes[layer].forward
-            module.forward = MethodType(forward, module)
+            setattr(module, name, MethodType(forward, module))
             module._polynorm = (forward, choice)
             _namespaces.add(loaded.namespace)
+        elif name != "forward":
+            setattr(module, name, MethodType(type(module).forward, module))
 
 
 def polynorm_in_use(model: nn.Module) -> KernelChoice:
@@ -162,26 +196,29 @@ def polynorm_in_use(model: nn.Module) -> KernelChoice:
     found = set()
     modules = polynorm_modules(model)
     for module, _ in modules.values():
-        forward = module.__dict__.get("forward")
-        function = getattr(forward, "__func__", forward)
-        if forward is None or function is type(module).forward:
+        if _is_own(module):
             found.add(KernelChoice("torch", num_modules=len(modules)))
-        elif "_polynorm" in module.__dict__ and module._polynorm[0] is function:
+        elif _is_ours(module):
             found.add(module._polynorm[1])
         else:
-            raise ValueError(f"{type(module).__name__} runs {function!r}, which use_polynorm did not put there")
+            raise ValueError(
+                f"{type(module).__name__} runs {_function(module)!r}, which use_polynorm did not put there"
+            )
     if len(found) != 1:
         raise ValueError(f"the model's PolyNorm modules differ: {sorted(map(str, found)) or 'there are none'}")
     return found.pop()
 
 
-def assert_polynorm_runs(model: nn.Module, step: Callable[[], object] | None = None) -> KernelChoice:
+def assert_polynorm_runs(
+    model: nn.Module, step: Callable[[], object] | None = None, *, training: bool = True
+) -> KernelChoice:
     """Asserts that the kernel in use is what really runs, by the operators that are called.
 
     Args:
         model: a model that went through `use_polynorm`.
         step: runs the model forward and backward, such as one training step; operators are counted in it. Without it
             every PolyNorm module runs once in training mode with its backward and once in evaluation mode.
+        training: without `step`, run the modules in training mode too; those made in torch's inference mode cannot.
 
     Returns:
         KernelChoice: what ran.
@@ -195,22 +232,28 @@ def assert_polynorm_runs(model: nn.Module, step: Callable[[], object] | None = N
         _assert_counts(choice, _operators(step), 2 * len(modules), "the step")
         return choice
     for module, layer in polynorm_modules(model).values():
-        inputs = [torch.ones(1, 16, device=module.weight.device, dtype=module.weight.dtype).requires_grad_()]
-        inputs *= 2 if layer == "FusedMulPolyNorm" else 1
+        num_inputs = 2 if layer == "FusedMulPolyNorm" else 1
         was_training = module.training
-        for mode, expected in ((True, 2), (False, 1)):
-            module.train(mode)
-            with torch.set_grad_enabled(mode):
-                counted = _operators(lambda module=module, inputs=inputs, mode=mode: _run(module, inputs, mode))
-            _assert_counts(choice, counted, expected, "training" if mode else "inference")
-        module.train(was_training)
+        try:
+            if training and not module.weight.is_inference():
+                module.train()
+                _assert_counts(choice, _operators(lambda m=module, n=num_inputs: _run(m, n, True)), 2, "training")
+            module.eval()
+            _assert_counts(choice, _operators(lambda m=module, n=num_inputs: _run(m, n, False)), 1, "inference")
+        finally:
+            module.train(was_training)
     return choice
 
 
-def _run(module: nn.Module, inputs: list[torch.Tensor], with_backward: bool) -> None:
-    output = module(*inputs)
-    if with_backward:
-        torch.autograd.grad(output.sum(), [inputs[0], *module.parameters()])
+def _run(module: nn.Module, num_inputs: int, with_backward: bool) -> None:
+    """Runs `module` on ones, with the gradients of its input and of those parameters that are trained."""
+    with torch.inference_mode(False), torch.set_grad_enabled(with_backward):
+        x = torch.ones(1, 16, device=_device(module), dtype=module.weight.dtype, requires_grad=with_backward)
+        output = module(*[x] * num_inputs)
+        if with_backward:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            # What a hook offloads is computed with as a copy: the parameter itself gets no gradient.
+            torch.autograd.grad(output.sum(), [x, *trained], allow_unused=module.weight.is_meta)
 
 
 class _Operators(TorchDispatchMode):

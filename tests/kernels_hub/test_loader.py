@@ -7,9 +7,12 @@ import sys
 import warnings
 from types import MethodType
 
+import accelerate
 import kernels.utils
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from peft import LoraConfig, get_peft_model
 
 import kernels_hub
 from kernels_hub import loader, sources
@@ -60,6 +63,77 @@ def test_torch_can_be_put_back(model):
     assert kernels_hub.use_polynorm(model, "torch").source == "torch"
     assert kernels_hub.polynorm_in_use(model).source == "torch"
     kernels_hub.assert_polynorm_runs(model, lambda: _step(model))
+
+
+@pytest.mark.parametrize("first", ["offload", "kernel"])
+def test_an_offloaded_model_keeps_its_device_hooks(model, first):
+    tokens = torch.arange(8)[None]
+    want = model(tokens).logits
+    if first == "kernel":
+        kernels_hub.use_polynorm(model, "local")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    act_fn = model.model.layers[0].mlp.act_fn
+    assert act_fn.weight.is_meta
+    assert kernels_hub.polynorm_in_use(model).source == ("local" if first == "kernel" else "torch")
+    for source, number in (("local", 2), ("torch", 0), ("local", 2)):
+        choice = kernels_hub.use_polynorm(model, source)
+        assert kernels_hub.polynorm_in_use(model) == choice
+        logits = []
+        names = loader._operators(lambda seen=logits: seen.append(model(tokens).logits))
+        assert sum(name.split("::")[0] in loader._namespaces for name in names) == number
+        torch.testing.assert_close(logits[0], want)
+    remove_hook_from_submodules(model)
+    assert kernels_hub.polynorm_in_use(model).source == "local"
+
+
+def test_a_forward_of_another_library_is_left_alone(model):
+    act_fn = model.model.layers[1].mlp.act_fn
+    act_fn.forward = other = lambda x, mul: x * mul
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn runs .*take it out first"):
+        kernels_hub.use_polynorm(model, "local")
+    assert act_fn.forward is other
+    del act_fn.forward
+    assert kernels_hub.polynorm_in_use(model).source == "torch"  # nothing was put into the first layer either
+
+
+@pytest.mark.parametrize("source", ["local", "torch"])
+def test_frozen_parameters(model, source):
+    model.requires_grad_(False)
+    assert kernels_hub.use_polynorm(model, source).source == source
+
+
+def test_a_model_with_adapters(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    choice = kernels_hub.use_polynorm(adapted, "local")
+    assert kernels_hub.assert_polynorm_runs(adapted, lambda: _step(adapted)) == choice
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode(model, made_inside):
+    with torch.inference_mode():
+        model = Motif2ForCausalLM(model.config) if made_inside else model
+        assert kernels_hub.use_polynorm(model, "local").source == "local"
+
+
+def _changed_layer(monkeypatch, **members) -> sources.Layers:
+    """Let every source give the local layer with `members` in place of its own."""
+    local = sources.load_layers("local", {"FusedMulPolyNorm"})
+    changed = type("FusedMulPolyNorm", (local.classes["FusedMulPolyNorm"],), members)
+    layers = sources.Layers(local.namespace, {"FusedMulPolyNorm": changed}, local.module)
+    monkeypatch.setattr(loader, "load_layers", lambda *_, **__: layers)
+    return local
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_kernel_that_skips_a_mode_is_an_error(model, monkeypatch, mode):
+    def forward(self, x, mul):
+        if self.training == (mode == "training"):
+            return x * mul * self.weight.sum() + self.bias
+        return local.classes["FusedMulPolyNorm"].forward(self, x, mul)
+
+    local = _changed_layer(monkeypatch, forward=forward)
+    with pytest.raises(AssertionError, match=f"in {mode}, at least"):
+        kernels_hub.use_polynorm(model, "hub")
 
 
 def test_models_that_share_a_kernel_keep_their_own_choice(model, monkeypatch):
@@ -142,10 +216,11 @@ print(sources.load_local("polynorm").layers.PolyNorm)
 
 
 def test_a_kernel_without_backward_is_refused_for_training(model, monkeypatch):
-    layers = sources.load_layers("local", {"FusedMulPolyNorm"})
-    forward_only = type("FusedMulPolyNorm", (layers.classes["FusedMulPolyNorm"],), {"has_backward": False})
-    changed = sources.Layers(layers.namespace, {"FusedMulPolyNorm": forward_only}, layers.module)
-    monkeypatch.setattr(loader, "load_layers", lambda *_, **__: changed)
+    @torch.no_grad
+    def forward(self, x, mul):
+        return local.classes["FusedMulPolyNorm"].forward(self, x, mul)
+
+    local = _changed_layer(monkeypatch, has_backward=False, forward=forward)
     with pytest.warns(UserWarning, match="has no backward"):
         assert kernels_hub.use_polynorm(model, "hub", training=True).source == "torch"
     assert kernels_hub.use_polynorm(model, "hub", training=False).source == "hub"
