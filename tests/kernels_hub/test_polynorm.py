@@ -53,3 +53,21 @@ def test_rows_split_over_ranks(mul):
             torch.testing.assert_close(first[index], expected)
             assert torch.equal(first[index], second[index])
     assert messages == [(3, 4, 3), (3, 4, 4)]
+
+
+@pytest.mark.distributed
+def test_double_backward_of_split_rows_says_no():
+    kernel = kernels_hub.load_local("polynorm")
+    x, up, _, weight, bias = _polynorm_inputs()
+
+    def on_rank(rank):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, up, weight, bias)]
+        y = kernel.tensor_parallel.poly_norm_mul(*leaves, group=dist.group.WORLD)
+        messages = []
+        for gradient in torch.autograd.grad(y.sum(), leaves, create_graph=True):
+            with pytest.raises(NotImplementedError, match="no double backward"):
+                gradient.sum().backward(retain_graph=True)
+            messages.append(rank)
+        return messages
+
+    assert run_distributed(on_rank, 2) == [[0] * 4, [1] * 4]

@@ -126,6 +126,7 @@ def test_empty(kernel, device, shape):
     assert y.shape == dx.shape == dup.shape == shape
     assert not dweight.any()
     assert not dbias.any()
+    assert kernel.poly_norm(inputs[0], *inputs[2:], eps=0.0).shape == shape
 
 
 @pytest.mark.parametrize("view", ["halves", "transposed", "columns apart", "expanded"])
@@ -146,6 +147,57 @@ def test_strides(kernel, device, poisoned, view):
     (got,) = torch.autograd.grad(kernel.poly_norm(leaf, weight, bias).sum(), leaf)  # an expanded gradient comes in
     (want,) = torch.autograd.grad(definition(leaf, None, weight, bias).sum(), leaf)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_tensor_has_strides_of_its_own(kernel, device, poisoned):
+    x, up, dy = (torch.randn(3, 2, width, device=device)[..., 3:35] for width in (64, 100, 80))
+    weight = torch.tensor([0.4, 9, 0.3, 9, 0.2, 9], device=device)[::2]
+    inputs = [i.detach().requires_grad_() for i in (x, up, weight, torch.tensor([0.05], device=device))]
+    assert [i.stride(-2) for i in (*inputs[:2], dy)] == [64, 100, 80]
+    assert_matches_definition(kernel, inputs, dy, 3e-6)
+    assert_matches_definition(kernel, [inputs[0], None, *inputs[2:]], dy, 3e-6)
+
+
+@pytest.mark.parametrize("mul", [False, True], ids=["plain", "mul"])
+@pytest.mark.parametrize("shape", [(2, 3, 75), (4, 1), (0, 8)], ids=str)
+def test_operators_of_split_rows(kernel, device, poisoned, shape, mul):
+    """What tensor parallelism is made of, for rows of which this rank holds half: `count` is twice the columns."""
+    *leading, columns = shape
+    x, dy, up = (torch.randn(*leading, columns + extra, device=device)[..., :columns] for extra in (3, 5, 9))
+    up = up if mul else None
+    weight, bias = torch.tensor([0.4, 0.3, 0.2], device=device), torch.tensor([0.05], device=device)
+    sums = torch.randn(*leading, 4, device=device)
+    inverse_rms = torch.rand(*leading, 3, device=device) + 0.5
+    calls = {
+        "power_sums": (x,),
+        "apply": (x, up, weight, bias, inverse_rms),
+        "gradient_sums": (dy, x, up, inverse_rms),
+        "input_gradients": (dy, x, up, weight, bias, inverse_rms, sums, 2 * columns),
+    }
+    for name, arguments in calls.items():
+        got = getattr(kernel.ops, name)(*arguments)
+        wide = [argument.double() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        want = getattr(kernel.reference, name)(*wide)
+        want = [one.float() for one in want] if isinstance(want, list) else want.float()
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("mul", [False, True], ids=["plain", "mul"])
+def test_the_forward_keeps_its_inputs_and_three_numbers_a_row(kernel, device, mul):
+    inputs = make((3, 2, 48), torch.bfloat16, mul, device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = run(kernel, *inputs)
+    pointers = {tensor.data_ptr() for tensor in inputs if tensor is not None}
+    assert [(tuple(t.shape), t.dtype) for t in kept if t.data_ptr() not in pointers] == [((3, 2, 3), torch.float32)]
+    attributes = torch.utils._pytree.tree_leaves(vars(y.grad_fn))
+    assert not any(isinstance(attribute, torch.Tensor) for attribute in attributes)
+
+
+@pytest.mark.parametrize("mul", [False, True], ids=["plain", "mul"])
+def test_float64_is_computed_in_float64(kernel, device, mul):
+    inputs = make((3, 48), torch.float64, mul, device, torch.float64)
+    assert_matches_definition(kernel, inputs, torch.randn(3, 48, device=device, dtype=torch.float64), 1e-13)
 
 
 @pytest.mark.parametrize("mul", [False, True], ids=["plain", "mul"])
@@ -203,6 +255,9 @@ def test_vmap_gives_what_a_loop_gives(kernel, device):
     together = torch.vmap(kernel.poly_norm_mul, in_dims=(0, 0, 0, None))(x, up, weights, bias)
     apart = torch.stack([kernel.poly_norm_mul(x[i], up[i], weights[i], bias) for i in range(3)])
     torch.testing.assert_close(together, apart)
+    columns = torch.vmap(kernel.poly_norm_mul, in_dims=(0, 0, 1, None))(x, up, weights.T.contiguous(), bias)
+    torch.testing.assert_close(columns, apart)
+    assert torch.vmap(kernel.poly_norm, in_dims=(1, None, None))(x[:, :0], weight, bias).shape == (0, 3, 16)
     with pytest.raises(RuntimeError, match="functorch transforms"):  # torch has no func.grad of custom operators
         torch.func.grad(lambda one: kernel.poly_norm(one, weight, bias).sum())(x.detach())
 
@@ -216,11 +271,16 @@ def test_double_backward_says_no(kernel, device):
 
 def test_wrong_inputs_are_named(kernel, device):
     x, up, weight, bias = make((3, 16), torch.float32, True, device)
-    with pytest.raises(ValueError, match="3 numbers"):
-        kernel.poly_norm(x, weight[:2], bias)
+    for wrong in (weight[:2], weight[None], weight[:, None]):
+        with pytest.raises(ValueError, match=r"weight must have the shape \(3,\)"):
+            kernel.poly_norm(x, wrong, bias)
+    with pytest.raises(ValueError, match="weight must be of a type of"):
+        kernel.poly_norm(x, weight.long(), bias)
+    with pytest.raises(ValueError, match="one dimension or more"):
+        kernel.poly_norm(x[0, 0], weight, bias)
     with pytest.raises(ValueError, match="shape and type"):
         kernel.poly_norm_mul(x, up[:2], weight, bias)
-    with pytest.raises(ValueError, match="floating-point"):
+    with pytest.raises(ValueError, match="x must be of a type of"):
         kernel.poly_norm(x.long(), weight, bias)
 
 

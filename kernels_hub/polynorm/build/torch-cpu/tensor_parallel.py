@@ -15,6 +15,22 @@ def _add_over_ranks(sums: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     return collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
 
 
+class _Gradients(torch.autograd.Function):
+    """Gradients of x, up, weight and bias, as a function of its own that has no gradient: else one would be 0."""
+
+    @staticmethod
+    def forward(ctx, dy, x, up, weight, bias, inverse_rms, count, group):
+        sums = _add_over_ranks(ops.gradient_sums(dy, x, up, inverse_rms), group)
+        dx, *dup = ops.input_gradients(dy, x, up, weight, bias, inverse_rms, sums, count)
+        totals = sums.reshape(-1, 4).sum(0)
+        dbias = totals[3:].to(bias.dtype).reshape(bias.shape)
+        return dx, dup[0] if dup else None, totals[:3].to(weight.dtype), dbias
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ops._refuse_double_backward(ctx)
+
+
 class _TensorParallelPolyNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, weight, bias, eps, group):
@@ -25,14 +41,8 @@ class _TensorParallelPolyNorm(torch.autograd.Function):
         return ops.apply(x, up, weight, bias, inverse_rms)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, up, weight, bias, inverse_rms = ctx.saved_tensors
-        sums = _add_over_ranks(ops.gradient_sums(dy, x, up, inverse_rms), ctx.group)
-        dx, *dup = ops.input_gradients(dy, x, up, weight, bias, inverse_rms, sums, ctx.count)
-        totals = sums.reshape(-1, 4).sum(0)
-        dbias = totals[3:].to(bias.dtype).reshape(bias.shape)
-        return dx, dup[0] if dup else None, totals[:3].to(weight.dtype), dbias, None, None
+        return *_Gradients.apply(dy, *ctx.saved_tensors, ctx.count, ctx.group), None, None
 
 
 def poly_norm(x, weight, bias, eps: float = 1e-6, *, group: dist.ProcessGroup) -> torch.Tensor:

@@ -100,8 +100,8 @@ def forward(x, up, weight, bias, eps, chosen=None):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inverse_rms = torch.empty((*x.shape[:-1], 3), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return y, inverse_rms.fill_(eps**-0.5)
-    x = _rows(x)
+        return y, inverse_rms.fill_(eps).rsqrt_()
+    x, weight = _rows(x), weight.contiguous()
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
     chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, False, _shared_bytes(x.device))
@@ -127,8 +127,8 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
     if x.numel() == 0:
         dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
         return [dx, dweight, dbias] if up is None else [dx, dweight, dbias, dup]
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    dy, x = _rows(dy), _rows(x)
+    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    dy, x, weight = _rows(dy), _rows(x), weight.contiguous()
     up = x if (has_up := up is not None) is False else _rows(up)
     num_rows, num_columns = x.shape
     chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, True, _shared_bytes(x.device))
@@ -173,7 +173,7 @@ def apply(x, up, weight, bias, inverse_rms):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    x = _rows(x)
+    x, weight = _rows(x), weight.contiguous()
     up = x if (has_up := up is not None) is False else _rows(up)
     chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
     with torch.cuda.device_of(x):
@@ -206,7 +206,7 @@ def input_gradients(dy, x, up, weight, bias, inverse_rms, sums, count):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
     if x.numel() > 0:
-        dy, x = _rows(dy), _rows(x)
+        dy, x, weight = _rows(dy), _rows(x), weight.contiguous()
         up = x if (has_up := up is not None) is False else _rows(up)
         chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
         with torch.cuda.device_of(x):

@@ -1,6 +1,7 @@
 """PolyNorm as torch.library operators: seen whole by torch.compile and torch.export, with their own backward.
 
-Operators take any leading shape and compute with Triton on a GPU (or in Triton's interpreter), else in plain torch.
+Operators take any leading shape and compute with Triton on a GPU (or in Triton's interpreter), else in plain torch;
+float64 is always computed in plain torch, the kernels' arithmetic being float32.
 """
 
 import torch
@@ -14,19 +15,28 @@ except ImportError:  # torch for CPU comes without Triton
     launch = None
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def _implementation(x: torch.Tensor):
-    if x.is_cuda and launch is None:
+    if x.is_cuda and launch is None and x.dtype != torch.float64:
         raise RuntimeError(
             "PolyNorm on a GPU needs Triton, which could not be imported: install triton, or move to CPU"
         )
-    return launch if launch is not None and (x.is_cuda or launch.INTERPRETED) else reference
+    on_triton = launch is not None and (x.is_cuda or launch.INTERPRETED) and x.dtype != torch.float64
+    return launch if on_triton else reference
 
 
 def _check(x: torch.Tensor, up: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor of one dimension or more, got {x.dtype} {tuple(x.shape)}")
-    if weight.numel() != 3 or bias.numel() != 1:
-        raise ValueError(f"weight must hold 3 numbers and bias 1, got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    if x.dim() == 0:
+        raise ValueError("x must have one dimension or more, got a single number: normalise over a row of them")
+    if weight.shape != (3,) or bias.shape not in ((1,), ()):
+        raise ValueError(
+            f"weight must have the shape (3,) and bias (1,) or (), got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be of a type of {', '.join(map(str, DTYPES))}, got {tensor.dtype}: cast it")
     if up is not None and (up.shape != x.shape or up.dtype != x.dtype):
         raise ValueError(
             f"up must have x's shape and type, got {up.dtype} {tuple(up.shape)} for {x.dtype} {tuple(x.shape)}"
@@ -156,10 +166,15 @@ def _each_of_batch(operator):
                 *(a if dim is None else a.select(dim, index) for a, dim in zip(arguments, in_dims, strict=True))
             )
 
-        results = [example(index) for index in range(info.batch_size)]
+        if info.batch_size == 0:  # one example of zeros tells the shapes of the results
+            arguments = [
+                a if dim is None else a.new_zeros((*a.shape[:dim], 1, *a.shape[dim + 1 :]))
+                for a, dim in zip(arguments, in_dims, strict=True)
+            ]
+        results = [example(index) for index in range(max(info.batch_size, 1))]
         if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = [torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)]
         return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
 
     operator.register_vmap(rule)
@@ -175,8 +190,8 @@ def poly_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
     """PolyNorm over the last dimension, `w0 n(x^3) + w1 n(x^2) + w2 n(x) + b` with `n(z) = z / sqrt(mean(z^2) + eps)`.
 
     Args:
-        x: (..., N) bfloat16, float16 or float32, any strides; contiguous rows are fastest.
-        weight: (3,) weights of the cube, the square and x itself, any floating-point type.
+        x: (..., N) bfloat16, float16, float32 or (in plain torch) float64, any strides; contiguous rows are fastest.
+        weight: (3,) weights of the cube, the square and x itself, of any of these types.
         bias: (1,) or ().
         eps: added to each mean square.
 
@@ -184,7 +199,7 @@ def poly_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
         torch.Tensor: like x, contiguous. Differentiable once in x, weight and bias.
 
     Raises:
-        ValueError: x is not a floating-point tensor with a dimension, weight does not hold 3 numbers or bias 1.
+        ValueError: x has no dimension, weight or bias another shape, or one of them another type.
     """
     _check(x, None, weight, bias)
     return _forward(x, None, weight, bias, eps)[0]
@@ -196,9 +211,9 @@ def poly_norm_mul(
     """PolyNorm of `x` times `up`, the gated form `poly_norm(gate_proj(h)) * up_proj(h)`, rounded once.
 
     Args:
-        x: (..., N) bfloat16, float16 or float32, any strides; contiguous rows are fastest.
+        x: (..., N) bfloat16, float16, float32 or (in plain torch) float64, any strides; contiguous rows are fastest.
         up: shape and type of x.
-        weight: (3,) weights of the cube, the square and x itself, any floating-point type.
+        weight: (3,) weights of the cube, the square and x itself, of any of these types.
         bias: (1,) or ().
         eps: added to each mean square.
 
