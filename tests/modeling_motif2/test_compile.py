@@ -49,6 +49,21 @@ def test_the_whole_model_is_one_graph_and_decodes_with_a_static_cache():
             torch.testing.assert_close(step.logits[:, 0], expected[:, index])
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "gda_kernel"])
+def test_packed_documents_stay_apart_in_one_graph(backend):
+    model = small_model(attention=backend, ratio=3, layers=1)
+    ids, positions = random_ids(1, 9), torch.cat([torch.arange(4), torch.arange(5)])[None]
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], dim=1)
+        for given in (
+            {"position_ids": positions},
+            {"position_ids": positions, "attention_mask": torch.ones(1, 9)},
+            {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)},
+        ):
+            torch.testing.assert_close(compiled(ids, use_cache=False, **given).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 def test_compiled_code_gives_the_same_logits(backend):
