@@ -24,7 +24,7 @@ EPS, OUT_SCALE = 1e-5, 0.64
 
 
 class Report:
-    """Rows of results: printed as they come, written to a CSV file after every section.
+    """Rows of results: printed and written to a CSV file as they come.
 
     The file keeps what it holds of other sections and devices.
     """
@@ -49,6 +49,7 @@ class Report:
         extra = "  ".join(f"{key} {each:.3g}" if isinstance(each, float) else str(each) for key, each in more.items()
                           if key not in ("p20", "p80"))  # fmt: skip
         print(f"{section:9} {name:20} {shape:24} {direction:9} {value:10.4g} {unit:9} {extra}", flush=True)
+        self.write()
 
     def section(self, name: str, function: Callable[[], None]) -> bool:
         """Runs one section, whatever it does; returns whether it went through."""
@@ -59,7 +60,6 @@ class Report:
             traceback.print_exc()
             self.failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         print(f"# {name}: {time.perf_counter() - started:.0f} s", flush=True)
-        self.write()
         return not any(each.startswith(f"{name}:") for each in self.failed)
 
     def write(self) -> None:
