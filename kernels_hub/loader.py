@@ -6,6 +6,7 @@ official: first the code that was tested and measured with this checkout, then w
 others publish.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sources import KernelUnavailable, Layers, backend, load_layers
+from .sources import KernelUnavailable, Layers, NotLocked, backend, load_layers
 
 AUTO_ORDER = ("local", "hub", "official")
 SOURCES = ("auto", "official", "hub", "local", "torch")
@@ -76,6 +78,7 @@ def use_polynorm(
         training: refuse a kernel that has no backward.
         revision: commit, tag or branch on the Hub for "official" and "hub"; version 1 by default.
         lockfile: file written by `kernels lock`; commit and content of a kernel from the Hub must be those in it.
+            "auto" then takes only what is locked.
         trust_remote_code: load kernels from publishers whom the Hub does not list as trusted.
 
     Returns:
@@ -88,6 +91,8 @@ def use_polynorm(
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
+    if lockfile is not None and source == "torch":
+        raise ValueError(f"{lockfile} locks kernels, and source is 'torch', which loads none: give no lock file")
     modules = polynorm_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no PolyNorm module: is it a Motif-2 model?")
@@ -119,7 +124,9 @@ def use_polynorm(
                 trust_remote_code=trust_remote_code,
             )
             _check_backward(loaded, training)
-        except KernelUnavailable as error:
+        except (KernelUnavailable, NotLocked) as error:
+            if isinstance(error, NotLocked) and source != "auto":
+                raise
             refused.append(f"{candidate}: {error}")
             loaded = None
             continue
@@ -129,7 +136,8 @@ def use_polynorm(
     _install(modules, loaded, choice)
     if chosen == "torch" and source != "torch":
         _once(f"PolyNorm runs in plain torch, not as a kernel: {'; '.join(refused)}", warnings.warn)
-    _once(f"PolyNorm: {choice}", lambda text: print(text, file=sys.stderr))
+    if _is_main_process():
+        _once(f"PolyNorm: {choice}", lambda text: print(text, file=sys.stderr))
     if not any(_device(module).type == "meta" for module, _ in modules.values()):
         assert_polynorm_runs(model, training=training)
     return choice
@@ -139,6 +147,12 @@ def _check_backward(loaded: Layers, training: bool) -> None:
     lacking = [name for name, layer in loaded.classes.items() if not getattr(layer, "has_backward", True)]
     if training and lacking:
         raise KernelUnavailable(f"{', '.join(lacking)} has no backward")
+
+
+def _is_main_process() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # as launchers set it before the processes have met
 
 
 def _once(text: str, say: Callable) -> None:

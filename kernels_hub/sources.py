@@ -24,6 +24,10 @@ class KernelUnavailable(RuntimeError):
     """A source cannot give a kernel here; the message says why."""
 
 
+class NotLocked(ValueError):
+    """A lock file was given that says nothing about this source."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """Layer classes of one loaded kernel, by the name under which `kernels` maps them.
@@ -50,7 +54,7 @@ def load_local(name: str) -> ModuleType:
     """The kernel package `name` of this checkout, built for the present backend; `kernels` need not be installed.
 
     Raises:
-        KernelUnavailable: there is no built variant for the backend.
+        KernelUnavailable: there is no built variant for the backend, or it cannot be imported.
     """
     variant = CHECKOUT / name / "build" / f"torch-{backend()}"
     if not (variant / "metadata.json").is_file():
@@ -58,13 +62,17 @@ def load_local(name: str) -> ModuleType:
     namespace = json.loads((variant / "metadata.json").read_text())["id"]
     if namespace in sys.modules:
         return sys.modules[namespace]
-    if is_kernels_available():
-        from kernels import get_local_kernel
+    try:
+        if is_kernels_available():
+            from kernels import get_local_kernel
 
-        return get_local_kernel(CHECKOUT / name, backend=backend() if backend() == "cpu" else None)
-    spec = importlib.util.spec_from_file_location(namespace, variant / "__init__.py")
-    sys.modules[namespace] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+            return get_local_kernel(CHECKOUT / name, backend=backend() if backend() == "cpu" else None)
+        spec = importlib.util.spec_from_file_location(namespace, variant / "__init__.py")
+        sys.modules[namespace] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(namespace, None)  # else the next call would take the half of it that was imported
+        raise KernelUnavailable(f"{variant} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -72,11 +80,24 @@ def _locked_revision(repository: str, lockfile: Path) -> tuple[str, dict]:
     """Commit and variant hashes of `repository` in a file that `kernels lock` wrote."""
     from kernels.lockfile import KernelLock
 
+    if not lockfile.is_file():
+        raise ValueError(f"the lock file {lockfile} does not exist: run kernels lock, or give no lock file")
     for entry in json.loads(lockfile.read_text()):
         lock = KernelLock.from_json(entry)
         if lock.repo_id == repository:
             return lock.sha, lock.variants
-    raise ValueError(f"{lockfile} does not lock {repository}: add it to [tool.kernels.dependencies], run kernels lock")
+    raise NotLocked(f"{lockfile} does not lock {repository}: add it to [tool.kernels.dependencies], run kernels lock")
+
+
+def _check_lock(variant: Path, locks: dict, repository: str) -> None:
+    """Compares the files of a downloaded variant with the hash that is locked."""
+    from kernels.utils import validate_kernel
+
+    if variant.name not in locks:
+        raise ValueError(
+            f"the lock of {repository} has no {variant.name}, only {sorted(locks)}: run kernels lock again"
+        )
+    validate_kernel(repo_path=variant.parents[1], variant=variant.name, hash=locks[variant.name].hash)
 
 
 def _load_remote(repository: str, revision: str | None, lockfile: Path | None, trust_remote_code: bool) -> ModuleType:
@@ -89,17 +110,23 @@ def _load_remote(repository: str, revision: str | None, lockfile: Path | None, t
     from kernels import get_kernel
     from kernels.utils import install_kernel
 
+    overridden = f"{repository}=" in os.environ.get("LOCAL_KERNELS", "")
+    if lockfile and overridden:
+        raise ValueError(f"LOCAL_KERNELS puts a folder in the place of {repository}, which no lock covers: unset one")
     revision, locks = _locked_revision(repository, lockfile) if lockfile else (revision or "v1", None)
     try:
-        if f"{repository}=" not in os.environ.get("LOCAL_KERNELS", ""):
-            variant = install_kernel(repository, revision=revision, variant_locks=locks)
+        variant = None if overridden else install_kernel(repository, revision=revision)
+    except Exception as error:
+        raise KernelUnavailable(f"{type(error).__name__}: {error}") from error
+    if locks is not None:
+        _check_lock(variant, locks, repository)
+    try:
+        if variant is not None:
             namespace = json.loads((variant / "metadata.json").read_text())["id"]
             if namespace in sys.modules:  # the same sources, from a checkout say: operators register only once
                 return sys.modules[namespace]
         return get_kernel(repository, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        if lockfile and isinstance(error, ValueError):
-            raise
         raise KernelUnavailable(f"{type(error).__name__}: {error}") from error
 
 
@@ -125,8 +152,14 @@ def load_layers(
 
     Raises:
         KernelUnavailable: the source cannot give these layers here.
-        ValueError: the lock file does not name the repository, or the files do not have the locked hashes.
+        NotLocked: the lock file does not name the repository, or the source is this checkout, which none covers.
+        ValueError: there is no such lock file, the files do not have the locked hashes, or `LOCAL_KERNELS` replaces
+            what is locked.
     """
+    if source != "official" and backend() != "cpu" and importlib.util.find_spec("triton") is None:
+        raise KernelUnavailable("its kernels need Triton on a GPU: install triton")
+    if source == "local" and lockfile is not None:
+        raise NotLocked(f"{lockfile} locks what comes from the Hub, not this checkout: give no lock file, or hub")
     if source == "local":
         module = load_local("polynorm")
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -275,3 +276,80 @@ def test_a_kernel_that_is_not_locked_is_an_error(model, tmp_path):
     (tmp_path / "kernels.lock").write_text("[]")
     with pytest.raises(ValueError, match=r"does not lock motif2/polynorm"):
         kernels_hub.use_polynorm(model, "hub", lockfile=tmp_path / "kernels.lock")
+
+
+def test_what_a_lock_does_not_cover_is_an_error(model, cached_repository, monkeypatch):
+    lockfile = cached_repository / "kernels.lock"
+    for source, reason in (("local", "not this checkout"), ("torch", "loads none")):
+        with pytest.raises(ValueError, match=reason):
+            kernels_hub.use_polynorm(model, source, lockfile=lockfile)
+    with pytest.raises(ValueError, match=r"absent\.lock does not exist"):
+        kernels_hub.use_polynorm(model, "hub", lockfile="absent.lock")
+    monkeypatch.setenv("LOCAL_KERNELS", f"motif2/polynorm={ROOT / 'polynorm'}")
+    with pytest.raises(ValueError, match="LOCAL_KERNELS puts a folder"):
+        kernels_hub.use_polynorm(model, "hub", lockfile=lockfile)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping publisher trust check")
+def test_auto_takes_only_what_is_locked(model, cached_repository, monkeypatch):
+    monkeypatch.setattr(loader, "backend", lambda: "cuda")
+    choice = kernels_hub.use_polynorm(model, lockfile=cached_repository / "kernels.lock")
+    assert choice.source == "hub"
+    assert "not this checkout" in choice.refused[0]
+    (cached_repository / "kernels.lock").write_text("[]")
+    with pytest.warns(UserWarning, match="does not lock Motif-Technologies/activation"):
+        choice = kernels_hub.use_polynorm(model, lockfile=cached_repository / "kernels.lock")
+    assert choice.source == "torch"
+    assert [reason.partition(":")[0] for reason in choice.refused] == ["local", "hub", "official"]
+
+
+def test_a_lock_without_this_variant_is_an_error(model, cached_repository):
+    lockfile = cached_repository / "kernels.lock"
+    lockfile.write_text(lockfile.read_text().replace("torch-cpu", "torch-cuda"))
+    with pytest.raises(ValueError, match=r"has no torch-cpu, only \['torch-cuda'\]"):
+        kernels_hub.use_polynorm(model, "hub", lockfile=lockfile)
+
+
+def test_an_untrusted_publisher_is_no_error_of_the_lock(model, cached_repository, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("not from a trusted publisher")
+
+    monkeypatch.setattr(kernels, "get_kernel", refuse)
+    for name in [name for name in sys.modules if name.startswith("_polynorm_cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.warns(UserWarning, match="not from a trusted publisher"):
+        choice = kernels_hub.use_polynorm(model, "hub", lockfile=cached_repository / "kernels.lock")
+    assert choice.source == "torch"
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_a_local_kernel_that_cannot_be_imported(model, monkeypatch, tmp_path, with_kernels):
+    variant = tmp_path / "polynorm" / "build" / "torch-cpu"
+    shutil.copytree(ROOT / "polynorm" / "build" / "torch-cpu", variant)
+    metadata = json.loads((variant / "metadata.json").read_text()) | {"id": f"_broken_{with_kernels}".lower()}
+    (variant / "metadata.json").write_text(json.dumps(metadata))
+    (variant / "__init__.py").write_text("import a_module_that_is_not_there")
+    monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(sources, "is_kernels_available", lambda: with_kernels)
+    for _ in range(2):
+        with pytest.raises(sources.KernelUnavailable, match="No module named 'a_module_that_is_not_there'"):
+            sources.load_local("polynorm")
+    with pytest.warns(UserWarning, match="plain torch, not as a kernel: local: .*a_module_that_is_not_there"):
+        assert kernels_hub.use_polynorm(model, "local").source == "torch"
+
+
+def test_a_gpu_without_triton(model, monkeypatch):
+    found = sources.importlib.util.find_spec
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    monkeypatch.setattr(sources, "backend", lambda: "cuda")
+    with pytest.warns(UserWarning, match="local: its kernels need Triton on a GPU"):
+        assert kernels_hub.use_polynorm(model, "local").source == "torch"
+
+
+def test_only_the_main_process_prints(model, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    kernels_hub.use_polynorm(model, "local")
+    assert "PolyNorm:" not in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    kernels_hub.use_polynorm(model, "local")
+    assert "PolyNorm: local kernel" in capsys.readouterr().err

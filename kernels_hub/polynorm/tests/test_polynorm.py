@@ -165,7 +165,8 @@ def test_operators_of_split_rows(kernel, device, poisoned, shape, mul):
     *leading, columns = shape
     x, dy, up = (torch.randn(*leading, columns + extra, device=device)[..., :columns] for extra in (3, 5, 9))
     up = up if mul else None
-    weight, bias = torch.tensor([0.4, 0.3, 0.2], device=device), torch.tensor([0.05], device=device)
+    weight = torch.tensor([0.4, 9, 0.3, 9, 0.2, 9], device=device)[::2]
+    bias = torch.tensor([0.05], device=device)
     sums = torch.randn(*leading, 4, device=device)
     inverse_rms = torch.rand(*leading, 3, device=device) + 0.5
     calls = {
