@@ -285,6 +285,7 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
     places = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}" for row in records})
     tokens = sum(float(row["tokens"]) for row in records)
     seconds = sum(float(row["seconds"]) / float(row["workers_per_device"]) for row in records)
+    shared = " or ".join(sorted({str(row["workers_per_device"]) for row in records}))
     speed = statistics.median(float(row["tokens"]) / float(row["seconds"]) for row in records)
     parameters = statistics.mean(float(row["parameters"]) for row in records)
     planned = len({run.key for run in recipe.runs(results.finished)})
@@ -295,7 +296,7 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
         f"{len(records)} of {planned} runs{stopped}, {tokens / len(records) / 1e6:.1f}M tokens each, on "
         f"{'; '.join(places)}; "
         f"{seconds / 3600:.2f} GPU-hours in all, {speed:,.0f} tokens a second a run (median) with "
-        f"{records[-1]['workers_per_device']} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
+        f"{shared} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
         f"parameters and {FULL_TOKENS / 1e6:.0f}M tokens would take about {full_hours:,.0f} GPU-hours at this "
         "throughput a parameter, which larger models exceed."
     ]
