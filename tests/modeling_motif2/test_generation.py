@@ -72,6 +72,7 @@ def test_a_quantised_cache_stays_close(model, ids):
 
 
 @pytest.mark.slow  # quanto compiles an extension when first used
+@pytest.mark.timeout(900)
 def test_the_quantised_cache_of_optimum_quanto_stays_close():
     pytest.importorskip("optimum.quanto")
     model = small_model(attention="sdpa", ratio=3, head_dim=32, initializer_range=0.2)
