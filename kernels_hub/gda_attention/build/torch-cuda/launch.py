@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 SMALL = Tiles(16, 16, 4, 1)  # a few values a program: for the interpreter
-INTERPRETER = Plan(SMALL, SMALL, SMALL, SMALL, SMALL)
+INTERPRETER = Plan(SMALL, SMALL, SMALL, Tiles(16, 32, 4, 1), SMALL)
 # The fastest of those measured on an H100 (decoding's: by the compiler's report of registers).
 HOPPER = Plan(
     Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 4), Tiles(64, 128, 8, 4), Tiles(64, 64, 4, 2), Tiles(16, 64, 4, 3)
