@@ -270,6 +270,17 @@ def test_double_backward_says_no(kernel, device):
         dx.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, when it prepares jvp
+@pytest.mark.parametrize("leaf", ["x", "up", "weight", "bias"])
+def test_forward_mode_says_no(kernel, device, leaf):
+    inputs = dict(zip(("x", "up", "weight", "bias"), make((3, 16), torch.float32, True, device), strict=True))
+    value = inputs.pop(leaf).detach()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda one: kernel.poly_norm_mul(**inputs, **{leaf: one}), (value,), (value,))
+    with torch.autograd.forward_ad.dual_level():  # nothing here has a tangent
+        assert kernel.poly_norm_mul(**inputs, **{leaf: value}).shape == (3, 16)
+
+
 def test_wrong_inputs_are_named(kernel, device):
     x, up, weight, bias = make((3, 16), torch.float32, True, device)
     for wrong in (weight[:2], weight[None], weight[:, None]):

@@ -5,6 +5,7 @@ float64 is always computed in plain torch, the kernels' arithmetic being float32
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 from ._ops import add_op_namespace_prefix
@@ -40,6 +41,16 @@ def _check(x: torch.Tensor, up: torch.Tensor | None, weight: torch.Tensor, bias:
     if up is not None and (up.shape != x.shape or up.dtype != x.dtype):
         raise ValueError(
             f"up must have x's shape and type, got {up.dtype} {tuple(up.shape)} for {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def _check_mode(*tensors: torch.Tensor | None) -> None:
+    """Refuses forward-mode differentiation, in which torch takes the tangent of an operator like these to be zero."""
+    if forward_ad._current_level < 0:  # outside of it, without the microseconds of looking at each tensor
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "PolyNorm's kernels have no forward-mode derivative: use the backward, or the plain torch implementation"
         )
 
 
@@ -202,6 +213,7 @@ def poly_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
         ValueError: x has no dimension, weight or bias another shape, or one of them another type.
     """
     _check(x, None, weight, bias)
+    _check_mode(x, weight, bias)
     return _forward(x, None, weight, bias, eps)[0]
 
 
@@ -224,4 +236,5 @@ def poly_norm_mul(
         ValueError: as `poly_norm`, or up differs from x in shape or type.
     """
     _check(x, up, weight, bias)
+    _check_mode(x, up, weight, bias)
     return _forward(x, up, weight, bias, eps)[0]

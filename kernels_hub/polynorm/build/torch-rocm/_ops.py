@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._polynorm_rocm_917d6e2
+ops = torch.ops._polynorm_rocm_a83aedb
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_polynorm_rocm_917d6e2::{op_name}"
+    return f"_polynorm_rocm_a83aedb::{op_name}"
