@@ -56,7 +56,7 @@ def test_fp8_changes_the_precision_alone(stage):
     plain, low = vars(load(FOLDER / f"stage{stage}.yaml")), vars(load(FOLDER / f"stage{stage}_fp8.yaml"))
     changed = {name for name in plain if plain[name] != low[name]}
     assert changed - {"model_name_or_path", "output_dir"} == {"fp8"}
-    assert low["fp8"] == "rowwise"
+    assert low["fp8"] == "rowwise_with_gw_hp"
 
 
 @pytest.mark.parametrize("devices", [8, 64])
