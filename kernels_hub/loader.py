@@ -75,7 +75,7 @@ def use_polynorm(
     Args:
         model: a model, or a part of one, that contains PolyNorm modules.
         source: "auto", "official", "hub", "local" or "torch".
-        training: refuse a kernel that has no backward.
+        training: refuse a kernel that has no backward, and check that training runs it, not inference only.
         revision: commit, tag or branch on the Hub for "official" and "hub"; version 1 by default.
         lockfile: file written by `kernels lock`; commit and content of a kernel from the Hub must be those in it.
             "auto" then takes only what is locked.
@@ -93,36 +93,22 @@ def use_polynorm(
         raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
     if lockfile is not None and source == "torch":
         raise ValueError(f"{lockfile} locks kernels, and source is 'torch', which loads none: give no lock file")
-    modules = polynorm_modules(model)
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no PolyNorm module: is it a Motif-2 model?")
-    for name, (module, _) in modules.items():
-        if hasattr(module, "reduces_over_ranks"):
-            raise ValueError(
-                f"{name} adds over {module.reduces_over_ranks} ranks, which no other source can: leave it as it is"
-            )
-        if not (_is_own(module) or _is_ours(module)):
-            raise ValueError(
-                f"{name} runs {_function(module)!r}, which use_polynorm did not put there: take it out first, or put "
-                "the kernel in before it"
-            )
+    modules = _replaceable_modules(model)
     candidates = [] if source == "torch" else [source]
     refused = []
     if source == "auto":
         candidates = list(AUTO_ORDER)
         if backend() == "cpu":
             candidates, refused = [], ["no GPU in this process"]
-    names = {layer for _, layer in modules.values()}
+    options = {
+        "revision": revision,
+        "lockfile": None if lockfile is None else Path(lockfile),
+        "trust_remote_code": trust_remote_code,
+    }
     loaded, chosen = None, "torch"
     for candidate in candidates:
         try:
-            loaded = load_layers(
-                candidate,
-                names,
-                revision=revision,
-                lockfile=None if lockfile is None else Path(lockfile),
-                trust_remote_code=trust_remote_code,
-            )
+            loaded = load_layers(candidate, {layer for _, layer in modules.values()}, **options)
             _check_backward(loaded, training)
         except (KernelUnavailable, NotLocked) as error:
             if isinstance(error, NotLocked) and source != "auto":
@@ -141,6 +127,24 @@ def use_polynorm(
     if not any(_device(module).type == "meta" for module, _ in modules.values()):
         assert_polynorm_runs(model, training=training)
     return choice
+
+
+def _replaceable_modules(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """As `polynorm_modules`; refuses a model without any, and forwards that are neither the model's nor ours."""
+    modules = polynorm_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no PolyNorm module: is it a Motif-2 model?")
+    for name, (module, _) in modules.items():
+        if hasattr(module, "reduces_over_ranks"):
+            raise ValueError(
+                f"{name} adds over {module.reduces_over_ranks} ranks, which no other source can: leave it as it is"
+            )
+        if not (_is_own(module) or _is_ours(module)):
+            raise ValueError(
+                f"{name} runs {_function(module)!r}, which use_polynorm did not put there: take it out first, or put "
+                "the kernel in before it"
+            )
+    return modules
 
 
 def _check_backward(loaded: Layers, training: bool) -> None:
@@ -296,5 +300,5 @@ def _assert_counts(choice: KernelChoice, names: list[str], expected: int, where:
     own = [name for name in ran if name.startswith(choice.namespace + "::")]
     assert len(own) >= expected, (
         f"PolyNorm was to run {choice} in {where}, at least {expected} operators, but {len(own)} ran: "
-        "something replaced the forward of its modules"
+        "something replaced the forward of its modules, or it was not run in this mode (a step: forward and backward)"
     )
