@@ -17,7 +17,9 @@ def _fresh_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("backend", "tracked"), [("eager", False), ("sdpa", True)])
+@pytest.mark.parametrize(
+    ("backend", "tracked"), [pytest.param("eager", False, marks=pytest.mark.slow), ("sdpa", True)]
+)
 def test_the_decoder_layer_is_one_graph(backend, tracked):
     model = small_model(attention=backend, ratio=3, layers=1)
     track_max_logits(model, tracked)
@@ -49,7 +51,7 @@ def test_the_whole_model_is_one_graph_and_decodes_with_a_static_cache():
             torch.testing.assert_close(step.logits[:, 0], expected[:, index])
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "gda_kernel"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("gda_kernel", marks=pytest.mark.slow)])
 def test_packed_documents_stay_apart_in_one_graph(backend):
     model = small_model(attention=backend, ratio=3, layers=1)
     ids, positions = random_ids(1, 9), torch.cat([torch.arange(4), torch.arange(5)])[None]

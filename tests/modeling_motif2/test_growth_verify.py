@@ -42,7 +42,11 @@ def test_without_rounding_the_bound_in_bfloat16_is_that_of_float64(tmp_path):
     assert bounds == {1e-12}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [*(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.float32)), torch.bfloat16],
+    ids=str,
+)
 def test_verification_finds_what_is_left_uncompensated_late_in_the_stack(dtype, tmp_path, monkeypatch, capsys):
     """The inserted block adds nothing, so only what its heads compute shows that their lambda is another."""
     folder, _ = save_parent(tmp_path / "parent", dtype=dtype, layers=8)
