@@ -36,9 +36,7 @@ class PublishConfig:
         if not self.run_dir:
             raise ValueError("run_dir is empty; give the folder of a finished stage")
         if (self.eval_tasks or self.eval_data_dir or self.eval_limit != -1) and not self.evaluate:
-            raise ValueError(
-                "eval_tasks, eval_data_dir and eval_limit are for evaluate; set that too, or none"
-            )
+            raise ValueError("eval_tasks, eval_data_dir and eval_limit are for evaluate; set that too, or none")
         if self.eval_limit < -1:
             raise ValueError(f"eval_limit is {self.eval_limit}; use 1 or more, 0 for all, or -1 for the stage's own")
 
