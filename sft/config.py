@@ -41,7 +41,7 @@ RESUME_RULES = ResumeRules(
                 "eval_limit",
             ),
             *("push_to_hub", "hub_private", "license"),
-            *("kernels", "attn_implementation", "gradient_checkpointing", "use_cpu"),
+            *("kernels", "kernels_lock", "trust_kernels", "attn_implementation", "gradient_checkpointing", "use_cpu"),
         }
     ),
 )
@@ -103,6 +103,8 @@ class SftStageConfig:
     )
 
     kernels: str = _field("auto", "PolyNorm kernel: auto, official, hub, local or torch")
+    kernels_lock: str = _field("", "file of `kernels lock`: a kernel from the Hub must be as locked")
+    trust_kernels: bool = _field(False, "load kernels of publishers whom the Hub does not list as trusted")
     dtype: str = _field("bfloat16", "bfloat16 (autocast over float32 parameters) or float32")
     fp8: str = _field("none", "none, rowwise or rowwise_with_gw_hp: products of the decoder layers in FP8 (torchao)")
     fp8_skip_edge_layers: int = _field(1, "layers at each end that stay out of FP8, besides embedding and head")

@@ -32,7 +32,9 @@ from trainer.optim import MuonClipFactory
 METHODS = ("dpo", "grpo")
 RESUME_RULES = ResumeRules(
     applied=frozenset({"learning_rate", "beta"}),
-    free=frozenset({"output_dir", "resume", "dry_run", "save_steps", "kernels", "use_cpu"}),
+    free=frozenset(
+        {"output_dir", "resume", "dry_run", "save_steps", "kernels", "kernels_lock", "trust_kernels", "use_cpu"}
+    ),
 )
 
 
@@ -55,6 +57,12 @@ class ReinforceConfig:
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of MuonClip"})
     beta: float = field(default=0.1, metadata={"help": "strength of the pull towards the first model"})
     kernels: str = field(default="auto", metadata={"help": "PolyNorm kernel: auto, official, hub, local or torch"})
+    kernels_lock: str = field(
+        default="", metadata={"help": "file of `kernels lock`: a kernel from the Hub must be as locked"}
+    )
+    trust_kernels: bool = field(
+        default=False, metadata={"help": "load kernels of publishers whom the Hub does not list as trusted"}
+    )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
     use_cpu: bool = field(default=False, metadata={"help": "train on the CPU although an accelerator is there"})
     seed: int = field(default=0, metadata={"help": "seed of problems and sampling"})
@@ -155,7 +163,8 @@ def build_reinforce_trainer(
     """TRL's trainer of the method, on arithmetic, with MuonClip and the kernels."""
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
     set_stop_tokens(model, tokenizer)
-    use_polynorm(model, source=config.kernels, training=True)
+    trust = {"lockfile": config.kernels_lock or None, "trust_remote_code": config.trust_kernels}
+    use_polynorm(model, source=config.kernels, training=True, **trust)
     problems = generate_problems(config.seed, config.num_problems)
     common = {
         "model": model,

@@ -200,7 +200,8 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
         )
     set_stop_tokens(model, tokenizer)
     model.config.use_cache = False
-    use_polynorm(model, source=config.kernels, training=True)
+    trust = {"lockfile": config.kernels_lock or None, "trust_remote_code": config.trust_kernels}
+    use_polynorm(model, source=config.kernels, training=True, **trust)
     if config.attn_implementation in ATTENTIONS:
         use_gda_attention(model, attn_implementation=config.attn_implementation)
     track_max_logits(model)

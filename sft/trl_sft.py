@@ -57,6 +57,12 @@ class Motif2Arguments:
     )
     preview_samples: int = field(default=2, metadata={"help": "sequences printed with their loss mask"})
     kernels: str = field(default="auto", metadata={"help": "PolyNorm kernel: auto, official, hub, local or torch"})
+    kernels_lock: str = field(
+        default="", metadata={"help": "file of `kernels lock`: a kernel from the Hub must be as locked"}
+    )
+    trust_kernels: bool = field(
+        default=False, metadata={"help": "load kernels of publishers whom the Hub does not list as trusted"}
+    )
 
     def __post_init__(self):
         if self.kernels not in KERNEL_SOURCES:
@@ -135,7 +141,8 @@ def _load_model(
     arguments.model_init_kwargs = None  # used up: the trainer gets a model, not a name
     loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
     set_stop_tokens(loaded, tokenizer)
-    use_polynorm(loaded, source=motif2.kernels, training=True)
+    trust = {"lockfile": motif2.kernels_lock or None, "trust_remote_code": motif2.trust_kernels}
+    use_polynorm(loaded, source=motif2.kernels, training=True, **trust)
     if model.attn_implementation in ATTENTIONS:
         use_gda_attention(loaded, attn_implementation=model.attn_implementation)
     return loaded

@@ -61,6 +61,8 @@ class PretrainConfig:
     polynorm: Literal["auto", "official", "hub", "local", "torch"] = setting(
         "auto", "where PolyNorm's kernel comes from"
     )
+    kernels_lock: str | None = setting(None, "file of `kernels lock`: a kernel from the Hub must be as locked")
+    trust_kernels: bool = setting(False, "load kernels of publishers whom the Hub does not list as trusted")
     # Data
     tokenizer: str | None = setting(None, "tokenizer: local folder or Hub name (required)")
     data_dir: str | None = setting(None, "folder of token shards; missing domains are tokenised into it (required)")

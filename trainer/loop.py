@@ -105,7 +105,8 @@ class _Run:
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)
         self.measurements = Measurements(config, accelerator, model.config)
-        use_polynorm(model.to(accelerator.device), config.polynorm)  # refuses a kernel that does not run
+        trust = {"lockfile": config.kernels_lock, "trust_remote_code": config.trust_kernels}
+        use_polynorm(model.to(accelerator.device), config.polynorm, **trust)  # refuses a kernel that does not run
         optimizer = build_optimizer(config, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = TrainStep(

@@ -21,6 +21,8 @@ FREE_SETTINGS = frozenset(
         "data_dir",
         "tokenizer",
         "polynorm",
+        "kernels_lock",
+        "trust_kernels",
         "attn_implementation",
         "muon_chunk_size",
         "verify_checksums",

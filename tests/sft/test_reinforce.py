@@ -112,6 +112,11 @@ def test_a_kernel_that_does_not_run_stops_the_run(config, method, monkeypatch):
         run_reinforce(config(method))
 
 
+def test_the_lock_of_kernels_reaches_the_loader(config):
+    with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
+        run_reinforce(config("dpo", kernels="torch", kernels_lock="some.lock"))
+
+
 def answers_by_hand(trainer, problems: dict[str, Problem], right: list[bool]):
     """Sampling replaced: the worked solution of each prompt's problem, or one with a wrong last line, in turn."""
     tokenizer = trainer.processing_class

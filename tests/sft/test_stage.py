@@ -267,6 +267,11 @@ def test_tokenizer_that_does_not_fit_is_refused(settings, workplace, tmp_path, t
         run_stage(settings(model_name_or_path=str(tmp_path / "small")))
 
 
+def test_the_lock_of_kernels_reaches_the_loader(settings):
+    with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
+        run_stage(settings(kernels="torch", kernels_lock="some.lock"))
+
+
 def test_a_folder_without_weights_is_named(settings, workplace, tmp_path):
     shutil.copytree(workplace / "base", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ValueError, match=r"no model can be loaded from model_name_or_path .*empty.* with weights"):

@@ -66,6 +66,7 @@ def test_adapters_train_with_trls_optimizer(words, tmp_path):
         (["--bad_rows", "ignore"], "bad_rows is 'ignore'; use one of skip, refuse"),
         (["--qk_clip_threshold", "0"], "qk_clip_threshold is 0.0"),
         (["--model_name_or_path", ""], "model_name_or_path is empty"),
+        (["--kernels_lock", "some.lock"], "some.lock locks kernels, and source is 'torch'"),
     ],
 )
 def test_mistakes_are_named(words, extra, message):

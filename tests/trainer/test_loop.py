@@ -137,6 +137,11 @@ def test_growing_batches_and_rows(make_config):
     assert {entry["sequence_length"] for entry in steps} == {32, 64}
 
 
+def test_the_lock_of_kernels_reaches_the_loader(make_config):
+    with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
+        run_pretraining(make_config(polynorm="torch", kernels_lock="some.lock"))
+
+
 def test_a_finished_run_is_not_overwritten_by_mistake(make_config):
     config = make_config(total_tokens=128 * 5, warmup_tokens=0)
     before = run_pretraining(config).metrics_path.read_text()
