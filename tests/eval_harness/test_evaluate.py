@@ -74,6 +74,7 @@ def test_no_chat_template_is_refused(demo_data, tiny_model, tokenizer):
         evaluate(tiny_model, tokenizer, TASKS[:1], data_dir=demo_data, apply_chat_template=True)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_answer(demo_data, tiny_model, tokenizer):
     options = {"data_dir": demo_data, "limit": 6}
     results = [evaluate(tiny_model, tokenizer, TASKS, batch_size=size, **options) for size in (1, 4, 6)]

@@ -204,6 +204,7 @@ def test_without_kernels_or_outside_its_window(model, monkeypatch, installed, re
         assert kernels_hub.use_polynorm(model, "hub").source == "torch"
 
 
+@pytest.mark.slow
 def test_local_needs_no_kernels_package():
     code = """
 import sys

@@ -297,6 +297,7 @@ def test_ways_and_choices_are_consistent():
     assert vars(Choice("sdpa", {"sdpa": 1.0}, {})) == {"name": "sdpa", "milliseconds": {"sdpa": 1.0}, "refused": {}}
 
 
+@pytest.mark.slow
 def test_a_way_that_holds_sdpa_to_a_kernel_compiles():
     layer = attention_modules(small_model(dtype=torch.float64, ratio=3))[0]
     way = Way("math", "sdpa", wide=True, sdpa=SDPBackend.MATH)

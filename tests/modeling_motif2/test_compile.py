@@ -51,7 +51,8 @@ def test_the_whole_model_is_one_graph_and_decodes_with_a_static_cache():
             torch.testing.assert_close(step.logits[:, 0], expected[:, index])
 
 
-@pytest.mark.parametrize("backend", ["sdpa", pytest.param("gda_kernel", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa", "gda_kernel"])
 def test_packed_documents_stay_apart_in_one_graph(backend):
     model = small_model(attention=backend, ratio=3, layers=1)
     ids, positions = random_ids(1, 9), torch.cat([torch.arange(4), torch.arange(5)])[None]

@@ -181,6 +181,7 @@ def live_activation_bytes(model) -> int:
 
 
 class TestCompilation:
+    @pytest.mark.slow
     def test_losses_and_gradients_are_the_eager_ones(self):
         """Traced, not lowered to machine code: the graph is the same program, in another order of operations."""
         model, reference = small_model(3), small_model(3)

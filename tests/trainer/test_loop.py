@@ -97,7 +97,7 @@ def test_eight_rows_accumulated_one_by_one_are_eight_at_once(make_config, tmp_pa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_do_not_change_the_losses(make_config, tmp_path, world_size):
     alone = run_pretraining(make_config(output_dir=str(tmp_path / "alone")))
     config = make_config(output_dir=str(tmp_path / "together"))

@@ -81,7 +81,10 @@ def load_and_go_on(rank: int, num_ranks: int, folder) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("writers", "readers"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize(
+    ("writers", "readers"),
+    [pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)],
+)
 def test_any_number_of_ranks_goes_on_from_a_sharded_checkpoint(tmp_path, writers, readers):
     model, optimizer = build(1)
     train(model, optimizer, 5)

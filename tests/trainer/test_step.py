@@ -171,7 +171,7 @@ class Collectives(TorchDispatchMode):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
 def test_accumulation_reduces_gradients_once(layout, ranks):
     def collectives(rank, micro_batch_tokens):
         step = make_step(layout, micro_batch_tokens=micro_batch_tokens)

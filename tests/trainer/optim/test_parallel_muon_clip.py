@@ -131,8 +131,15 @@ def test_the_clip_is_part_of_what_is_compared():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("world_size", "dtype"),
+    [
+        (2, torch.float32),
+        (4, torch.float64),
+        pytest.param(2, torch.float64, marks=pytest.mark.slow),
+        pytest.param(4, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_every_layout_is_bitwise_equal_to_one_rank(world_size, dtype):
     expected = single_result(dtype)
     for results in distributed_results(world_size, dtype):
