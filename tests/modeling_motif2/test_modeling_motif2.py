@@ -13,12 +13,10 @@ from tests.modeling_motif2.reference import reference_logits
 FLOAT64_TOLERANCE = 2e-5
 
 
-def close_to_reference(model, logits: torch.Tensor, ids: torch.Tensor, tolerance: float) -> None:
-    """Asserts that logits (T, vocabulary) of one document are the reference's, relative to their largest value."""
+def reference_error(model, logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Largest error of a document's logits (T, vocabulary) over the reference's largest; NaN stays below no bound."""
     expected = reference_logits(model, ids)
-    assert torch.isfinite(logits).all()
-    error = (logits.double() - expected).abs().max() / expected.abs().max()
-    assert error < tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+    return float((logits.double() - expected).abs().max() / expected.abs().max())
 
 
 def random_shape(seed: int) -> dict:
@@ -61,7 +59,7 @@ def test_random_configurations_match_the_reference(seed):
             logits = model(ids, attention_mask=mask).logits
             outputs = [logits[row, span] for row, span in enumerate(spans)]
     for document, output in zip(documents, outputs, strict=True):
-        close_to_reference(model, output, document, FLOAT64_TOLERANCE)
+        assert reference_error(model, output, document) < FLOAT64_TOLERANCE
 
 
 def test_cached_steps_equal_one_forward():
