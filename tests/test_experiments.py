@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments import sharing
 from benchmarks.experiments.curves import summarise
 from benchmarks.experiments.pool import Pool, Worker
 from benchmarks.experiments.recall import measure_recall, recall_documents
@@ -193,7 +194,7 @@ def test_what_a_stopped_run_had_come_to_is_kept(tmp_path):
     recipe = make_recipe()
     run = recipe.run("a", 0, 0)
     pool = Pool.__new__(Pool)
-    pool.folder, pool.devices = tmp_path, ["0", "1", "0", "1"]
+    pool.folder, pool.devices, pool.sharing = tmp_path, ["0", "1", "0", "1"], "alone"
     folder = tmp_path / "runs" / run.key
     folder.mkdir(parents=True)
     (folder / "description.json").write_text(json.dumps({"key": run.key, "arm": "a", "device": "cpu"}))
@@ -209,6 +210,39 @@ def test_what_a_stopped_run_had_come_to_is_kept(tmp_path):
     assert finished is run
     assert (found["status"], found["heldout_mean"], found["workers_per_device"]) == (CUT, 4.0, 2)
     assert found["curve"][-1] == (100, "heldout_mean", 4.0)
+
+
+CONTROL = """#!/bin/sh
+if [ "$1" = -d ]; then echo "started for $CUDA_VISIBLE_DEVICES" >> {log}; exit; fi
+read command; echo $command >> {log}; [ $command = get_server_list ] && echo 123
+exit 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [
+        ("import os; print(os.environ['CUDA_VISIBLE_DEVICES'].count(',') + 1)", (["0", "1"], "mps")),
+        ("raise SystemExit('CUDA error 805')", (["4", "6"], "time slices")),
+    ],
+)
+def test_processes_share_gpus_where_the_service_takes_a_client(tmp_path, monkeypatch, client, expected):
+    """The service's control program is a script that notes what it is asked."""
+    control = tmp_path / sharing.CONTROL
+    control.write_text(CONTROL.format(log=tmp_path / "log"))
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sharing, "CLIENT", client)
+    said = []
+    with sharing.shared_gpus(["4", "6"], said.append) as found:
+        assert found == expected
+        assert ("CUDA_MPS_PIPE_DIRECTORY" in os.environ) == (expected[1] == "mps")
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    log = (tmp_path / "log").read_text().split("\n")
+    assert log[0] == "started for 4,6"
+    assert log[-2] == "quit"
+    assert bool(said) == (expected[1] != "mps")
+    assert all("CUDA error 805" in line for line in said)
 
 
 def test_results_of_another_machine_fill_the_gaps(tmp_path):

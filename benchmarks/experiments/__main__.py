@@ -13,6 +13,7 @@ share it. A recipe's keys are explained in benchmarks/experiments/recipe.py.
 """  # noqa: E501
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -20,9 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.experiments.pool import Outcome, Pool
+from benchmarks.experiments.pool import ALONE, Outcome, Pool
 from benchmarks.experiments.recipe import ROOT, Recipe, Run
 from benchmarks.experiments.results import Results
+from benchmarks.experiments.sharing import shared_gpus
 
 TINY_FOLDER = ROOT / "runs" / "experiments_tiny"
 
@@ -144,7 +146,13 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
         return Outcome()
     say(f"{len(next_runs())} runs to make, {len(devices) or 1} x {arguments.workers_per_gpu} workers")
     work = Path(arguments.work)
-    with Pool(devices, arguments.workers_per_gpu, work) as pool:
+    with contextlib.ExitStack() as stack:
+        if devices and arguments.workers_per_gpu > 1:
+            devices, sharing = stack.enter_context(shared_gpus(devices, say))
+            say(f"processes share a GPU by {sharing}")
+        else:
+            sharing = ALONE
+        pool = stack.enter_context(Pool(devices, arguments.workers_per_gpu, work, sharing))
         from benchmarks.experiments.data import prepare_data  # while the workers import what they need
 
         data = prepare_data(recipes, work / "data", arguments.tiny)

@@ -17,6 +17,7 @@ from benchmarks.experiments.recipe import CUT, DESCRIPTION, METRICS, Run
 
 POLL_SECONDS = 20.0
 MAX_ATTEMPTS = 2
+ALONE = "alone"
 
 
 @dataclass
@@ -55,10 +56,11 @@ class Pool:
         devices: what CUDA_VISIBLE_DEVICES is for the workers in turn; empty runs on the CPU.
         workers_per_device: processes that share one.
         folder: for runs and the workers' logs.
+        sharing: how they share it, for the records.
     """
 
-    def __init__(self, devices: list[str], workers_per_device: int, folder: Path):
-        self.folder = folder
+    def __init__(self, devices: list[str], workers_per_device: int, folder: Path, sharing: str = ALONE):
+        self.folder, self.sharing = folder, sharing
         self.context = multiprocessing.get_context("spawn")
         self.devices = (devices or [""]) * workers_per_device
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,8 @@ class Pool:
         return True
 
     def _place(self, worker: Worker) -> dict:
-        return {"worker": worker.number, "workers_per_device": len(self.devices) // len(set(self.devices))}
+        workers = len(self.devices) // len(set(self.devices))
+        return {"worker": worker.number, "workers_per_device": workers, "sharing": self.sharing}
 
     def _run_folder(self, run: Run) -> Path:
         return self.folder / "runs" / run.key
@@ -165,17 +168,19 @@ class Pool:
         worker.pipe.send((run, data, self._run_folder(run)))
 
     def _receive(self, worker: Worker) -> tuple[str, object]:
-        """A worker's next word; one that died is replaced."""
+        """A worker's next word; one that died or failed, whose GPU context may be broken, is replaced."""
         worker.run = None
         try:
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join(5)
             code = worker.process.exitcode
+            content = f"worker {worker.number} died with exit status {code}, see {self._log(worker.number)}"
+            kind = "failed"
+        worker.ready = kind != "failed"
+        if not worker.ready:
             fresh = self._start(worker.number)
-            worker.process, worker.pipe, worker.ready = fresh.process, fresh.pipe, False
-            return "failed", f"worker {worker.number} died with exit status {code}, see {self._log(worker.number)}"
-        worker.ready = True
+            worker.process, worker.pipe = fresh.process, fresh.pipe
         return kind, content
 
     def _log(self, number: int) -> Path:
@@ -191,7 +196,7 @@ class Pool:
 
 
 def _serve(pipe: Connection, device: str, log: Path) -> None:
-    """A worker: trains what comes through the pipe until None comes."""
+    """A worker: trains what comes through the pipe until None comes or a run fails."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -207,3 +212,4 @@ def _serve(pipe: Connection, device: str, log: Path) -> None:
         except Exception:
             print(traceback.format_exc(), flush=True)
             pipe.send(("failed", traceback.format_exc()))
+            return

@@ -54,6 +54,8 @@ def train(run: Run, data: Path, folder: Path) -> dict:
         print(f"{run.name} diverged: {error}", flush=True)
     steps = read_steps(folder / METRICS)
     record |= {"status": status, "seconds": round(time.monotonic() - started, 1)} | summarise(steps)
+    if torch.cuda.is_available():
+        record["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
     record["curve"] = curve(steps)
     shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
