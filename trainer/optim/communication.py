@@ -40,15 +40,18 @@ class Team:
     Args:
         ranks: global ranks, ascending; this rank is one of them. One rank alone communicates nothing.
         timeout_seconds: how long a collective waits for a rank that does not come.
+        device: of the tensors to come.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout_seconds: float):
+    def __init__(self, ranks: Sequence[int], timeout_seconds: float, device: torch.device):
         self.ranks, self.timeout_seconds = tuple(ranks), timeout_seconds
         self.me, self.group = 0, None
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
             with self.clear_errors():
                 self.group = _new_group(self.ranks, timedelta(seconds=timeout_seconds))
+                if device.type == "cuda":
+                    self._connect(device)
 
     @contextlib.contextmanager
     def clear_errors(self):
@@ -65,6 +68,14 @@ class Team:
                 f"reach the same step within {self.timeout_seconds} s. Look for that rank's own error, and restart "
                 f"from the last checkpoint ({error})"
             ) from error
+
+    def _connect(self, device: torch.device) -> None:
+        """Let NCCL connect every pair of ranks while there is memory for it: PyTorch may keep what a backward used."""
+        torch.cuda.empty_cache()
+        element = torch.zeros(len(self.ranks), device=device)  # one for each rank
+        one_each = [1] * len(self.ranks)
+        dist.all_to_all_single(element.clone(), element, one_each, one_each, group=self.group)
+        dist.all_reduce(element, dist.ReduceOp.MAX, group=self.group)
 
     def exchange(self, send: Tensor, route: Route) -> Flight:
         """Start an all-to-all of flat `send` along `route`, without waiting for it."""

@@ -202,7 +202,7 @@ class ParallelMuonClip(MuonClip):
 
     def _team(self, ranks: tuple[int, ...]) -> Team:
         if ranks not in self._teams:
-            self._teams[ranks] = Team(ranks, self.timeout_seconds)
+            self._teams[ranks] = Team(ranks, self.timeout_seconds, self._device)
         return self._teams[ranks]
 
     def _agree(self) -> tuple[bool, tuple[bool, ...], Tensor]:

@@ -48,6 +48,13 @@ class Strip:
     offset_step: int
     pitch: int
 
+    def is_whole(self, shape: tuple[int, int]) -> bool:
+        """Whether it is a whole matrix of this shape, row after row in the buffer as in the matrix."""
+        rows, columns = self.shape
+        in_step = self.count == 1 or (self.corner_step == (rows, 0) and self.offset_step == rows * columns)
+        covers = (self.count * rows, columns) == shape and self.corner == (0, 0)
+        return covers and in_step and self.pitch == columns
+
     def views(self, full: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The tiles in the matrix (A, B) and in the flat buffer, both (count, rows, columns)."""
         down, right = full.stride()
