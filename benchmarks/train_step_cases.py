@@ -173,7 +173,7 @@ def make_loader(shape: Shape, packed: bool, rank: int, ranks: int) -> Curriculum
 
 def make_accelerator(precision: str) -> Accelerator:
     """Accelerate for this process, with FSDP2 where there are several on GPUs."""
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps there that the last one sharded
     cuda = torch.cuda.is_available()
     plugin = None
     if cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:
