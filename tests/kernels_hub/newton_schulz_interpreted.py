@@ -90,14 +90,6 @@ def test_the_batch_does_not_change_a_matrix(shape, config):
         assert torch.equal(kernels.symmetric_product(matrix[None], config=config)[0], together[index])
 
 
-@pytest.mark.parametrize("beta", [0.0, 2.5])
-def test_plain_product(beta):
-    left, right = half(2, 20, 24), half(2, 24, 50)
-    addend = half(2, 20, 50)
-    got = kernels.product(left, right, poisoned(2, 20, 50), addend if beta else None, beta, WIDE, group=2)
-    assert relative_error(got, left.double() @ right.double() + beta * addend.double()) < 4e-4
-
-
 @pytest.mark.parametrize("transpose", [False, True])
 def test_normalise(transpose):
     source = torch.randn(2, 37, 70)[:, :, :65]

@@ -16,6 +16,13 @@ class QuackProducts(TritonProducts):
         return gemm_symmetric(self.x, self.x.mT)  # (N, S, S)
 
     def symmetric(
-        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor, alpha: float = 1.0, beta: float = 1.0
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        addend: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> torch.Tensor:
-        return gemm_symmetric(left, right, C=addend, alpha=float(alpha), beta=float(beta))  # (N, S, S)
+        value = gemm_symmetric(left, right, C=addend, alpha=float(alpha), beta=float(beta))  # (N, S, S)
+        return self.shift(value, gamma) if gamma else value

@@ -138,53 +138,6 @@ def symmetric_product_kernel(
                           BLOCK, HAS_ADDEND, HAS_GAMMA, "always")  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["size", "length", "depth", "batch"])
-def product_kernel(
-    left,  # descriptor over (N, S, S), block (1, BLOCK, BLOCK_K)
-    right,  # descriptor over (N, S, L), block (1, BLOCK_K, WIDE)
-    addend,  # descriptor over (N, S, L), block (1, BLOCK, BLOCK)
-    output,  # descriptor over (N, S, L), block (1, BLOCK, BLOCK)
-    beta,
-    size,
-    length,
-    depth,
-    batch,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
-    """output = left @ right + beta * addend; `GROUP` block rows share a wide column while it is in the L2 cache."""
-    rows = tl.cdiv(size, BLOCK)
-    columns = tl.cdiv(length, WIDE)
-    tiles_each = rows * columns
-    for unit in tl.range(tl.program_id(0), tiles_each * batch, PROGRAMS, flatten=FLATTEN):
-        matrix = unit // tiles_each
-        tile = unit % tiles_each
-        group = tile // (GROUP * columns)
-        height = tl.minimum(rows - group * GROUP, GROUP)
-        row = group * GROUP + (tile % (GROUP * columns)) % height
-        column = (tile % (GROUP * columns)) // height
-        accumulator = tl.zeros((BLOCK, WIDE), dtype=tl.float32)
-        for k in tl.range(0, depth, BLOCK_K):
-            a = left.load([matrix, row * BLOCK, k]).reshape(BLOCK, BLOCK_K)
-            b = right.load([matrix, k, column * WIDE]).reshape(BLOCK_K, WIDE)
-            accumulator = tl.dot(a, b, accumulator)
-        halves = tl.permute(tl.reshape(accumulator, (BLOCK, 2, WIDE // 2)), (0, 2, 1))
-        first, second = tl.split(halves)
-        start = column * WIDE
-        if HAS_ADDEND:
-            first += beta * addend.load([matrix, row * BLOCK, start]).reshape(BLOCK, WIDE // 2).to(tl.float32)
-        output.store([matrix, row * BLOCK, start], first.to(output.dtype).reshape(1, BLOCK, WIDE // 2))
-        start += WIDE // 2
-        if HAS_ADDEND:
-            second += beta * addend.load([matrix, row * BLOCK, start]).reshape(BLOCK, WIDE // 2).to(tl.float32)
-        output.store([matrix, row * BLOCK, start], second.to(output.dtype).reshape(1, BLOCK, WIDE // 2))
-
-
 @triton.jit
 def square_sums_kernel(source, partial_sums, rows, columns, batch_stride, row_stride, BLOCK: tl.constexpr):
     """Program (p, n) of P sums the squares of rows p, p + P, ... of matrix n in float32, always in this order."""

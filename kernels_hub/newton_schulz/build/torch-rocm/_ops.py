@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_rocm_5d9a99b
+ops = torch.ops._newton_schulz_rocm_6008f26
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_rocm_5d9a99b::{op_name}"
+    return f"_newton_schulz_rocm_6008f26::{op_name}"

@@ -26,26 +26,44 @@ class TorchProducts:
         self.x = (x / (torch.linalg.vector_norm(x) + eps)).to(dtype)
 
     def _multiply(
-        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor | None, alpha: float, beta: float
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        addend: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> torch.Tensor:
         left, right = left.to(self.product_dtype), right.to(self.product_dtype)
         if addend is None:
-            return torch.mm(left, right).to(self.dtype)
-        return torch.addmm(addend.to(self.product_dtype), left, right, alpha=alpha, beta=beta).to(self.dtype)
+            value = torch.mm(left, right)
+            if alpha != 1:
+                value *= alpha
+        else:
+            value = torch.addmm(addend.to(self.product_dtype), left, right, alpha=alpha, beta=beta)
+        if gamma:
+            value.diagonal().add_(gamma)
+        return value.to(self.dtype)
 
     def gram(self) -> torch.Tensor:
-        return self._multiply(self.x, self.x.mT, None, 1.0, 0.0)  # (S, S)
+        return self._multiply(self.x, self.x.mT)  # (S, S)
 
     def symmetric(
-        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor, alpha: float = 1.0, beta: float = 1.0
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        addend: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> torch.Tensor:
-        return self._multiply(left, right, addend, alpha, beta)  # (S, S)
+        return self._multiply(left, right, addend, alpha, beta, gamma)  # (S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         diagonal = matrix.diagonal().to(torch.promote_types(self.dtype, torch.float32)) + amount  # (S,)
         return matrix.diagonal_scatter(diagonal.to(self.dtype))  # (S, S)
 
-    def apply(self, left: torch.Tensor, beta: float = 0.0, last: bool = False) -> None:
-        self.x = self._multiply(left, self.x, self.x if beta else None, 1.0, beta)  # (S, L)
+    def apply(self, left: torch.Tensor, last: bool = False) -> None:
+        self.x = self._multiply(left, self.x)  # (S, L)
         if last:
             self.result.copy_(self.x.mT if self.transposed else self.x)

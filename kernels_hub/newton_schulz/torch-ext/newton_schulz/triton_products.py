@@ -10,7 +10,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_kernels import normalise_kernel, product_kernel, square_sums_kernel, symmetric_product_kernel
+from .triton_kernels import normalise_kernel, square_sums_kernel, symmetric_product_kernel
 
 # Row strides of the bulk copy engine are multiples of 16 bytes: 8 elements of a half type.
 _ALIGNMENT = 8
@@ -47,9 +47,10 @@ class TileConfig:
             raise ValueError(f"wide={self.wide} must be block or 2 * block, here {self.block} or {2 * self.block}")
 
 
-# Fastest on an H200 at the sizes of Motif-2-12.7B; up to HOPPER_NARROW_ROWS rows, smaller tiles fill it better.
-HOPPER = TileConfig(num_stages=4, flatten=False)
-HOPPER_NARROW = TileConfig(wide=128, num_stages=4, flatten=False)
+# Fastest on an H200 at the sizes of Motif-2-12.7B; up to HOPPER_NARROW_ROWS rows, smaller tiles fill it better. One
+# program a tile takes the same time alone, and much less where other kernels, such as NCCL's, hold multiprocessors.
+HOPPER = TileConfig(num_stages=4, flatten=False, persistent=False)
+HOPPER_NARROW = TileConfig(wide=128, num_stages=4, flatten=False, persistent=False)
 HOPPER_NARROW_ROWS = 2048
 SMALL = TileConfig(block=64, wide=128, block_k=32, num_stages=3, num_warps=4, flatten=False)
 
@@ -177,48 +178,6 @@ def symmetric_product(
     return out
 
 
-def product(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    out: torch.Tensor,
-    addend: torch.Tensor | None = None,
-    beta: float = 0.0,
-    config: TileConfig | None = None,
-    group: int = 16,
-) -> torch.Tensor:
-    """out = left @ right + beta * addend for (N, S, K) @ (N, K, L), all aligned half tensors."""
-    for name, tensor in (("left", left), ("right", right), ("out", out)):
-        _check_operand(name, tensor, left)
-    batch, size, depth = left.shape
-    config = config or default_config(left.device, size)
-    length = right.shape[2]
-    half = config.wide // 2
-    units = triton.cdiv(size, config.block) * triton.cdiv(length, config.wide) * batch
-    programs, stride = _launch_size(left.device, units, config)
-    output = _describe(out, (config.block, half))
-    product_kernel[(programs,)](
-        _describe(left, (config.block, config.block_k)),
-        _describe(right, (config.block_k, config.wide)),
-        output if addend is None else _describe(addend, (config.block, half)),
-        output,
-        float(beta),
-        size,
-        length,
-        depth,
-        batch,
-        BLOCK=config.block,
-        WIDE=config.wide,
-        BLOCK_K=config.block_k,
-        GROUP=group,
-        HAS_ADDEND=addend is not None,
-        PROGRAMS=stride,
-        FLATTEN=config.flatten,
-        num_stages=config.num_stages,
-        num_warps=config.num_warps,
-    )
-    return out
-
-
 def normalise(source: torch.Tensor, out: torch.Tensor, eps: float, transpose: bool) -> None:
     """out = source / (Frobenius norm of each matrix + eps), in float32 until the cast.
 
@@ -300,9 +259,15 @@ class TritonProducts:
         return symmetric_product(self.x, config=self.config)  # (N, S, S)
 
     def symmetric(
-        self, left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor, alpha: float = 1.0, beta: float = 1.0
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        addend: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
     ) -> torch.Tensor:
-        return symmetric_product(left, right, addend, alpha, beta, config=self.config)  # (N, S, S)
+        return symmetric_product(left, right, addend, alpha, beta, gamma, config=self.config)  # (N, S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         shifted = aligned_empty(*matrix.shape, matrix.dtype, matrix.device).copy_(matrix)  # (N, S, S)
@@ -310,7 +275,7 @@ class TritonProducts:
         diagonal.copy_(diagonal.float() + amount)
         return shifted
 
-    def apply(self, left: torch.Tensor, beta: float = 0.0, last: bool = False) -> None:
+    def apply(self, left: torch.Tensor, last: bool = False) -> None:
         direct = last and self.result.dtype == self.slots.dtype
         x, target = self.x, 1 - self.first
         for index in range(self.batch) if self.first else reversed(range(self.batch)):
@@ -319,17 +284,7 @@ class TritonProducts:
             if direct:
                 out = self.result[index]
                 factors = (x[index].mT, left[index]) if self.transposed else factors
-            if beta and not direct:
-                self._multiply_add(left[index : index + 1], x[index : index + 1], out[None], beta)
-            elif beta:
-                addend = factors[0] if self.transposed else x[index]
-                torch.addmm(addend, *factors, beta=beta, out=out)
-            else:
-                torch.mm(*factors, out=out)
+            torch.mm(*factors, out=out)
             if last and not direct:
                 self.result[index].copy_(out.mT if self.transposed else out)
         self.first = target
-
-    def _multiply_add(self, left: torch.Tensor, x: torch.Tensor, out: torch.Tensor, beta: float) -> None:
-        """out = left @ x + beta * x; cuBLAS would read the addend in a pass of its own."""
-        product(left, x, out, addend=x, beta=beta, config=self.config)
