@@ -16,14 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.experiments import sharing
 from benchmarks.experiments.curves import summarise
+from benchmarks.experiments.grown import undo_compensation
 from benchmarks.experiments.pool import Pool, Worker
 from benchmarks.experiments.recall import measure_recall, recall_documents
-from benchmarks.experiments.recipe import CUT, DIVERGED, Recipe
-from benchmarks.experiments.report import crossing, interval, report
+from benchmarks.experiments.recipe import CUT, DIVERGED, Growing, Recipe
+from benchmarks.experiments.report import crossing, interval, report, spent_to_equal
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
 from benchmarks.experiments.training import softmax_flops
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from modeling_motif2.growth import grow
+from modeling_motif2.growth_options import GrowthOptions
 from trainer.config import PretrainConfig
 from trainer.data.shards import TokenCorpus, build_shards
 from trainer.data.tokenizer import train_tokenizer
@@ -146,6 +149,51 @@ def test_a_setting_that_the_trainer_does_not_know_is_refused_at_once(tmp_path):
         Recipe.read(tmp_path / "wrong.yaml")
 
 
+def test_shape_and_length_of_the_small_model_follow_from_the_large_one():
+    recipe = Recipe.read(ROOT / "recipes" / "experiments" / "growth_ways.yaml")
+    run = recipe.run("both", 1, 2)
+    shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    assert [run.source[name] for name in shape] == [128, 512, 3, 4, 4]
+    assert run.source["total_tokens"] == run.settings["total_tokens"] // 2
+    assert (run.source["seed"], run.settings["seed"]) == (1002, 2)
+    assert (run.source["learning_rate"], run.settings["learning_rate"]) == (0.004, 0.002)
+    assert run.source["decay_tokens"] == int(0.3 * run.source["total_tokens"])
+    assert len({recipe.run(arm, 0, 0).key for arm in recipe.arms}) == len(recipe.arms)
+    with pytest.raises(ValueError, match="no number of layers becomes 5 with insert_every 1"):
+        Growing(source_share=0.5, insert_every=1).source_shape(run.settings | {"num_hidden_layers": 5})
+    with pytest.raises(ValueError, match="width 3 does not divide"):
+        Growing(source_share=0.5, width=3).source_shape(run.settings)
+
+
+def test_without_compensation_a_deeper_model_computes_something_else(tmp_path):
+    torch.manual_seed(0)
+    model = Motif2ForCausalLM(Motif2Config(**SHAPE)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "small")
+    ids = torch.arange(24).view(2, 12)
+    differences = []
+    for compensated in (True, False):
+        grown = tmp_path / f"grown_{compensated}"
+        grow(GrowthOptions(str(tmp_path / "small"), str(grown), insert_every=1))
+        if not compensated:
+            undo_compensation(tmp_path / "small", grown, model.config, 1)
+        with torch.no_grad():
+            logits = Motif2ForCausalLM.from_pretrained(grown).eval()(ids).logits
+            differences.append(float((logits - model(ids).logits).abs().max()))
+    assert differences[0] < 1e-4 < 1e-2 < differences[1]
+
+
+def test_compute_to_equal_counts_the_small_model(tmp_path):
+    recipe = make_recipe(sweep=[{"learning_rate": 1.0}])
+    results = Results(tmp_path)
+    for arm, loss, cost in (("a", 3.0, {}), ("b", 2.0, {"source_flops": 30_000.0})):
+        results.add(record(recipe, arm, 0, 0, loss) | cost)
+    own, baseline = ({0: results.records[recipe.run(arm, 0, 0).key]} for arm in "ba")
+    assert spent_to_equal(own, baseline, results) == "0.5000"
+    assert spent_to_equal(own, baseline, results, compute=True) == "1.0000"
+
+
 def test_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2
@@ -158,6 +206,7 @@ def test_a_curve_crosses_a_level_between_its_points():
     assert crossing(curve, 5.0) == 150
     assert crossing(curve, 8.0) == 50
     assert crossing(curve, 3.0) is None
+    assert crossing(curve, 11.0) == 0
 
 
 def test_report_pairs_runs_by_seed_and_fills_the_page(tmp_path):

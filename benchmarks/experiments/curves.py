@@ -36,6 +36,7 @@ def summarise(steps: list[dict]) -> dict:
         losses = evaluations[-1]["eval"]
         text = [name for name in losses if name != RECALL] or list(losses)
         found["heldout_mean"] = statistics.mean(losses[name] for name in text)
+        found["start_mean"] = statistics.mean(evaluations[0]["eval"][name] for name in text)
         for name, loss in losses.items():
             found[f"heldout_{name}"] = loss
             found[f"forgotten_{name}"] = loss - min(row["eval"][name] for row in evaluations)

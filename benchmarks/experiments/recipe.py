@@ -16,6 +16,7 @@ RECALL = "recall"
 # How a run may end; a cut one was stopped for lack of time, and is made anew by the next call.
 DONE, DIVERGED, CUT = "done", "diverged", "cut"
 METRICS, DESCRIPTION = "metrics.jsonl", "description.json"
+RATES = ("learning_rate", "adamw_learning_rate")
 ATTENTIONS = ("motif2", "softmax", "softmax_norm")
 # `--tiny`: every part in seconds on a CPU, too short to learn anything.
 TINY = {
@@ -47,6 +48,50 @@ QUIET = {
 }
 
 
+SOURCE_SEED = 1000  # added to a run's seed for the small model that it grows from: other weights, another order
+
+
+@dataclass(frozen=True)
+class Growing:
+    """How a run's model is grown from a small one, whose shape follows.
+
+    Args:
+        source_share: tokens that the small model is trained on, as a part of the run's own.
+        width: factor on hidden and intermediate size.
+        source_ratio: signal heads a group of the small model; None is as many as in the large one.
+        insert_every: after every so many blocks of the small model a copy is inserted; None is none.
+        noise_snr_db: of the noise that tells copies apart, in decibels.
+        compensated: keep lambda as it was where a block's index changes; without, the grown model computes something
+            else than the small one.
+    """
+
+    source_share: float
+    width: int = 1
+    source_ratio: int | None = None
+    insert_every: int | None = None
+    noise_snr_db: float | None = None
+    compensated: bool = True
+
+    def source_shape(self, shape: dict) -> dict:
+        """Shape of the small model.
+
+        Raises:
+            ValueError: the large one cannot be grown so.
+        """
+        found = {name: shape[name] // self.width for name in ("hidden_size", "intermediate_size")}
+        if any(found[name] * self.width != shape[name] for name in found):
+            raise ValueError(f"width {self.width} does not divide {[shape[name] for name in found]}")
+        layers = shape["num_hidden_layers"]
+        if self.insert_every:
+            fitting = [count for count in range(1, layers) if count + count // self.insert_every == layers]
+            if not fitting:
+                raise ValueError(f"no number of layers becomes {layers} with insert_every {self.insert_every}")
+            layers = fitting[-1]
+        if self.source_ratio is not None:
+            found["num_attention_heads"] = shape["num_noise_heads"] * (self.source_ratio + 1)
+        return found | {"num_hidden_layers": layers}
+
+
 @dataclass(frozen=True)
 class Arm:
     """One of the things that are compared.
@@ -58,6 +103,7 @@ class Arm:
         attention: "motif2", "softmax" for standard attention, "softmax_norm" for that with a norm on its output.
         sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
         against: the arms it is compared with; None is the recipe's first.
+        grow: arguments of `Growing` for a model that is grown from a small one; None starts from random weights.
     """
 
     name: str
@@ -66,6 +112,7 @@ class Arm:
     attention: str = "motif2"
     sweep: list[dict] | None = None
     against: list[str] | None = None
+    grow: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +126,8 @@ class Run:
         seed: decides weights and the order of the data.
         settings: of `PretrainConfig`, complete but for folders.
         attention: as for `Arm`.
+        growing: how the model is grown; None starts from random weights.
+        source: settings of the small model that it grows from.
     """
 
     recipe: str
@@ -87,11 +136,16 @@ class Run:
     seed: int
     settings: dict
     attention: str
+    growing: Growing | None = None
+    source: dict = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Hash of everything the run depends on but the data."""
-        content = json.dumps({"settings": self.settings, "attention": self.attention}, sort_keys=True)
+        content = {"settings": self.settings, "attention": self.attention}
+        if self.growing:
+            content |= {"growing": vars(self.growing), "source": self.source}
+        content = json.dumps(content, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @property
@@ -101,7 +155,8 @@ class Run:
     @property
     def size(self) -> float:
         """About how long it takes, in no unit: tokens times layers, as launches limit small models."""
-        return self.settings["total_tokens"] * self.settings["num_hidden_layers"]
+        trained = [settings for settings in (self.settings, self.source) if settings]
+        return sum(settings["total_tokens"] * settings["num_hidden_layers"] for settings in trained)
 
 
 @dataclass
@@ -186,7 +241,9 @@ class Recipe:
         for arm in made.arms:
             for point in range(len(made.points(arm))):
                 try:
-                    PretrainConfig(**made.run(arm, point, made.seeds[0]).settings, tokenizer="-", data_dir="-")
+                    run = made.run(arm, point, made.seeds[0])
+                    for settings in (run.settings, run.source) if run.source else (run.settings,):
+                        PretrainConfig(**settings, tokenizer="-", data_dir="-")
                 except (TypeError, ValueError, KeyError) as error:
                     raise ValueError(f"{path}: arm {arm!r} has settings that do not fit: {error}") from error
         return made
@@ -212,13 +269,24 @@ class Recipe:
         settings = {**self.pretrain, **self.arms[arm].settings, **self.points(arm)[point], **QUIET, "seed": seed}
         if self.tiny:
             settings |= TINY
+        self._set_length(settings, 1.0)
+        growing, source = self.arms[arm].grow, {}
+        if growing is not None:
+            growing = Growing(**growing)
+            source = settings | growing.source_shape(settings) | {"seed": seed + SOURCE_SEED}
+            source |= {name: self.pretrain[name] for name in RATES if name in self.pretrain}
+            self._set_length(source, growing.source_share)
+            source["eval_steps"] = source["total_tokens"] // source["batch_tokens"]
+        return Run(self.name, arm, point, seed, settings, self.arms[arm].attention, growing, source)
+
+    def _set_length(self, settings: dict, share: float) -> None:
+        """Whole steps of a share of the run's tokens, and the phases of the learning rate and the mixture in them."""
         batch = settings["batch_tokens"]
-        total = settings["total_tokens"] // batch * batch
+        total = int(share * settings["total_tokens"]) // batch * batch
         settings["total_tokens"] = total
         settings["warmup_tokens"] = int(self.warmup_share * total)
         settings["decay_tokens"] = int(self.decay_share * total)
         settings["annealing_tokens"] = int(self.annealing_share * total)
-        return Run(self.name, arm, point, seed, settings, self.arms[arm].attention)
 
     def runs(self, records: Mapping[str, dict]) -> list[Run]:
         """All runs that are known by now, the most important first.

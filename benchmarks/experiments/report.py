@@ -19,6 +19,7 @@ COLORS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6")
 ONE_SEED = "one seed"
 # Columns that a run has at its end only.
 _MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
+OVER_COMPUTE = " over compute"  # of an entry of a recipe's plot: the axis is FLOPs in place of tokens
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
 
 
@@ -41,7 +42,8 @@ def report(recipe: Recipe, results: Results, pages: Path) -> str:
     if any(len(records) > 1 for records in chosen.values()):
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(recipe, results, chosen, picture)
-        lines += [f"![{', '.join(map(title, recipe.plot))} over tokens]({picture.name})", ""]
+        panels = [title(entry) + ("" if entry.endswith(OVER_COMPUTE) else " over tokens") for entry in recipe.plot]
+        lines += [f"![{', '.join(panels)}]({picture.name})", ""]
     lines += [*settings_lines(recipe, results), ""]
     if records:
         lines += comparison_lines(recipe, records, tokens, chosen, results)
@@ -192,6 +194,9 @@ def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: 
         "| arm | against | measure | seeds | difference | interval | shown? | tokens to the baseline's last loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    grown = any(arm.grow for arm in recipe.arms.values())
+    if grown:
+        lines[-2:] = [lines[-2] + " compute to it |", lines[-1] + "---|"]
     verdicts = []
     for arm in recipe.arms:
         for baseline in recipe.baselines(arm):
@@ -201,11 +206,14 @@ def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: 
                     continue
                 mean, half = interval(pairs)
                 shown = not math.isnan(half) and abs(mean) > half
-                share = tokens_to_equal(chosen[arm], chosen[baseline], results) if index == 0 else ""
+                runs = chosen[arm], chosen[baseline], results
+                shares = [
+                    spent_to_equal(*runs, compute) if index == 0 else "" for compute in (False, True)[: 1 + grown]
+                ]
                 bounds = ONE_SEED if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
                 names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
                 answer = "yes" if shown else "no"
-                lines.append(f"| {names} | {len(pairs)} | {mean:+.4f} | {bounds} | {answer} | {share} |")
+                lines.append(f"| {names} | {len(pairs)} | {mean:+.4f} | {bounds} | {answer} | {' | '.join(shares)} |")
                 if index == 0:
                     verdicts.append(verdict(recipe, arm, baseline, mean, bounds, shown))
     return [*lines, "", *(f"- {text}" for text in verdicts)]
@@ -228,8 +236,13 @@ def verdict(recipe: Recipe, arm: str, baseline: str, mean: float, bounds: str, s
     return f"{names}: {'better' if better else 'worse'} by {abs(mean):.4f} ({bounds})."
 
 
-def tokens_to_equal(records: Mapping[int, dict], baseline: Mapping[int, dict], results: Results) -> str:
-    """Share of its tokens after which a run is at the last loss of the baseline's run with the same seed."""
+def spent_to_equal(
+    records: Mapping[int, dict], baseline: Mapping[int, dict], results: Results, compute: bool = False
+) -> str:
+    """Share of its tokens, or of all its FLOPs, after which the arm is at the last loss of the baseline's run.
+
+    Runs are paired by seed. FLOPs are those of a small model too that was grown; so the share may exceed 1.
+    """
     shares = []
     for seed in sorted(set(records) & set(baseline)):
         own, other = (curve_of(results, runs[seed], "heldout_mean") for runs in (records, baseline))
@@ -239,12 +252,21 @@ def tokens_to_equal(records: Mapping[int, dict], baseline: Mapping[int, dict], r
         reached = crossing(own, other[-1][1])
         if reached is None:
             return "not reached"
-        shares.append(reached / other[-1][0])
+        ends = [(records[seed], reached), (baseline[seed], other[-1][0])]
+        spent, whole = (flops_spent(*end) if compute else end[1] for end in ends)
+        shares.append(spent / whole)
     return cell(dict(enumerate(shares)))
+
+
+def flops_spent(record: dict, tokens: float) -> float:
+    """Training FLOPs of a run up to so many tokens of its own, with those of the small model that it grew from."""
+    return float(record.get("source_flops") or 0) + float(record["flops_per_token"]) * tokens
 
 
 def crossing(curve: list[tuple[int, float]], level: float) -> float | None:
     """Tokens at which a falling curve first is at `level`, between its points along a line; None if it never is."""
+    if curve[0][1] <= level:
+        return curve[0][0]
     for (before, high), (after, low) in itertools.pairwise(curve):
         if low <= level:
             return before + (after - before) * (1.0 if high <= low else max(0.0, (high - level) / (high - low)))
@@ -334,10 +356,11 @@ def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]]
     import matplotlib.pyplot as plt
 
     measured = {measure for key in results.records for _, measure, _ in results.curves[key]}
-    shown = [measure for measure in recipe.plot if measure in measured]
+    shown = [measure for measure in recipe.plot if measure.removesuffix(OVER_COMPUTE) in measured]
     size = (4.6 * len(shown), 3.4)
     figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for axes, measure in zip(panels[0], shown, strict=True):
+    for axes, entry in zip(panels[0], shown, strict=True):
+        measure, compute = entry.removesuffix(OVER_COMPUTE), entry.endswith(OVER_COMPUTE)
         highest = []
         for color, arm in zip(COLORS, recipe.arms, strict=False):
             curves = [curve_of(results, record, measure) for record in chosen[arm].values()]
@@ -347,14 +370,15 @@ def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]]
             if not tokens:
                 continue
             values = [[curve[count] for curve in curves] for count in tokens]
-            millions = [count / 1e6 for count in tokens]
-            axes.plot(millions, [statistics.mean(v) for v in values], color=color, label=recipe.arms[arm].label)
-            axes.fill_between(millions, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2)
+            record = next(iter(chosen[arm].values()))
+            spent = [flops_spent(record, count) / 1e12 if compute else count / 1e6 for count in tokens]
+            axes.plot(spent, [statistics.mean(v) for v in values], color=color, label=recipe.arms[arm].label)
+            axes.fill_between(spent, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2)
             highest.append(max(max(v) for v in values))
         if measure == "max_logit" and highest and max(highest) > 0:
             axes.set_yscale("log")
         axes.set_title(title(measure), fontsize=10)
-        axes.set_xlabel("millions of tokens")
+        axes.set_xlabel("TFLOPs, the small model's included" if compute else "millions of tokens")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb")
     panels[0, 0].legend(frameon=False, fontsize=8)

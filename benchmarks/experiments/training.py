@@ -11,11 +11,12 @@ import torch
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_motif2  # noqa: F401  registers the model with the Auto classes
 from benchmarks.experiments.curves import curve, read_steps, summarise
+from benchmarks.experiments.grown import grown_start
 from benchmarks.experiments.recall import measure_recall
 from benchmarks.experiments.recipe import DESCRIPTION, DIVERGED, DONE, METRICS, RECALL, Run
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
+from modeling_motif2 import Motif2Config
 from modeling_motif2.diagnostics import attention_statistics
 from trainer.assemble import open_heldout
 from trainer.config import PretrainConfig
@@ -37,17 +38,24 @@ def train(run: Run, data: Path, folder: Path) -> dict:
         dict: the run's line of runs.csv; and `curve`, a list of (tokens, measure, value).
     """
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     started = time.monotonic()
-    config = run_config(run, data, folder)
     record = {"key": run.key, "arm": run.arm, "seed": run.seed, "learning_rate": run.settings["learning_rate"]}
-    record |= describe_model(config)
+    settings = run.settings | {
+        "output_dir": str(folder),
+        "tokenizer": str(data / "tokenizer"),
+        "data_dir": str(data / "shards"),
+    }
+    config = PretrainConfig(**settings)
+    record |= describe_model(config, run)
     record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record["torch"] = torch.__version__
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(json.dumps(record))
     status = DONE
     try:
-        result = run_pretraining(config)
+        start, before = saved_start(run, config, folder)
+        record |= before
+        result = run_pretraining(PretrainConfig(**settings | {"model_name_or_path": start and str(start)}))
         record |= measure(result.model_dir, config, run)
     except NonFiniteLossError as error:
         status = DIVERGED
@@ -64,26 +72,28 @@ def train(run: Run, data: Path, folder: Path) -> dict:
     return record
 
 
-def run_config(run: Run, data: Path, folder: Path) -> PretrainConfig:
-    """Settings of a run; for standard attention its new model is saved first, to be continued from."""
-    settings = run.settings | {
-        "output_dir": str(folder),
-        "tokenizer": str(data / "tokenizer"),
-        "data_dir": str(data / "shards"),
-    }
-    config = PretrainConfig(**settings)
+def saved_start(run: Run, config: PretrainConfig, folder: Path) -> tuple[Path | None, dict]:
+    """The model of a control or a grown run, saved to be continued from, else None; and what it cost."""
+    if run.growing:
+        return grown_start(run, config, folder)
     if run.attention == "motif2":
-        return config
+        return None, {}
     set_seed(run.seed)
+    SoftmaxForCausalLM(run_architecture(config, run)).save_pretrained(folder / "start")
+    return folder / "start", {}
+
+
+def run_architecture(config: PretrainConfig, run: Run) -> Motif2Config:
+    """Configuration of the run's model."""
     architecture = model_config(config, load_tokenizer(config.tokenizer))
-    model = SoftmaxForCausalLM(softmax_config(architecture, norm_output=run.attention == "softmax_norm"))
-    model.save_pretrained(folder / "start")
-    return PretrainConfig(**settings | {"model_name_or_path": str(folder / "start")})
+    if run.attention == "motif2":
+        return architecture
+    return softmax_config(architecture, norm_output=run.attention == "softmax_norm")
 
 
-def describe_model(config: PretrainConfig) -> dict:
+def describe_model(config: PretrainConfig, run: Run) -> dict:
     """Parameters, and training FLOPs a token of a row that is one document."""
-    architecture = model_config(config, AutoTokenizer.from_pretrained(config.tokenizer))
+    architecture = run_architecture(config, run)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
     flops = flops_per_token(architecture, config.sequence_length)
