@@ -7,9 +7,10 @@
     python -m benchmarks.experiments --recipe recipes/experiments/attention.yaml --report
         tables, verdicts and figure from the results, into the recipe's page
 
-Results lie in FOLDER/<recipe>/runs.csv and curves.csv, with FOLDER as --results says. A run whose settings are in runs.csv
-is finished; one that was cut by --seconds is there as far as it came, and made anew by the next call. Small models leave a GPU idle most of the time, so several processes
-share it. A recipe's keys are explained in benchmarks/experiments/recipe.py.
+Results lie in FOLDER/<recipe>/runs.csv and curves.csv, with FOLDER as --results says. A run whose settings are there, or
+in benchmarks/results/experiments, for whichever recipe, is finished; one that was cut by --seconds is there as far as it
+came, and made anew by the next call. Small models leave a GPU idle most of the time, so several processes share it, at
+the same time where NVIDIA's MPS runs. A recipe's keys are explained in benchmarks/experiments/recipe.py.
 """  # noqa: E501
 
 import argparse
@@ -23,10 +24,11 @@ from pathlib import Path
 
 from benchmarks.experiments.pool import ALONE, Outcome, Pool
 from benchmarks.experiments.recipe import ROOT, Recipe, Run
-from benchmarks.experiments.results import Results
+from benchmarks.experiments.results import Results, all_results
 from benchmarks.experiments.sharing import shared_gpus
 
 TINY_FOLDER = ROOT / "runs" / "experiments_tiny"
+KEPT = ROOT / "benchmarks" / "results" / "experiments"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,8 +100,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--gpus {arguments.gpus} --workers_per_gpu {arguments.workers_per_gpu}: use 0 or more, 1 or more"
         )
-    usual = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results"
-    arguments.results = arguments.results or (TINY_FOLDER if arguments.tiny else usual / "experiments")
+    usual = Path(os.environ["OUT"]) / "experiments" if os.environ.get("OUT") else KEPT
+    arguments.results = arguments.results or (TINY_FOLDER if arguments.tiny else usual)
     arguments.work = arguments.work or (TINY_FOLDER if arguments.tiny else ROOT / "runs" / "experiments")
     return arguments
 
@@ -123,12 +125,15 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
     """Train what is missing."""
     started = time.monotonic()
     results = {recipe.name: Results(folder / recipe.name) for recipe in recipes}
+    others = [*all_results(KEPT), *all_results(folder), *results.values()]
     commit = current_commit()
 
     def next_runs() -> list[Run]:
+        for recipe in recipes:
+            results[recipe.name].adopt(recipe.runs, others)
         finished = {recipe.name: results[recipe.name].finished for recipe in recipes}
         known = [run for recipe in recipes for run in recipe.runs(finished[recipe.name])]
-        return [run for run in known if run.key not in finished[run.recipe]]
+        return list({run.key: run for run in reversed(known) if run.key not in finished[run.recipe]}.values())[::-1]
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)

@@ -291,19 +291,22 @@ class Recipe:
     def runs(self, records: Mapping[str, dict]) -> list[Run]:
         """All runs that are known by now, the most important first.
 
-        First every arm with every seed at its first learning rate; then the other learning rates on the first seed;
-        and once an arm has been tried at all of them, the other seeds at its best one.
+        First every arm on the first seed, at each of its learning rates; once an arm has been tried at all of them,
+        the other seeds at its best one.
 
         Args:
             records: of finished runs, by key.
         """
-        first = [self.run(arm, 0, seed) for seed in self.seeds for arm in self.arms]
-        others = [
-            self.run(arm, point, self.seeds[0]) for arm in self.arms for point in range(1, len(self.points(arm)))
+        chosen = {arm: self.best_point(arm, records) if len(self.points(arm)) > 1 else 0 for arm in self.arms}
+        tried = max(len(self.points(arm)) for arm in self.arms)
+        sweep = [
+            self.run(arm, point, self.seeds[0])
+            for point in range(tried)
+            for arm in self.arms
+            if point < len(self.points(arm))
         ]
-        chosen = {arm: self.best_point(arm, records) for arm in self.arms}
-        best = [self.run(arm, point, seed) for seed in self.seeds[1:] for arm, point in chosen.items() if point]
-        return first + others + best
+        known = {arm: point for arm, point in chosen.items() if point is not None}
+        return sweep + [self.run(arm, point, seed) for seed in self.seeds[1:] for arm, point in known.items()]
 
     def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
         """Number of the learning rate with the lowest held-out loss on the first seed; None before all are tried."""

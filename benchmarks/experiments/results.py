@@ -2,13 +2,19 @@
 
 import csv
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.experiments.recipe import CUT
+from benchmarks.experiments.recipe import CUT, Run
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 FIRST = ("key", "arm", "learning_rate", "seed", "status", "parameters", "flops_per_token", "tokens", "seconds")
 CURVE_FIELDS = ("key", "tokens", "measure", "value")
+
+
+def all_results(folder: Path) -> list["Results"]:
+    """The results of every recipe in `folder`."""
+    return [Results(path.parent) for path in sorted(folder.glob(f"*/{RUNS}"))]
 
 
 class Results:
@@ -40,6 +46,23 @@ class Results:
             self.records[key], self.curves[key] = other.records[key], other.curves.get(key, [])
         self.save()
         return len(new)
+
+    def adopt(self, runs_of: Callable[[dict], list[Run]], others: Iterable["Results"]) -> None:
+        """Keep runs that others have finished, also of another recipe with the same settings.
+
+        Args:
+            runs_of: all runs that are known by the records of the finished ones; those found may make more known.
+            others: where to look.
+        """
+        found = True
+        while found:
+            found = {}
+            for run in runs_of(self.finished):
+                for other in others if run.key not in self.finished else ():
+                    if run.key in other.finished:
+                        found[run.key] = other.finished[run.key] | {"arm": run.arm, "curve": other.curves[run.key]}
+            for record in found.values():
+                self.add(record)
 
     def add(self, record: dict) -> None:
         """Keep a run; what an earlier, cut one left makes way."""
