@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.experiments.recipe import CUT, DIVERGED, DONE, Recipe
 from benchmarks.experiments.results import Results
+from benchmarks.experiments.sharing import MPS, SLICES
 
 # 97.5% points of Student's t by degrees of freedom: the half width of a 95% interval in standard errors.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -307,7 +308,7 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
     places = sorted({f"{row['device']}, torch {row['torch']}, commit {row['commit']}" for row in records})
     tokens = sum(float(row["tokens"]) for row in records)
     seconds = sum(float(row["seconds"]) / float(row["workers_per_device"]) for row in records)
-    shared = " or ".join(sorted({str(row["workers_per_device"]) for row in records}))
+    shared = " or ".join(sorted({sharing(row) for row in records}))
     speed = statistics.median(float(row["tokens"]) / float(row["seconds"]) for row in records)
     parameters = statistics.mean(float(row["parameters"]) for row in records)
     planned = len({run.key for run in recipe.runs(results.finished)})
@@ -322,6 +323,12 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
         f"parameters and {FULL_TOKENS / 1e6:.0f}M tokens would take about {full_hours:,.0f} GPU-hours at this "
         "throughput a parameter, which larger models exceed."
     ]
+
+
+def sharing(record: Mapping) -> str:
+    """How many runs shared its GPU, and how."""
+    count = record["workers_per_device"]
+    return f"{count} ({record['sharing']})" if record.get("sharing") in (MPS, SLICES) else str(count)
 
 
 def title(measure: str) -> str:
