@@ -49,11 +49,8 @@ class Strip:
     pitch: int
 
     def is_whole(self, shape: tuple[int, int]) -> bool:
-        """Whether it is a whole matrix of this shape, row after row in the buffer as in the matrix."""
-        rows, columns = self.shape
-        in_step = self.count == 1 or (self.corner_step == (rows, 0) and self.offset_step == rows * columns)
-        covers = (self.count * rows, columns) == shape and self.corner == (0, 0)
-        return covers and in_step and self.pitch == columns
+        """Whether it is a whole matrix of this shape, row after row."""
+        return self.count == 1 and self.shape == shape and self.pitch == shape[1]
 
     def views(self, full: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The tiles in the matrix (A, B) and in the flat buffer, both (count, rows, columns)."""
@@ -175,8 +172,14 @@ def strips_of(pieces: Sequence[Piece]) -> tuple[Strip, ...]:
 
 
 def _joined(strip: Strip, tile: Strip) -> Strip | None:
-    """The strip with one more tile, or None if the tile does not follow in step."""
-    if (strip.matrix, strip.shape, strip.pitch) != (tile.matrix, tile.shape, tile.pitch):
+    """The strip with one more tile, or a taller tile; None if the tile neither follows in step nor stands below."""
+    if (strip.matrix, strip.pitch) != (tile.matrix, tile.pitch):
+        return None
+    (rows, columns), (top, left) = strip.shape, strip.corner
+    below = (tile.corner, tile.offset) == ((top + rows, left), strip.offset + rows * strip.pitch)
+    if strip.count == 1 and below and tile.shape[1] == columns:
+        return replace(strip, shape=(rows + tile.shape[0], columns))
+    if strip.shape != tile.shape:
         return None
     last = strip.count - 1
     corner_step = tuple(new - old - last * step for new, old, step in zip(

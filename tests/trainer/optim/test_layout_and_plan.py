@@ -7,7 +7,9 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.distributed import run_distributed
+from trainer.optim.communication import Flight
 from trainer.optim.layout import Block, Layout, _read_placements, layout_of
+from trainer.optim.pipeline import _assemble, _to_send
 from trainer.optim.plan import assign_owners, cut_rounds, plan_chunks
 
 PLACEMENTS = [
@@ -171,3 +173,41 @@ def test_a_copy_everywhere_is_gathered_from_the_owner_itself():
     chunk = plan_chunks([layout], 0, cost_of, 1, True)[0]
     assert chunk.gather.send_splits == (24, 0)
     assert chunk.scatter.send_splits == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("placement", "shapes", "in_place"),
+    [
+        (Shard(0), [(8, 6)], True),
+        (Shard(0), [(7, 5)], True),  # uneven shards still follow each other
+        (Shard(0), [(8, 6), (8, 6)], False),  # each rank sends its part of both
+        (Shard(1), [(8, 6)], False),
+        (Replicate(), [(4, 6), (4, 6), (3, 5)], True),
+    ],
+)
+def test_matrices_are_worked_on_where_they_arrive_and_sent_from_there(placement, shapes, in_place):
+    team_size = 3
+    layouts = [_read_placements(torch.arange(team_size), (placement,), shape) for shape in shapes]
+    layouts += layouts * (team_size - 1)  # each rank owns the first ones or others like them
+    wholes = [torch.randn(layout.shape) for layout in layouts]
+    chunk = plan_chunks(layouts, 1, cost_of, None, False)[0]
+    assert chunk.owned
+    pieces = []
+    for piece in chunk.gather.receives:
+        part = torch.empty(piece.block.shape)
+        for source, target in piece.block.tiles(wholes[piece.matrix], part):
+            target.copy_(source)
+        pieces.append(part.flatten())
+    received = torch.cat(pieces)
+    batches = _assemble(chunk, [layout.shape for layout in layouts], Flight(received))
+    for numbers, batch in batches:
+        assert all(torch.equal(batch[index], wholes[number]) for index, number in enumerate(numbers))
+        assert (batch.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()) == in_place
+    sent = _to_send(chunk, batches, torch.float32, received.device)
+    assert len(sent) == sum(chunk.scatter.send_splits)
+    for piece in chunk.scatter.sends:
+        local = sent[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)
+        for full, part in piece.block.tiles(wholes[piece.matrix], local):
+            assert torch.equal(full, part)
+    aliased = sent.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()
+    assert aliased == (in_place and isinstance(placement, Shard))
