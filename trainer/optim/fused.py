@@ -1,10 +1,35 @@
-"""The elementwise ends of a Muon step, each one pass over memory: Triton on accelerators, torch elsewhere.
+"""The elementwise parts of a Muon step, each one pass over memory: Triton on accelerators, torch elsewhere.
 
-Prologue: momentum, Nesterov and the cast into the send buffer. Epilogue: weight decay and the update.
+Before: are all gradients finite? Prologue: momentum, Nesterov and the cast into the send buffer. Epilogue: weight
+decay and the update.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+def not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """1 where any of the tensors holds a NaN or an infinity, else 0: float32 of shape (1,) on `device`."""
+    flag = torch.zeros(1, device=device)
+    rest = []
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        chosen = by_dtype.setdefault(tensor.dtype, []) if _fusable(tensor) else rest
+        chosen.append(tensor)
+    if by_dtype:
+        from trainer.optim import fused_kernels
+
+        for same in by_dtype.values():
+            fused_kernels.mark_not_finite(same, flag)
+    rest = [tensor for tensor in rest if tensor.numel()]
+    if rest:
+        largest = get_total_norm(rest, norm_type=math.inf).to(device)
+        flag = torch.maximum(flag, (~largest.isfinite()).float())
+    return flag
 
 
 def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float, out: Tensor | None) -> None:

@@ -1,10 +1,15 @@
 """Triton twins of `trainer.optim.fused`: flat elementwise passes, computed in float32."""
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
+_PROGRAMS_A_TENSOR = 64
+_POINTERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Most programs of a pass: they share a few multiprocessors, and products have the others. None: one for each block.
 PROGRAMS: int | None = None
 
@@ -20,6 +25,17 @@ def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float)
     """See `trainer.optim.fused.apply_update`; all tensors contiguous."""
     numel = weight.numel()
     _apply_update_kernel[_grid(numel)](weight, update, numel, decay, step_size, _BLOCK)
+
+
+def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
+    """Set `flag` (1,) to 1 where a tensor holds a NaN or an infinity; all contiguous and of one dtype.
+
+    One launch for all of them: a model has hundreds, most of them small.
+    """
+    table = torch.tensor([[t.data_ptr() for t in tensors], [t.numel() for t in tensors]])  # (2, T)
+    table = table.to(flag.device, non_blocking=True)
+    element = _POINTERS[tensors[0].dtype]
+    _mark_not_finite_kernel[(_PROGRAMS_A_TENSOR, len(tensors))](table[0], table[1], flag, element, _BLOCK)
 
 
 def _grid(numel: int) -> tuple[int]:
@@ -49,3 +65,19 @@ def _apply_update_kernel(weight, update, numel, decay, step_size, BLOCK: tl.cons
         w = tl.load(weight + offsets, mask).to(tl.float32)
         u = tl.load(update + offsets, mask).to(tl.float32)
         tl.store(weight + offsets, (decay * w - step_size * u).to(weight.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mark_not_finite_kernel(addresses, sizes, flag, ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+    tensor = tl.program_id(1)
+    numel = tl.load(sizes + tensor)
+    source = tl.load(addresses + tensor).to(tl.pointer_type(ELEMENT))
+    zeros = tl.zeros((BLOCK,), dtype=tl.float32)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
+        offsets = start + tl.arange(0, BLOCK)
+        zeros += (
+            tl.load(source + offsets, offsets < numel, other=0.0).to(tl.float32) * 0.0
+        )  # NaN * 0 and inf * 0 are NaN
+    total = tl.sum(zeros)
+    tl.store(flag, 1.0, total != total)

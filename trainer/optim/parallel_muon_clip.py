@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from trainer.optim.communication import Team
-from trainer.optim.fused import apply_update, nesterov
+from trainer.optim.fused import apply_update, nesterov, not_finite
 from trainer.optim.layout import Layout, layout_of, local_of
 from trainer.optim.muon_clip_reference import MuonClip, update_scale
 from trainer.optim.orthogonalise import Orthogonaliser
@@ -209,12 +208,12 @@ class ParallelMuonClip(MuonClip):
         """One collective: whether all gradients are finite, which parameters have one on any rank, maximum logits."""
         parameters = self._parameters()
         gradients = [local_of(g) for p in parameters if (g := _gradient(p)) is not None]
-        largest = get_total_norm([g for g in gradients if g.numel()], norm_type=math.inf).to(self._device)
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32).to(self._device)
-        flags = torch.cat([(~largest.isfinite()).float().reshape(1), present])
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+        present = present.to(self._device, non_blocking=True)
+        flags = torch.cat([not_finite(gradients, self._device), present])
         agreed = self._control.maximum(torch.cat([flags, self._clip.pack(self._device)]))
-        not_finite, *active = agreed[: len(flags)].tolist()  # the step's one wait for the device
-        return not not_finite, tuple(map(bool, active)), agreed[len(flags) :]
+        bad, *active = agreed[: len(flags)].tolist()  # the step's one wait for the device
+        return not bad, tuple(map(bool, active)), agreed[len(flags) :]
 
     def _plan_for(self, active: tuple[bool, ...]) -> list[TeamPlan]:
         """Plans of the teams this rank is in, for the matrices that have a gradient somewhere."""

@@ -1,11 +1,13 @@
 """The fused elementwise passes equal what they stand for: in torch, in Triton's interpreter, and on accelerators."""
 
+import math
+
 import pytest
 import torch
 
 from tests.distributed import run_distributed
 from tests.trainer.optim.test_parallel_muon_clip import fsdp_on, single_result
-from trainer.optim.fused import apply_update, nesterov
+from trainer.optim.fused import apply_update, nesterov, not_finite
 
 
 def inputs(numel: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -32,13 +34,26 @@ def check(nesterov_function, update_function, device: str) -> None:
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
+def check_finite(not_finite_function, device: str) -> None:
+    """A bad value is found wherever it stands, and nothing else is taken for one."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [torch.full((numel,), 3e38).to(device, dtype) for numel in (5, 9_001, 1, 0)]
+        assert not_finite_function(tensors) == 0
+        for tensor, place, value in ((0, 4, math.nan), (1, 9_000, math.inf), (1, 0, -math.inf), (2, 0, math.nan)):
+            bad = [each.clone() for each in tensors]
+            bad[tensor][place] = value
+            assert not_finite_function(bad) == 1
+
+
 def test_torch():
     check(nesterov, apply_update, "cpu")
+    check_finite(lambda tensors: not_finite(tensors, torch.device("cpu")), "cpu")
 
 
 @pytest.mark.gpu
 def test_triton():
     check(nesterov, apply_update, "cuda")
+    check_finite(lambda tensors: not_finite(tensors, torch.device("cuda")), "cuda")
 
 
 @pytest.mark.gpu
