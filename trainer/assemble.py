@@ -5,8 +5,10 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from trainer.config import PretrainConfig
 from trainer.data.loader import CurriculumLoader, heldout_batches
@@ -18,7 +20,7 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     """The run's accelerator, with its trackers and the timeout of its collectives.
 
     Raises:
-        ValueError: a tracker is unknown or not installed.
+        ValueError: a tracker is unknown or not installed, or tensor parallelism was not launched for.
     """
     AcceleratorState._reset_state(
         reset_partial_state=True
@@ -34,6 +36,12 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     for name in config.trackers:
         if name not in kept:  # accelerate leaves it out without a word
             raise ValueError(f"tracker {name!r} is not installed: pip install {name}, or take it out of trackers")
+    ranks, kind = accelerator.num_processes, accelerator.distributed_type
+    if config.tensor_parallel > 1 and (config.tensor_parallel != ranks or kind == DistributedType.FSDP):
+        raise ValueError(
+            f"tensor_parallel is {config.tensor_parallel} and the run has {ranks} ranks of {kind.value}: it takes all "
+            "ranks, launched without FSDP; set tensor_parallel 1 to shard with FSDP2 or HSDP"
+        )
     return accelerator
 
 
@@ -64,6 +72,33 @@ def tokenise_sources(config: PretrainConfig, tokenizer) -> dict:
     )
 
 
+def split_layers(config: PretrainConfig, accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model, each layer's matrices split over the ranks where the settings ask for tensor parallelism.
+
+    Raises:
+        ValueError: the ranks do not divide the groups, or the words of the head.
+    """
+    ranks = config.tensor_parallel
+    if ranks == 1:
+        return model
+    if model.config.num_groups % ranks:
+        raise ValueError(
+            f"tensor_parallel is {ranks}, and attention has {model.config.num_groups} groups, which stay whole: use "
+            "a number of ranks that divides them"
+        )
+    return apply_tensor_parallelism(model, init_device_mesh(accelerator.device.type, (ranks,)))
+
+
+def prepare(
+    config: PretrainConfig, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as accelerate runs them."""
+    if config.tensor_parallel == 1:
+        return accelerator.prepare(model, optimizer)
+    # accelerate would copy a model to its ranks; in evaluation mode it only casts, and the ranks have their parts
+    return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+
+
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """MuonClip over the model, or AdamW for all of it (then nothing is clipped).
 
@@ -91,7 +126,7 @@ def open_loader(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> 
     Raises:
         ValueError: a shard is missing or corrupted, or the ranks cannot share a step's rows evenly.
     """
-    ranks = accelerator.num_processes
+    ranks = accelerator.num_processes // config.tensor_parallel  # those of a row's matrices have the same rows
     plan = config.batch_plan()
     if plan.shape(0)[1] % ranks or (config.batch_tokens_end and config.batch_rows_multiple % ranks):
         raise ValueError(
@@ -100,8 +135,8 @@ def open_loader(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> 
         )
     verify = config.verify_checksums and accelerator.is_main_process
     corpora = {name: TokenCorpus(config.data_dir, name, verify=verify) for name in config.domains}
-    pad = pad_token_id(tokenizer)
-    return CurriculumLoader(corpora, config.mixture(), plan, config.seed, pad, accelerator.process_index, ranks)
+    pad, rank = pad_token_id(tokenizer), accelerator.process_index // config.tensor_parallel
+    return CurriculumLoader(corpora, config.mixture(), plan, config.seed, pad, rank, ranks)
 
 
 def open_heldout(config: PretrainConfig, tokenizer) -> dict[str, list[dict]]:

@@ -127,6 +127,9 @@ class PretrainConfig:
     )
     fp8_skip_edge_layers: int = setting(1, "layers at each end that stay out of FP8, besides embedding and head")
     fp8_emulate: bool = setting(False, "compute FP8 products in float32, to try FP8 on other hardware; slow")
+    tensor_parallel: int = setting(
+        1, "ranks that share each layer's matrices and the same rows, by the model's own plan: 1, or all of the run's"
+    )
     compile_layers: bool = setting(False, "compile each decoder layer, and the loss, with torch.compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
@@ -258,6 +261,7 @@ class PretrainConfig:
             "gradient_checkpointing_every",
             "data_workers",
             "average_checkpoints",
+            "tensor_parallel",
             "spike_deviations",
             "spike_patience_steps",
             "timeout_seconds",
@@ -300,6 +304,18 @@ class PretrainConfig:
             raise ValueError(
                 "fp8 is 'rowwise' with compile_layers: compiled so, torchao 0.18 gave wrong gradients on an H100 "
                 "under PyTorch 2.11; set fp8 rowwise_with_gw_hp, or compile_layers false"
+            )
+        split = self.tensor_parallel > 1
+        for name, off in (("compile_layers", False), ("fp8", "none"), ("gradient_checkpointing", "none")):
+            if split and getattr(self, name) != off:
+                raise ValueError(
+                    f"tensor_parallel is {self.tensor_parallel} with {name} {getattr(self, name)}: its layers run as "
+                    f"they are; set {name} {str(off).lower()}, or shard with FSDP2 instead"
+                )
+        if split and self.loss == "chunked":
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel} with loss chunked, and splits the head's words: set loss "
+                "full or auto"
             )
         if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
             raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")

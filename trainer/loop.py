@@ -12,7 +12,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
 from kernels_hub import use_polynorm
-from trainer.assemble import build_optimizer, make_accelerator, open_heldout, open_loader, prepare_shards
+from trainer.assemble import (
+    build_optimizer,
+    make_accelerator,
+    open_heldout,
+    open_loader,
+    prepare,
+    prepare_shards,
+    split_layers,
+)
 from trainer.averaging import average_with_checkpoints
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import complete_checkpoints
@@ -25,7 +33,7 @@ from trainer.metrics import Metrics
 from trainer.model import build_model, load_tokenizer
 from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, open_run_folder, save_whole
 from trainer.spikes import SpikeDetector
-from trainer.step import NonFiniteLossError, StepOutcome, TrainStep
+from trainer.step import NonFiniteLossError, StepOutcome, TrainStep, whole
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,8 @@ class _Run:
         self.measurements = Measurements(config, accelerator, model.config)
         trust = {"lockfile": config.kernels_lock, "trust_remote_code": config.trust_kernels}
         use_polynorm(model.to(accelerator.device), config.polynorm, **trust)  # refuses a kernel that does not run
-        optimizer = build_optimizer(config, model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        model = split_layers(config, accelerator, model)
+        self.model, self.optimizer = prepare(config, accelerator, model, build_optimizer(config, model))
         self.step = TrainStep(
             accelerator,
             self.model,
@@ -118,6 +126,7 @@ class _Run:
             config.micro_batch_tokens,
             config.loss,
             config.compile_layers,
+            config.tensor_parallel,
         )
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
@@ -319,7 +328,7 @@ class _Run:
         self.metrics.resume(self.progress.step, self.progress.tokens)
 
     def _finish(self) -> Path:
-        state_dict = self.accelerator.get_state_dict(self.model)
+        state_dict = {name: whole(value) for name, value in self.accelerator.get_state_dict(self.model).items()}
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             save_whole(model, state_dict, self.tokenizer, self.folder / MODEL)

@@ -90,7 +90,8 @@ class Measurements:
         sums = torch.stack([attention.output_norms for attention in attention_modules(model)])  # (N, H + 1)
         track_output_norms(model, enabled=False)
         sums = self.accelerator.reduce(sums, "sum")
-        self._norms = (sums[:, :-1] / sums[:, -1:]).cpu()
+        tokens = sums[:, -1:] / self.config.tensor_parallel  # each of those ranks counted them, and has its own heads
+        self._norms = (sums[:, :-1] / tokens).cpu()
 
     def last_norms(self, lambdas: list[float]) -> dict:
         """Mean length by layer of the signal outputs, of the noise outputs, and of lambda times noise over signal.

@@ -30,6 +30,7 @@ FREE_SETTINGS = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_every",
         "compile_layers",
+        "tensor_parallel",
         "loss",
         "max_skipped_steps",
         "data_workers",

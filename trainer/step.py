@@ -6,6 +6,7 @@ Legend: R rows of this rank, T tokens of a row, V vocabulary, N domains.
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ class TrainStep:
         self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._proven = compiled or polynorm_in_use(model).source == "torch"
+        self._summed = summed_parameters(self.bare_model) if tensor_ranks > 1 else []
         self.attentions = attention_modules(model)
         for attention in self.attentions:  # they are no buffers: moving the model left them behind
             if attention.max_logits is not None:
@@ -121,7 +123,7 @@ class TrainStep:
         with fast_attention():  # over the backward too, which may recompute the forward
             sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        measured = self._measure(sums, _whole(grad_norm))
+        measured = self._measure(sums, whole(grad_norm))
         loss, grad_norm = sum(measured.losses) / batch.predicted_tokens, measured.grad_norm
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         clipped_heads = 0
@@ -154,7 +156,7 @@ class TrainStep:
         sums = torch.zeros(2, len(self.domains), device=self.accelerator.device)  # (2, N)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            with self._gradient_sync(start + at_once >= rows):
+            with self._gradient_sync(start + at_once >= rows), self._summed_apart():
                 losses, counted = self.token_losses(
                     batch.input_ids[part], batch.labels[part], batch.position_ids[part]
                 )
@@ -172,6 +174,17 @@ class TrainStep:
         else:
             with contextlib.nullcontext() if wanted else self.accelerator.no_sync(self.model):
                 yield
+
+    @contextlib.contextmanager
+    def _summed_apart(self) -> Iterator[None]:
+        """Keep a micro-batch's sums of gradients over tensor parallel ranks from summing the earlier ones' again."""
+        earlier = [parameter.grad for parameter in self._summed]
+        for parameter in self._summed:
+            parameter.grad = None
+        yield
+        for parameter, gradient in zip(self._summed, earlier, strict=True):
+            if gradient is not None:
+                parameter.grad += gradient
 
     def token_losses(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
@@ -218,7 +231,7 @@ class TrainStep:
         largest = torch.stack([logits.amax() for logits in tracked]) if tracked else sums.new_empty(0)
         if tracked and self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        lambdas = [_whole(attention.lambda_value()) for attention in self.attentions]
+        lambdas = [whole(attention.lambda_value()) for attention in self.attentions]
         sums = self.accelerator.reduce(sums, "sum")
         parts = [sums.flatten(), grad_norm.reshape(1), torch.stack(lambdas), largest]
         values = torch.cat([part.float() for part in parts]).tolist()
@@ -240,5 +253,19 @@ class _Measured:
     max_logits: list[float]
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def summed_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Replicated parameters whose gradients transformers' tensor parallelism adds over the ranks in each backward.
+
+    It adds what `.grad` holds by then, an earlier micro-batch's sum included.
+    """
+    return [
+        parameter
+        for name, module in model.named_modules()
+        if model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name)) == "replicated_with_grad_allreduce"
+        for parameter in module.parameters(recurse=False)
+    ]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be spread over ranks, all of it on each; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -252,3 +252,45 @@ def test_precision_may_differ_between_runs_of_one_process(make_config, tmp_path)
         config = make_config(output_dir=str(tmp_path / precision), mixed_precision=precision)
         assert run_pretraining(config).steps == 8
     assert trainer.loop.AcceleratorState._shared_state == {}
+
+
+@pytest.mark.distributed
+def test_tensor_parallelism_trains_resumes_and_exports_as_one_rank(make_config, tmp_path, monkeypatch):
+    """Two ranks share each layer and the same rows; the run is cut after a checkpoint and goes on."""
+    settings = {"norm_steps": 2, "micro_batch_tokens": 64, "vocab_size": 52, "checkpoint_steps": 2}
+    settings |= {"total_tokens": 128 * 4, "warmup_tokens": 128, "decay_tokens": 128}
+    alone = run_pretraining(make_config(output_dir=str(tmp_path / "alone"), **settings))
+    config = make_config(output_dir=str(tmp_path / "split"), tensor_parallel=2, **settings)
+
+    def cut_run(rank):
+        with monkeypatch.context() as patch:
+            kill_at(patch, 4)
+            with pytest.raises(Killed):
+                run_pretraining(config)
+
+    run_distributed(cut_run, 2)
+    assert complete_checkpoints(tmp_path / "split/checkpoints")
+    run_distributed(lambda rank: run_pretraining(config).steps, 2)
+    pairs = list(zip(curve(alone.output_dir), curve(config.output_dir), strict=True))
+    for one, other in pairs:
+        for name in ("loss", "loss_by_domain", "grad_norm", "eval"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=2e-5)  # 3e-3 where sums were summed again
+    norms = [read_metrics(Path(folder) / "metrics.jsonl")[0][1] for folder in (alone.output_dir, config.output_dir)]
+    assert norms[1]["signal_norms"] == pytest.approx(norms[0]["signal_norms"], rel=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(Path(c) / "model") for c in (alone.output_dir, config.output_dir)]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel": 2}, "takes all ranks, launched without FSDP; set tensor_parallel 1"),
+        ({"tensor_parallel": 2, "compile_layers": True}, "tensor_parallel is 2 with compile_layers True"),
+        ({"tensor_parallel": 2, "loss": "chunked"}, "set loss full or auto"),
+    ],
+)
+def test_tensor_parallelism_that_cannot_be_is_refused(make_config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_pretraining(make_config(**settings))
