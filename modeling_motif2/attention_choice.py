@@ -2,10 +2,11 @@
 
 Ways are PyTorch's SDPA as it chooses, its FlashAttention and cuDNN kernels, cuDNN with the value in one piece of 2D,
 FlexAttention, flash-attention's packages where they are installed, and the kernel of `kernels_hub/gda_attention` once
-`kernels_hub.use_gda_attention` has put it into the model. A way that fails, or disagrees with SDPA, is refused. What
-won is kept by device, versions, heads, size and kind of mask, separately for training and inference, in a file of the
-user's cache folder. Nothing is measured outside a GPU (SDPA runs) or while compiling (what was last measured for the
-same kind of mask runs; before that the kernel, or SDPA). `"gda_kernel"` runs the kernel wherever it can, unmeasured.
+`kernels_hub.use_gda_attention` has put it into the model, with its own backward or FlashAttention-4's. A way that
+fails, or disagrees with SDPA, is refused. What won is kept by device, versions, heads, size and kind of mask,
+separately for training and inference, in a file of the user's cache folder. Nothing is measured outside a GPU (SDPA
+runs) or while compiling (what was last measured for the same kind of mask runs; before that the kernel, or SDPA).
+`"gda_kernel"` runs the kernel wherever it can, unmeasured.
 
 Shapes: B batch, T query tokens, S key tokens, G groups, r signal heads a group, D head dimension.
 """
@@ -46,12 +47,14 @@ class Way:
         backend: name of transformers' attention function; empty for the kernel, which does both maps and the norm.
         wide: whether the value goes in one piece of 2D.
         sdpa: kernel that SDPA must take.
+        backward: which of its backwards the kernel takes.
     """
 
     name: str
     backend: str
     wide: bool = False
     sdpa: SDPBackend | None = None
+    backward: str = "own"
 
     def context(self) -> contextlib.AbstractContextManager:
         """Returns what holds SDPA to its kernel, and keeps FlexAttention compiled for many sizes."""
@@ -78,6 +81,7 @@ class Way:
 
 SDPA = Way("sdpa", "sdpa")
 KERNEL = Way("kernel", "")
+FLASH_BACKWARD = Way("kernel, flash backward", "", backward="flash")
 WAYS = {
     way.name: way
     for way in (
@@ -90,6 +94,7 @@ WAYS = {
         Way("flash_attention_3", "flash_attention_3"),
         Way("flash_attention_4", "flash_attention_4"),
         KERNEL,
+        FLASH_BACKWARD,
     )
 }
 
@@ -227,7 +232,17 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
         )  # a rank's share: the norm's gradient is summed
     ):
         ways.append(KERNEL)
+        if kind == "causal" and _flash_backward_fits(kernel, query):
+            ways.append(FLASH_BACKWARD)
     return ways
+
+
+def _flash_backward_fits(kernel: Any, query: torch.Tensor) -> bool:
+    """Whether a call wants gradients that FlashAttention-4 could compute; its sums have no fixed order."""
+    training = torch.is_grad_enabled() and query.requires_grad
+    if not training or torch.are_deterministic_algorithms_enabled():
+        return False
+    return kernel.supports_flash_backward(query.shape[3], query.dtype, query.device)
 
 
 def _situation(query: torch.Tensor, key: torch.Tensor, kind: str, training: bool) -> Situation:
@@ -346,6 +361,7 @@ def attend_with_kernel(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    backward: str = "own",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs the kernel put into the layer.
 
@@ -356,6 +372,7 @@ def attend_with_kernel(
         key: (B, G, 2, S, D).
         value: (B, G, 2, S, D).
         mask: intervals (2, B, T), or None for causal order.
+        backward: "own", or "flash" for FlashAttention-4's.
 
     Returns:
         Output after `subln` (B, T, G, r, 2D), and the largest logits (G, r + 1), None of a single token.
@@ -379,7 +396,7 @@ def attend_with_kernel(
         return attention.kernel.attend(*arguments, out_scale=out_scale, **options)
     # A factor of the weight, not of the operator: compiled layers, each with its own, share their code.
     weight = attention.subln.weight * out_scale
-    return attention.kernel.attend(*arguments[:-1], weight, out_scale=1.0, **options)
+    return attention.kernel.attend(*arguments[:-1], weight, out_scale=1.0, backward=backward, **options)
 
 
 for _name in CHOOSERS:

@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_choice import KERNEL, Way, attend_with_kernel, choose
+from .attention_choice import Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
 from .diagnostics import raise_max_logits, update_max_logits, update_output_norms
 from .gradient_layout import keep_gradient_layout
@@ -45,6 +45,7 @@ from .masks import (
     takes_lengths,
     visible_positions,
 )
+from .one_token import one_token, takes_one_token
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
@@ -360,7 +361,33 @@ class Motif2Attention(nn.Module):
         Returns:
             (B, T, C), and with eager attention and `output_attentions` the differential map (B, G * r, T, S).
         """
-        signal_query, noise_query, key, value = self._project(hidden_states, position_embeddings)
+        projected = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        arguments = (position_embeddings, attention_mask, past_key_values, visible)
+        output, differential_map = self.attend_projected(*projected, *arguments, **kwargs)
+        return self.o_proj(output.flatten(2)), differential_map
+
+    def attend_projected(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        visible: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Does what lies between the projections; arguments as for `forward`, and three more.
+
+        Args:
+            query: (B, T, G * (r + 1) * D), what `q_proj` gave.
+            key: (B, T, 2 * G * D).
+            value: (B, T, 2 * G * D).
+
+        Returns:
+            (B, T, G, r, 2D), and the differential map or None.
+        """
+        signal_query, noise_query, key, value = self._heads(query, key, value, position_embeddings)
         if self.config.single_attention_call:
             key, value = for_single_call(key, value)  # (B, G, 4, T, D)
         if past_key_values is not None:
@@ -369,8 +396,7 @@ class Motif2Attention(nn.Module):
             key, value = (states.unflatten(1, by_group) for states in cached)  # (B, G, 2 or 4, S, D)
         way = choose(self, signal_query, key, attention_mask, kwargs)
         arguments = (signal_query, noise_query, key, value, attention_mask)
-        output, differential_map = self.attend(way, *arguments, visible=visible, **kwargs)
-        return self.o_proj(output.flatten(2)), differential_map
+        return self.attend(way, *arguments, visible=visible, **kwargs)
 
     def attend(
         self,
@@ -396,13 +422,14 @@ class Motif2Attention(nn.Module):
             **kwargs: to the attention backend.
         """
         largest = None
-        if way is KERNEL:
-            output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask)
+        by_kernel = way is not None and not way.backend
+        if by_kernel:
+            output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask, way.backward)
         if self.max_logits is not None and largest is None:
             update_max_logits(self, signal_query, noise_query, key, visible)
         elif self.max_logits is not None:
             raise_max_logits(self, largest)
-        if way is KERNEL:
+        if by_kernel:
             return output, None
 
         attend = self._attend_once if self.config.single_attention_call else self._attend_twice
@@ -423,21 +450,24 @@ class Motif2Attention(nn.Module):
             differential_map = signal_map - lambda_value * noise_map  # (B, G * r, T, S)
         return output, differential_map
 
-    def _project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    def _heads(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns signal queries (B, G * r, T, D), noise queries (B, G, T, D), keys and values (B, G, 2, T, D)."""
-        batch, tokens = hidden_states.shape[:2]
+        batch, tokens = query.shape[:2]
         ratio, dim = self.num_signal_heads_per_group, self.head_dim
-        query = self.q_proj(hidden_states)
         if query.shape[-1] % ((ratio + 1) * dim):
             raise ValueError(
                 f"q_proj gave {query.shape[-1]} features, not whole groups of {(ratio + 1) * dim}: tensor parallelism "
                 f"must cut between groups, so use a number of ranks that divides {self.num_groups}."
             )
         query = query.view(batch, tokens, -1, ratio + 1, dim)  # (B, T, G, r + 1, D)
-        key = self.k_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
-        value = self.v_proj(hidden_states).view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
+        key = key.view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
+        value = value.view(batch, tokens, -1, 2, dim)  # (B, T, G, 2, D)
         signal_query, noise_query = (
             rotate(heads, *position_embeddings).flatten(2, 3).transpose(1, 2)
             for heads in query.split((ratio, 1), dim=3)
@@ -504,10 +534,16 @@ def dense(states: torch.Tensor) -> torch.Tensor:
 
 
 class Motif2DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: attention, then the MLP, each added to the residual stream."""
+    """Pre-norm block: attention, then the MLP, each added to the residual stream.
+
+    Attributes:
+        products: functions that multiply one token with the weights, put in by `kernels_hub.use_decode_products`, or
+            None; `one_token` says when they run.
+    """
 
     def __init__(self, config: Motif2Config, layer_idx: int):
         super().__init__()
+        self.products: Any = None
         self.self_attn = Motif2Attention(config, layer_idx)
         self.mlp = Motif2MLP(config)
         self.input_layernorm = Motif2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -515,6 +551,8 @@ class Motif2DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """Returns the block's output (B, T, C); `kwargs` are those of `Motif2Attention.forward`."""
+        if self.products is not None and takes_one_token(self, hidden_states, kwargs):
+            return one_token(self, hidden_states, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -12,19 +12,32 @@ import kernels_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER_SHARED_BYTES = 232_448
+# Bytes that a pass keeps in memory for want of registers, by whether it reads through descriptors.
+LARGEST_SPILL = {("value", False): 60}
 FLOAT32 = {"lambda", "weight", "lse", "largest", "total", "partial", "delta"}
 
 
-def compile_for_hopper(function, constants: dict, tiles):
-    """A kernel compiled for compute capability 9.0 with bfloat16 heads; needs no device."""
+def compile_for_hopper(function, constants: dict, warps: int, boxes: dict[str, list[int]]):
+    """A kernel compiled for compute capability 9.0 with bfloat16 heads; needs no device.
+
+    Args:
+        function: the kernel.
+        constants: its compile-time arguments.
+        warps: of a program.
+        boxes: shapes that the tensor descriptors among its arguments load; pointers where there are none.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, divisible = {}, {}
-    free = {"num_queries", "num_keys", "num_groups", "interval_stride", "raw_heads"}
+    free = {"num_queries", "num_keys", "num_groups", "interval_stride", "raw_heads", "blocks_a_head"}
+    free |= {"first_group", "groups_here", "first_block", "blocks_here", "base", "rows_and_groups"}
     for index, name in enumerate(function.arg_names):
-        if name.endswith("_ptr"):
+        if name in boxes:
+            signature[name] = f"tensordesc<bf16{boxes[name]}>"
+            continue
+        if name.endswith(("_ptr", "_source")) or name == "dmap":
             kind = name.removesuffix("_ptr")
             signature[name] = "*fp32" if kind in FLOAT32 else "*i32" if kind in ("first", "last", "runs") else "*bf16"
         elif name in constants:
@@ -34,40 +47,55 @@ def compile_for_hopper(function, constants: dict, tiles):
         if name not in constants and name not in free and signature[name] != "fp32":
             divisible[index,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def hopper_case(launch, kernel: str, descriptors: bool):
+    """A kernel with the tile that Hopper takes, its compile-time arguments, and its descriptors' boxes."""
+    tiles = getattr(launch.HOPPER, kernel)
+    backward = launch.backward_kernels
+    constants = {"RATIO": 4, "DIM": 128, "BLOCK_M": tiles.queries, "STAGES": tiles.stages, "PRECISION": "tf32"}
+    constants |= {"HAS_INTERVALS": False}
+    edge, boxes = launch.HOPPER.query.queries, {}
+    queries, keys = ([1, size, 1, 1, 128] for size in (tiles.queries, tiles.keys))
+    if kernel == "decode":
+        del constants["BLOCK_M"]
+        constants |= {"SPLITS": 32, "ROWS": 16, "BLOCK_N": tiles.keys, "HAS_INTERVALS": True}
+        return launch.decode_kernels.split_kernel, constants, boxes
+    if kernel == "forward":
+        constants |= {"NOISE": False, "SAVE_RAW": True, "BLOCK_N": tiles.keys}
+        return launch.forward_kernels.forward_kernel, constants, boxes
+    if kernel == "key":
+        constants |= {"TRIANGULAR": True, "ADD": False, "EDGE": edge}
+        return backward.key_kernel, constants, boxes
+    constants |= {"DESCRIPTORS": descriptors, "BLOCK_N": tiles.keys}
+    if kernel == "query":
+        constants |= {"TRIANGULAR": True}
+        boxes = {"key_source": keys, "value_source": keys, "dmap": [edge, tiles.keys]}
+    else:
+        boxes = dict.fromkeys(("signal_source", "noise_source", "draw_source"), queries)
+    return getattr(backward, f"{kernel}_kernel"), constants, boxes if descriptors else {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernel", "largest_spill"), [("forward", 0), ("query", 0), ("key_value", 150), ("decode", 0)]
+    ("kernel", "descriptors"),
+    [("forward", False), ("decode", False), ("key", False)]
+    + [(kernel, descriptors) for kernel in ("query", "value") for descriptors in (False, True)],
 )
-def test_the_hopper_kernels_use_its_units_and_fit(kernel, largest_spill, tmp_path):
+def test_the_hopper_kernels_use_its_units_and_fit(kernel, descriptors, tmp_path):
     from triton import knobs
 
     launch = kernels_hub.load_local("gda_attention").ops.launch
-    tiles = getattr(launch.HOPPER, kernel)
-    constants = {"RATIO": 4, "DIM": 128, "BLOCK_N": tiles.keys, "STAGES": tiles.stages, "PRECISION": "tf32"}
-    constants["HAS_INTERVALS"] = kernel == "decode"
-    if kernel == "decode":
-        function = launch.decode_kernels.split_kernel
-        constants |= {"SPLITS": 32, "ROWS": 16}
-    else:
-        constants["BLOCK_M"] = tiles.queries
-        function = launch.backward_kernels.key_value_kernel
-        if kernel != "key_value":
-            constants["NOISE"] = False
-            function = launch.backward_kernels.query_kernel
-        if kernel == "forward":
-            constants["SAVE_RAW"] = True
-            function = launch.forward_kernels.forward_kernel
-    compiled = compile_for_hopper(function, constants, tiles)
+    function, constants, boxes = hopper_case(launch, kernel, descriptors)
+    compiled = compile_for_hopper(function, constants, getattr(launch.HOPPER, kernel).warps, boxes)
     assert ("mma.sync" if kernel == "decode" else "wgmma.mma_async") in compiled.asm["ptx"]
+    assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == descriptors
     assert compiled.metadata.shared <= HOPPER_SHARED_BYTES
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
-    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= largest_spill, said
-    assert "serialized" not in said
+    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= LARGEST_SPILL.get((kernel, descriptors), 0), said
 
 
 @pytest.mark.slow

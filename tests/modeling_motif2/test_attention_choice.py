@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
 from modeling_motif2 import attention_choice
-from modeling_motif2.attention_choice import KERNEL, SDPA, WAYS, Choice, Situation, Way
+from modeling_motif2.attention_choice import FLASH_BACKWARD, KERNEL, SDPA, WAYS, Choice, Situation, Way, possible_ways
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
@@ -255,6 +255,75 @@ def test_the_fastest_way_is_chosen_and_kept(monkeypatch, winner, training):
     assert choice.milliseconds[winner] == 1.0
     attention_choice.forget_choices()
     assert attention_choice.choices() == {}
+
+
+def with_a_flash_backward(layer, attend=None):
+    """Makes the layer's kernel offer another backward; returns which backwards its calls asked for."""
+    functions, asked = layer.kernel, []
+
+    def noted(*arguments, backward="own", **options):
+        asked.append(backward)
+        return (attend or functions.attend)(*arguments, **options)
+
+    layer.kernel = functions._replace(attend=noted, supports_flash_backward=lambda *_: True)
+    return asked
+
+
+def states(tokens=6, wanted=True):
+    query = torch.randn(1, 6, tokens, 8, dtype=torch.float64, requires_grad=wanted)
+    return query, torch.randn(1, 2, 2, tokens, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("faster", ["kernel", "kernel, flash backward"])
+def test_the_kernel_takes_the_backward_that_is_faster(monkeypatch, faster):
+    ways = ["sdpa", "kernel", "kernel, flash backward"]
+    layer, measured, _ = measuring(monkeypatch, dict.fromkeys(ways, 2.0) | {faster: 1.0}, ways)
+    asked = with_a_flash_backward(layer)
+    query, key = states()
+    possible = possible_ways(layer, query, key, None, "causal")
+    assert possible == [SDPA, KERNEL, FLASH_BACKWARD]
+    situation = attention_choice._situation(query, key, "causal", True)
+    choice = attention_choice._measured(layer, situation, possible, query, key, None, {})
+    assert (choice.name, measured, set(asked)) == (faster, ways, {"own", "flash"})
+    asked.clear()
+    leaves = [torch.randn(1, heads, 6, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2)]
+    out, _ = layer.attend(WAYS[choice.name], *leaves, key, key, None)
+    assert asked == [WAYS[faster].backward]
+    assert all(gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_where_another_backward_is_no_candidate():
+    layer = attention_modules(with_kernel("gda_fastest"))[0]
+    query, key = states()
+    assert FLASH_BACKWARD not in possible_ways(layer, query, key, None, "causal")  # the package is not here
+    with_a_flash_backward(layer)
+    assert FLASH_BACKWARD in possible_ways(layer, query, key, None, "causal")
+    intervals = torch.stack((torch.zeros(1, 6), torch.arange(6)[None])).int()
+    assert FLASH_BACKWARD not in possible_ways(layer, query, key, intervals, "masked")
+    assert FLASH_BACKWARD not in possible_ways(layer, *states(wanted=False), None, "causal")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert FLASH_BACKWARD not in possible_ways(layer, query, key, None, "causal")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_backward_that_fails_leaves_the_kernel(monkeypatch):
+    layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ("sdpa", "kernel"))
+    functions = layer.kernel
+
+    def attend(*arguments, backward="own", **options):
+        if backward == "flash":
+            raise ImportError("no module named cutlass")
+        return functions.attend(*arguments, **options)
+
+    layer.kernel = functions._replace(attend=attend, supports_flash_backward=lambda *_: True)
+    query, key = states()
+    situation = attention_choice._situation(query, key, "causal", True)
+    ways = possible_ways(layer, query, key, None, "causal")
+    choice = attention_choice._measured(layer, situation, ways, query, key, None, {})
+    assert choice.name == "kernel"
+    assert choice.refused == {"kernel, flash backward": "ImportError: no module named cutlass"}
 
 
 def test_a_way_that_fails_or_disagrees_is_refused(monkeypatch):

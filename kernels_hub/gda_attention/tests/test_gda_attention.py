@@ -174,6 +174,49 @@ def test_a_backward_in_parts(kernel, device, poisoned, monkeypatch, case, rows):
     assert_matches(kernel, inputs, *bounds)
 
 
+def read_by(kernel, monkeypatch, descriptors):
+    """Lets both passes of the backward read through tensor descriptors wherever they can, or neither."""
+    launch, plan = kernel.ops.launch, kernel.ops.launch.plan
+
+    def changed(*arguments):
+        tiles = plan(*arguments)
+        passes = {name: getattr(tiles, name)._replace(descriptors=descriptors) for name in ("query", "value")}
+        return tiles._replace(**passes)
+
+    monkeypatch.setattr(launch, "plan", changed)
+
+
+def uneven(tensor):
+    """The same values in storage whose rows are one number longer: strides that no descriptor takes."""
+    stored = tensor.detach().new_empty((*tensor.shape[:-1], tensor.shape[-1] + 1))
+    view = stored[..., :-1]
+    view.copy_(tensor.detach())
+    return view.requires_grad_()
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch reads no tiles")
+@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("case", ["causal", "padded", "more keys"])
+def test_reads_of_both_kinds(kernel, device, poisoned, monkeypatch, case, descriptors):
+    read_by(kernel, monkeypatch, descriptors)
+    rows = 2 if case == "padded" else 1
+    inputs = make(rows, 19, 21 if case == "more keys" else 19, 2, 2, 16, torch.float32, device, head_first=True)
+    assert_matches(kernel, inputs, *(padded((19, 10), 19, "left", device) if case == "padded" else (None, None)))
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch reads no tiles")
+def test_what_no_descriptor_takes_is_read_by_pointers(kernel, device, poisoned, monkeypatch):
+    read_by(kernel, monkeypatch, True)
+    inputs = make(1, 19, 19, 1, 2, 16, torch.float16, device)
+    changed = inputs._replace(
+        **{name: uneven(getattr(inputs, name)) for name in ("signal_query", "noise_query", "key", "value")}
+    )
+    launch = kernel.ops.launch
+    assert launch._describable(*inputs[:4])
+    assert not any(launch._describable(each) for each in changed[:4])
+    assert_matches(kernel, changed)
+
+
 @pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch has no parts")
 @pytest.mark.parametrize("triangular", [True, False])
 @pytest.mark.parametrize("together", [1, 100])
@@ -208,7 +251,7 @@ def test_inference_gives_the_same_and_keeps_less(kernel, device, poisoned):
     assert torch.equal(out, alone)
     assert torch.equal(largest, alone_largest)
     with torch.no_grad():
-        assert kernel.ops._forward(*inputs, None, None, 0.25, EPS, OUT_SCALE, False)[1].shape[3] == 1
+        assert kernel.ops._forward(*inputs, None, None, 0.25, EPS, OUT_SCALE, False, "own")[1].shape[3] == 1
     with pytest.raises(RuntimeError, match="not kept"):
         kernel.gda_attention(*inputs, out_scale=OUT_SCALE, training=False)
 
@@ -245,7 +288,7 @@ def test_empty(kernel, device, shape):
 def test_torch_checks_the_operators(kernel, device):
     inputs = make(1, 18, 18, 1, 2, 16, torch.float32, device)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True)
+    arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True, "own")
     torch.library.opcheck(kernel.ops._forward, arguments, test_utils=checks)
     token = [each[:, :1].detach() if index < 2 else each.detach() for index, each in enumerate(inputs)]
     torch.library.opcheck(
@@ -288,6 +331,8 @@ def test_double_backward_says_no(kernel, device):
         ({"first": torch.zeros(1, 5)}, "both first and last"),
         ({"first": torch.zeros(1, 4), "last": torch.zeros(1, 4)}, r"first must be \(1 or 1, 5\)"),
         ({"signal_query": torch.zeros(1, 5, 1, 16, 16)}, "from 1 to 15"),
+        ({"backward": "fast"}, "backward is 'fast'"),
+        ({"backward": "flash"}, "flash backward needs causal order"),
     ],
 )
 def test_wrong_inputs_are_named(kernel, change, message):

@@ -10,6 +10,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a Triton without descriptors
+    TensorDescriptor = None
+
 from . import backward_kernels, decode_kernels, forward_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -25,12 +30,14 @@ class Tiles(NamedTuple):
         keys: keys a tile.
         warps: warps a program.
         stages: depth of the prefetch into shared memory.
+        descriptors: whether the backward's pass for dQ or dV reads through tensor descriptors, where it can.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 class Plan(NamedTuple):
@@ -47,7 +54,11 @@ SMALL = Tiles(16, 16, 4, 1)  # a few values a program: for the interpreter
 INTERPRETER = Plan(SMALL, SMALL, SMALL, Tiles(16, 32, 4, 1), SMALL)
 # The fastest of those measured on an H100 (decoding's: by the compiler's report of registers).
 HOPPER = Plan(
-    Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 4), Tiles(64, 128, 8, 4), Tiles(64, 64, 4, 2), Tiles(16, 64, 4, 3)
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 32, 8, 4),
+    Tiles(64, 128, 8, 4),
+    Tiles(64, 64, 4, 2, True),
+    Tiles(16, 64, 4, 3),
 )
 # For 64 KiB to 164 KiB of shared memory.
 MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(16, 32, 4, 2))
@@ -96,6 +107,25 @@ def _unit_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
+def _describable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine takes these tensors: addresses and strides are multiples of 16 bytes."""
+    return TensorDescriptor is not None and all(
+        tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def _sources(wanted: bool, rows: int, *tensors: torch.Tensor):
+    """Whether there are descriptors of `rows` tokens of tensors (B, T, places, heads, D), and these or the tensors."""
+    if not (wanted and _describable(*tensors)):
+        return False, tensors
+    return True, [
+        TensorDescriptor(each, list(each.shape), list(each.stride()), [1, rows, 1, 1, each.shape[-1]])
+        for each in tensors
+    ]
+
+
 def _intervals(first, last, fill: torch.Tensor):
     """Pointers to pass for `first` and `last`, whether there are any, and their stride along rows."""
     if first is None:
@@ -134,11 +164,15 @@ def forward(
     return out, raw, lse, largest.amax(dim=(0, 3)) / LOG2_E
 
 
-def _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
-    """draw like raw, delta like lse, and the gradients of lambda and of the weight."""
+def epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
+    """draw (B, T, H, 2D), delta (B, H, T), and the gradients of lambda and of the weight.
+
+    The H = G * (r + 1) heads are the signal heads of all groups, then the noise heads.
+    """
     batch, tokens, groups, ratio, width = dout.shape
     (dout,) = _unit_rows(dout)
-    draw, delta = torch.empty_like(raw), torch.empty_like(lse)
+    heads = groups * (ratio + 1)
+    draw, delta = raw.new_empty((batch, tokens, heads, width)), lse.new_empty((batch, heads, tokens))
     grid = (triton.cdiv(tokens, EPILOGUE_ROWS), batch * groups)
     dlambda = lse.new_empty((grid[0] * grid[1],))
     dweight = lse.new_empty((grid[0] * grid[1], width))
@@ -233,22 +267,26 @@ def backward(
     cut = parts(batch * groups, *blocks, triangular, *limits)
     in_ranges = cut[0].blocks < blocks[0]
     dkey_sum = dkey.new_empty(dkey.shape, dtype=torch.float32) if in_ranges else dkey
-    dmaps = key.new_empty((max(part.groups * part.size for part in cut), ratio + 1, edge, edge))
+    dmaps = key.new_empty((max(part.groups * part.size for part in cut) * (ratio + 1) * edge, edge))
     states = (*signal_query.stride()[:4], *noise_query.stride()[:3])
     constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "DIM": dim, "PRECISION": _precision(key)}
     with torch.cuda.device_of(key):
-        draw, delta, dlambda, dweight = _epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
+        draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
         runs = _runs(first, last, num_keys, edge) if has_intervals else lse
+        described_keys, keys_and_values = _sources(tiles.query.descriptors, tiles.query.keys, key, value)
+        stored = dmaps
+        if described_keys:
+            stored = TensorDescriptor(dmaps, list(dmaps.shape), [edge, 1], [edge, tiles.query.keys])
         for part in cut:
             base = part.first_block * (part.first_block + 1) // 2 if triangular else part.first_block * blocks[1]
-            where = (*part[:4], base, part.size * edge * edge)
+            where = (*part[:4], base, part.size)
             chosen = tiles.query
             backward_kernels.query_kernel[(part.blocks * part.groups * (ratio + 1),)](
-                signal_query, noise_query, key, value, draw, lse, delta, first, last, dmaps, dsignal, dnoise,
+                signal_query, noise_query, *keys_and_values, draw, lse, delta, first, last, stored, dsignal, dnoise,
                 *states, *key.stride()[:4], *value.stride()[:4],
                 tokens, num_keys, groups, interval_stride, *where, scaling * LOG2_E, scaling,
-                TRIANGULAR=triangular, BLOCK_M=edge, BLOCK_N=chosen.keys, STAGES=chosen.stages,
-                num_warps=chosen.warps, **constants,
+                TRIANGULAR=triangular, DESCRIPTORS=described_keys, BLOCK_M=edge, BLOCK_N=chosen.keys,
+                STAGES=chosen.stages, num_warps=chosen.warps, **constants,
             )  # fmt: skip
             chosen = tiles.key
             backward_kernels.key_kernel[(2 * blocks[1] * part.groups,)](
@@ -260,10 +298,14 @@ def backward(
         chosen = tiles.value
         if has_intervals and chosen.keys != edge:
             runs = _runs(first, last, num_keys, chosen.keys)
+        described, sources = _sources(
+            chosen.descriptors, chosen.queries, signal_query, noise_query[:, :, :, None], draw.unflatten(-1, (2, dim))
+        )  # fmt: skip
         backward_kernels.value_kernel[(triton.cdiv(num_keys, chosen.keys) * batch * groups,)](
-            signal_query, noise_query, key, draw, lse, first, last, runs, dvalue, *states, *key.stride()[:4],
+            *sources[:2], key, sources[2], lse, first, last, runs, dvalue, *states, *key.stride()[:4],
             tokens, num_keys, groups, batch * groups, interval_stride, scaling * LOG2_E,
-            BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages, num_warps=chosen.warps, **constants,
+            DESCRIPTORS=described, BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages,
+            num_warps=chosen.warps, **constants,
         )  # fmt: skip
     if in_ranges:
         dkey.copy_(dkey_sum)

@@ -5,9 +5,11 @@ Operators compute with Triton on a GPU (or in Triton's interpreter), else in pla
 Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension.
 """
 
+from functools import partial
+
 import torch
 
-from . import reference
+from . import flash_backward, reference
 from ._ops import add_op_namespace_prefix
 
 try:
@@ -17,6 +19,7 @@ except ImportError:  # torch for CPU comes without Triton
 
 DIMS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BACKWARDS = ("own", "flash")
 
 
 def _implementation(tensor: torch.Tensor):
@@ -70,6 +73,11 @@ def supports(dim: int, dtype: torch.dtype, ratio: int, device: torch.device) -> 
     return launch is not None and capable and dim in DIMS and dtype in DTYPES
 
 
+def supports_flash_backward(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `gda_attention(..., backward="flash")` can run for such heads on `device`."""
+    return flash_backward.available(dim, dtype, device)
+
+
 def _operator(name: str):
     return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=())
 
@@ -92,6 +100,7 @@ def _forward(
     eps: float,
     out_scale: float,
     training: bool,
+    backward: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _implementation(key).forward(
         signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training
@@ -99,7 +108,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training):
+def _(
+    signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training, backward
+):
     batch, tokens, groups, ratio, dim = signal_query.shape
     return (
         signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim)),
@@ -125,14 +136,19 @@ def _backward(
     scaling: float,
     eps: float,
     out_scale: float,
+    backward: str,
 ) -> list[torch.Tensor]:
-    return _implementation(key).backward(
+    implementation = _implementation(key)
+    function = implementation.backward
+    if backward == "flash":
+        function = partial(flash_backward.backward, implementation.epilogue_backward)
+    return function(
         dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
     )
 
 
 @_backward.register_fake
-def _(dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale):
+def _(dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, *_):
     return [each.new_empty(each.shape) for each in (signal_query, noise_query, key, value, lambda_, weight)]
 
 
@@ -161,19 +177,19 @@ def _(signal_query, noise_query, key, value, lambda_, weight, first, last, scali
 
 
 def _save(ctx, inputs, output):
-    *tensors, scaling, eps, out_scale, training = inputs
+    *tensors, scaling, eps, out_scale, training, backward = inputs
     _, raw, lse, max_logits = output
     if not training:
         raise RuntimeError("the outputs that a backward needs were not kept: call gda_attention with gradients on")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(raw, lse, max_logits)
     ctx.save_for_backward(*tensors, raw, lse)
-    ctx.constants = (scaling, eps, out_scale)
+    ctx.constants = (scaling, eps, out_scale, backward)
 
 
 def _differentiate(ctx, dout, *_):
     gradients = _backward(dout, *ctx.saved_tensors, *ctx.constants)
-    return (*gradients, *[None] * 6)
+    return (*gradients, *[None] * 7)
 
 
 def _refuse_double_backward(ctx, *_):
@@ -198,6 +214,7 @@ def gda_attention(
     first: torch.Tensor | None = None,
     last: torch.Tensor | None = None,
     training: bool | None = None,
+    backward: str = "own",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grouped differential attention with its norm: `rms_norm(signal - lambda * noise) * weight * out_scale`.
 
@@ -217,20 +234,28 @@ def gda_attention(
         first: (B or 1, T) int32, or None for causal order, the last query seeing all S keys.
         last: (B or 1, T) int32, or None.
         training: keep what a backward needs; by default whether an input wants a gradient.
+        backward: "own", or "flash" for FlashAttention-4's kernel where `supports_flash_backward` (causal order only).
 
     Returns:
         out (B, T, G, r, 2D) like the queries, contiguous, differentiable once; and max_logits (G, r + 1) float32, the
         largest scaled logit that a head's queries saw (the noise head's last), -inf where they saw none.
 
     Raises:
-        ValueError: shapes or types do not fit, or the kernel does not take them.
+        ValueError: shapes or types do not fit, or the kernel or that backward does not take them.
     """
     tensors = (signal_query, noise_query, key, value, lambda_, weight)
     _check(*tensors, first, last)
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward is {backward!r}: choose one of {', '.join(BACKWARDS)}")
+    if backward == "flash" and not (first is None and supports_flash_backward(key.shape[-1], key.dtype, key.device)):
+        raise ValueError(
+            "the flash backward needs causal order without first and last, D of 128, half precision, a Hopper GPU and "
+            f'flash-attn-4; got D {key.shape[-1]}, {key.dtype} on {key.device}: use backward="own"'
+        )
     if training is None:
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     scaling = signal_query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _, _, max_logits = _forward(*tensors, first, last, scaling, eps, out_scale, training)
+    out, _, _, max_logits = _forward(*tensors, first, last, scaling, eps, out_scale, training, backward)
     return out, max_logits
 
 

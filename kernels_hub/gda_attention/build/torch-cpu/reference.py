@@ -66,20 +66,33 @@ def forward(signal_query, noise_query, key, value, lambda_, weight, first, last,
     return out, kept.to(signal_query.dtype).contiguous(), lse, largest
 
 
-def backward(
-    dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
-):
-    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs."""
-    tokens, groups, dim = signal_query.shape[1], signal_query.shape[2], signal_query.shape[4]
+def epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
+    """draw (B, T, H, 2D), delta (B, H, T), dlambda, dweight; H: all groups' signal heads, then the noise heads."""
+    ratio = dout.shape[3]
     difference = _difference(raw, lambda_)
     inverse_rms = torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
     normed = difference * inverse_rms
     dnormed = _wide(dout) * (weight.to(normed.dtype) * out_scale)
     ddifference = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
     dweight = (_wide(dout) * normed).sum((0, 1, 2, 3)) * out_scale
-    dlambda = -(ddifference * _wide(raw[:, :, :, -1:])).sum()
-    draw = torch.cat((ddifference, -_wide(lambda_) * ddifference.sum(3, keepdim=True)), dim=3)  # (B, T, G, r + 1, 2D)
-    delta = (draw * _wide(raw)).sum(-1)  # (B, T, G, r + 1)
+    noise = _wide(raw[:, :, :, ratio:])
+    dlambda = -(ddifference * noise).sum()
+    dnoise = -_wide(lambda_) * ddifference.sum(3, keepdim=True)
+    delta = [
+        (each * out).sum(-1).flatten(2) for each, out in ((ddifference, _wide(raw[:, :, :, :ratio])), (dnoise, noise))
+    ]
+    draw = torch.cat((ddifference.flatten(2, 3), dnoise.flatten(2, 3)), dim=2)
+    return draw, torch.cat(delta, dim=2).transpose(1, 2), dlambda, dweight
+
+
+def backward(
+    dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
+):
+    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs."""
+    tokens, groups, dim = signal_query.shape[1], signal_query.shape[2], signal_query.shape[4]
+    ratio = signal_query.shape[3]
+    draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
+    heads = [[*range(group * ratio, (group + 1) * ratio), groups * ratio + group] for group in range(groups)]
 
     seen = visible(first, last, tokens, key.shape[1], key.device)
     dsignal = torch.empty_like(signal_query, memory_format=torch.contiguous_format)
@@ -90,9 +103,9 @@ def backward(
         logits = _logits(signal_query, noise_query, key, group, seen, scaling)
         maps = _probabilities(logits, lse[:, group])  # (B, r + 1, T, S)
         wide_value = _wide(value[:, :, group]).flatten(2)
-        dvalue[:, :, group] = torch.einsum("bhts,bthv->bsv", maps, draw[:, :, group]).unflatten(-1, (2, dim))
-        dmaps = torch.einsum("bthv,bsv->bhts", draw[:, :, group], wide_value)
-        dlogits = maps * (dmaps - delta[:, :, group].transpose(1, 2)[..., None]) * scaling
+        dvalue[:, :, group] = torch.einsum("bhts,bthv->bsv", maps, draw[:, :, heads[group]]).unflatten(-1, (2, dim))
+        dmaps = torch.einsum("bthv,bsv->bhts", draw[:, :, heads[group]], wide_value)
+        dlogits = maps * (dmaps - delta[:, heads[group], :, None]) * scaling
         wide_key = _wide(key[:, :, group])
         dsignal[:, :, group] = torch.einsum("bhts,bsd->bthd", dlogits[:, :-1], wide_key[:, :, 0])
         dnoise[:, :, group] = torch.einsum("bts,bsd->btd", dlogits[:, -1], wide_key[:, :, 1])

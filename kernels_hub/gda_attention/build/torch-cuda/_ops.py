@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cuda_454a849
+ops = torch.ops._gda_attention_cuda_4df7b8c
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cuda_454a849::{op_name}"
+    return f"_gda_attention_cuda_4df7b8c::{op_name}"

@@ -45,6 +45,19 @@ def load_rows(pointer, rows, stride, num_rows, DIM: tl.constexpr, MASKED: tl.con
 
 
 @triton.jit
+def load_tile(
+    source, row, begin, place, head, stride, num_rows,
+    ROWS: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows `begin` to `begin + ROWS`, (ROWS, DIM): a descriptor's (row, :, place, head), or from a pointer to it."""
+    if DESCRIPTORS:
+        tile = source.load([row, begin, place, head, 0]).reshape(ROWS, DIM)
+    else:
+        tile = load_rows(source, begin + tl.arange(0, ROWS), stride, num_rows, DIM, MASKED)
+    return tile
+
+
+@triton.jit
 def store_rows(pointer, tile, rows, stride, num_rows, DIM: tl.constexpr):
     """Stores (len(rows), DIM) in the type behind the pointer."""
     addresses = pointer + rows[:, None] * stride + tl.arange(0, DIM)[None, :]

@@ -1,0 +1,182 @@
+"""The backward by FlashAttention-4's kernel for Hopper, where that package is installed, on what our forward saved.
+
+The package's kernel can hold a value wider than the key, but with D of 128 and a value of 256 the package picks a tile
+that no multiprocessor holds, and refuses query heads that share a key. Here the kernel's class is compiled with a tile
+that fits; so a backward needs 7 units of work where four of the package's own calls spend 10. Our epilogue gives what
+the package would prepare: the logits' log-sum-exp in base 2, and delta. Causal order only.
+
+Sums over tiles of keys (of queries' gradients) and over heads that share a key are made in float32 by the copy engine,
+in no fixed order: results differ in their last bits between two runs.
+
+Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, H heads of one launch.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import nn
+
+DIM = 128  # assumption: the one size whose tile was measured
+QUERIES, KEYS = 64, 96  # a tile
+WARPGROUPS = 2
+# Operands whose roles are swapped, and how the warpgroups share each product, as the package's `BwdConfig` names them.
+LAYOUT = {
+    "Q_stage": 2, "dO_stage": 2, "PdS_stage": 1, "SdP_swapAB": False, "dKV_swapAB": True, "dQ_swapAB": False,
+    "AtomLayoutMSdP": 1, "AtomLayoutNdKV": 1, "AtomLayoutMdQ": 1,
+}  # fmt: skip
+
+
+def available(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this backward can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    if dim != DIM or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        return importlib.util.find_spec("flash_attn.cute.flash_bwd_sm90") is not None
+    except ImportError:  # no package, or another flash attention of the same name
+        return False
+
+
+@cache
+def _kernel(heads_a_key: int, dim: int, dtype: torch.dtype) -> Callable:
+    """The package's kernel, compiled for `heads_a_key` query heads a key.
+
+    Args:
+        heads_a_key: with more than one, the gradients of keys and values are sums in float32, laid out as registers.
+        dim: D.
+        dtype: of everything but statistics and sums.
+
+    Returns:
+        Callable: of query (B, T, H, D), key (B, S, Hk, D), value (B, S, Hk, 2D), dout (B, T, H, 2D), lse and delta
+            (B, H, T'), dquery sums (B, H, T' D), dkey and dvalue (like key and value, or sums (B, Hk, S' D) and
+            (B, Hk, S' 2D)) and the factor on the logits; T' and S' are whole tiles.
+    """
+    from cutlass import BFloat16, Float16, Float32, cute
+    from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
+    from flash_attn.cute.utils import AuxData
+    from quack.compile_utils import make_fake_tensor
+
+    number = BFloat16 if dtype == torch.bfloat16 else Float16
+    kernel = FlashAttentionBackwardSm90(
+        number, dim, 2 * dim, 1, True, tile_m=QUERIES, tile_n=KEYS, num_threads=(WARPGROUPS + 1) * 128, **LAYOUT
+    )
+    # The constructor refuses shared keys where widths differ, lest the tile of dV, staged over V and K, be too
+    # large: here it ends within the tile of dO, which nothing reads any more.
+    kernel.qhead_per_kvhead = heads_a_key
+    rows, queries, keys, heads, width, wide = (cute.sym_int() for _ in range(6))
+    key_heads = cute.sym_int() if heads_a_key > 1 else heads
+
+    def half(*shape):
+        return make_fake_tensor(number, shape, divisibility=8)
+
+    def single(*shape):
+        return make_fake_tensor(Float32, shape, divisibility=4)
+
+    whole_queries, query_sums, key_sums, value_sums = (cute.sym_int() for _ in range(4))
+    keys_like = half(rows, keys, key_heads, width), half(rows, keys, key_heads, wide)
+    gradients = keys_like
+    if heads_a_key > 1:
+        gradients = single(rows, key_heads, key_sums), single(rows, key_heads, value_sums)
+    unused = (None,) * 9, (None,) * 2  # lengths, windows and semaphores; sparse blocks and counts of tiles
+    compiled = cute.compile(
+        kernel, half(rows, queries, heads, width), *keys_like, half(rows, queries, heads, wide),
+        single(rows, heads, whole_queries), single(rows, heads, whole_queries), single(rows, heads, query_sums),
+        *gradients, Float32(1.0), *unused[0], AuxData(None, None), *unused[1],
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True), options="--enable-tvm-ffi",
+    )  # fmt: skip
+    return lambda *arguments: compiled(*arguments, *unused[0], AuxData(None, None), *unused[1])
+
+
+def _convert(sums: torch.Tensor, out: torch.Tensor, factor: float, of_queries: bool) -> None:
+    """Writes `factor` times the kernel's sums (B, H, whole tiles * width) to out (B, rows, H, width)."""
+    from flash_attn.cute import interface
+
+    interface._bwd_postprocess_convert(
+        sums, out, factor, None, None, 90, interface.torch2cute_dtype_map[out.dtype], out.shape[-1],
+        QUERIES if of_queries else KEYS, WARPGROUPS * 128,
+        LAYOUT["AtomLayoutMdQ" if of_queries else "AtomLayoutNdKV"],
+        LAYOUT["dQ_swapAB" if of_queries else "dKV_swapAB"],
+        hdim_multiple_of=64, fake_mode=False,
+    )  # fmt: skip
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where its rows, strides or address do not suit the copy engine."""
+    strides = [stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1]]
+    fits = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and not any(strides)
+    return tensor if fits else tensor.contiguous()
+
+
+def _differentiate(query, key, value, draw, lse, delta, scaling: float, dquery, dkey, dvalue) -> None:
+    """Writes the gradients of all heads of one kind.
+
+    Args:
+        query: (B, T, H, D).
+        key: (B, S, Hk, D).
+        value: (B, S, Hk, 2D).
+        draw: gradient of the maps' outputs (B, T, H, 2D).
+        lse: (B, H, T) in base 2, inf for a query that sees nothing.
+        delta: (B, H, T).
+        scaling: factor on the logits.
+        dquery: like query, contiguous.
+        dkey: like key, any strides that are multiples of 16 bytes.
+        dvalue: like value.
+    """
+    (batch, tokens, heads, dim), (_, num_keys, key_heads, wide) = query.shape, value.shape
+    whole_queries, whole_keys = -(-tokens // QUERIES) * QUERIES, -(-num_keys // KEYS) * KEYS
+    padding = (0, whole_queries - tokens)
+    lse = _aligned(nn.functional.pad(lse, padding, value=torch.inf))
+    delta = _aligned(nn.functional.pad(delta, padding))
+    dquery_sums = lse.new_zeros((batch, heads, whole_queries * dim))
+    shared = heads > key_heads
+    gradients = dkey, dvalue
+    if shared:
+        gradients = [lse.new_zeros((batch, key_heads, whole_keys * each)) for each in (dim, wide)]
+    arguments = (_aligned(each) for each in (query, key, value, draw))
+    _kernel(heads // key_heads, dim, query.dtype)(*arguments, lse, delta, dquery_sums, *gradients, scaling)
+    _convert(dquery_sums, dquery, scaling, True)
+    if shared:
+        _convert(gradients[0], dkey, scaling, False)
+        _convert(gradients[1], dvalue, 1.0, False)
+
+
+def backward(
+    epilogue_backward, dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling,
+    eps, out_scale,
+):  # fmt: skip
+    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs.
+
+    Args:
+        epilogue_backward: `launch`'s or `reference`'s, whose arguments it gets.
+        dout: and the rest as in `launch.backward`; intervals must be None.
+
+    Raises:
+        ValueError: there are intervals.
+    """
+    if first is not None:
+        raise ValueError('the flash backward takes causal order only: use backward="own" with first and last')
+    groups, ratio = signal_query.shape[2:4]
+    dsignal, dnoise, dkey, dvalue = gradients = [
+        torch.empty(each.shape, dtype=each.dtype, device=each.device)
+        for each in (signal_query, noise_query, key, value)
+    ]
+    if dout.numel() == 0:
+        return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
+    signals, wide_value = groups * ratio, value.flatten(3)  # (B, S, G, 2D)
+    dvalue_of_noise = torch.empty_like(dvalue)
+    with torch.cuda.device_of(key):
+        draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
+        _differentiate(
+            signal_query.flatten(2, 3), key[:, :, :, 0], wide_value, draw[:, :, :signals],
+            lse[:, :, :ratio].flatten(1, 2), delta[:, :signals], scaling,
+            dsignal.flatten(2, 3), dkey[:, :, :, 0], dvalue.flatten(3),
+        )  # fmt: skip
+        _differentiate(
+            noise_query, key[:, :, :, 1], wide_value, draw[:, :, signals:], lse[:, :, ratio], delta[:, signals:],
+            scaling, dnoise, dkey[:, :, :, 1], dvalue_of_noise.flatten(3),
+        )  # fmt: skip
+        dvalue += dvalue_of_noise
+    return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
