@@ -1,0 +1,10 @@
+"""Namespace of this build's operators (generated)."""
+
+import torch
+
+ops = torch.ops._decode_products_cpu_71b5bc6
+
+
+def add_op_namespace_prefix(op_name: str) -> str:
+    """Full name of an operator of this build."""
+    return f"_decode_products_cpu_71b5bc6::{op_name}"

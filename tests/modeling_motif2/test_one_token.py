@@ -1,0 +1,131 @@
+"""One token's products in the model: the same logits, in one graph, and the layer's own code where they do not fit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig
+from transformers.cache_utils import StaticCache
+
+import kernels_hub
+from tests.modeling_motif2.builders import random_ids, small_model
+
+
+def with_products(**overrides):
+    """A model with the products, and a list of the products' calls."""
+    model = small_model(**({"dtype": torch.float64, "ratio": 3} | overrides))
+    assert kernels_hub.use_decode_products(model) == kernels_hub.decode_products_in_use(model) != ""
+    called = []
+    for layer in model.model.layers:
+        functions = layer.products
+
+        def noted(*arguments, functions=functions, **options):
+            called.append(functions.namespace)
+            return functions.product(*arguments, **options)
+
+        layer.products = functions._replace(product=noted)
+    return model, called
+
+
+@pytest.mark.parametrize("attention", ["eager", "gda_kernel"])
+def test_generation_is_the_same(attention):
+    model, called = with_products()
+    plain = small_model(dtype=torch.float64, ratio=3)
+    if attention == "gda_kernel":
+        kernels_hub.use_gda_attention(model, attn_implementation=attention)
+    ids = random_ids(1, 7)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"output_logits": True}
+    with torch.compiler.set_stance("force_eager"):
+        for kind in ("dynamic", "static"):
+            called.clear()
+            found = model.generate(ids, cache_implementation=kind, **options)
+            wanted = plain.generate(ids, **options)
+            assert len(called) == 4 * 5 * len(model.model.layers)
+            torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
+            assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_a_step_is_one_graph_with_a_static_cache():
+    model, called = with_products(dtype=torch.float32)
+    kernels_hub.use_gda_attention(model, attn_implementation="gda_kernel")
+    ids = random_ids(1, 8)
+    cache = StaticCache(model.config, max_cache_len=12)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :6], past_key_values=cache, use_cache=True)
+        for index in (6, 7):
+            position = torch.tensor([[index]])
+            step = compiled(ids[:, index : index + 1], past_key_values=cache, use_cache=True, position_ids=position)
+            torch.testing.assert_close(step.logits[:, 0], expected[:, index])
+    assert called
+
+
+def test_generate_compiles_the_step_without_a_break():
+    model, _ = with_products(dtype=torch.float32, layers=1)
+    kernels_hub.use_gda_attention(model, attn_implementation="gda_kernel")
+    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    ids = random_ids(1, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    torch._dynamo.reset()
+    found = model.generate(ids, cache_implementation="static", compile_config=config, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert torch.equal(found, model.generate(ids, **options))
+
+
+def hooked(model):
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+def biased(model):
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype))
+
+
+def replaced(model):
+    class Other(nn.Linear):
+        pass
+
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = copy.deepcopy(attention.o_proj)
+    attention.o_proj.__class__ = Other
+
+
+@pytest.mark.parametrize("change", [hooked, biased, replaced])
+def test_a_projection_that_is_more_than_its_weight_runs_itself(change):
+    model, called = with_products(layers=1)
+    ids = random_ids(1, 1)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        assert len(called) == 4
+        change(model)
+        torch.testing.assert_close(model(ids).logits, wanted)
+    assert len(called) == 4
+
+
+def test_several_tokens_gradients_and_maps_run_the_layers_own_code():
+    model, called = with_products(layers=1)
+    with torch.no_grad():
+        model(random_ids(1, 2))
+        model(random_ids(2, 1))
+        assert model(random_ids(1, 1), output_attentions=True).attentions[0] is not None
+    model(random_ids(1, 1)).logits.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert called == []
+
+
+def test_sources():
+    model, _ = with_products(layers=1)
+    assert kernels_hub.use_decode_products(model, "torch") == kernels_hub.decode_products_in_use(model) == ""
+    with pytest.raises(ValueError, match="source is 'ours'"):
+        kernels_hub.use_decode_products(model, "ours")
+    with pytest.raises(ValueError, match="no layers that take products"):
+        kernels_hub.use_decode_products(nn.Linear(2, 2))
+    model = small_model(layers=2)
+    kernels_hub.use_decode_products(model)
+    model.model.layers[0].products = None
+    with pytest.raises(ValueError, match="different products"):
+        kernels_hub.decode_products_in_use(model)
