@@ -1,9 +1,10 @@
 """Grouped differential attention on one GPU: correct first, then our kernel beside the libraries, and a whole layer.
 
-    python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--output DIR] [--tiny]
+    python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--all_ways] [--output DIR]
 
 Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor,
-which a way marked "compiled" leaves to torch.compile;
+which a way marked "compiled" leaves to torch.compile. By default our kernel with either backward beside the fastest
+libraries (check and operator: two minutes on an H100); `--all_ways` adds the slower ones.
 "share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
 A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
@@ -32,15 +33,17 @@ from modeling_motif2 import Motif2Config, attention_choice, modeling_motif2
 PEAK = 989e12
 NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda", "weight")
 GROUPS, RATIO, DIM = 8, 4, 128
+CAUSAL_ONLY = ("ours, flash backward", "flash-attn-4 x4", "flash-attn-4 x4, compiled", "sdpa flash x4")
 # Largest relative error of a value and of a gradient against float64 in bfloat16.
 LIMITS = (1.5e-2, 3e-2)
 
 
-def ours(kernel) -> Callable:
-    """Our kernel on inputs in its shapes."""
+def ours(kernel, backward: str = "own") -> Callable:
+    """Our kernel on inputs in its shapes, with its own backward or FlashAttention-4's."""
 
     def attend(inputs, first=None, last=None):
-        return kernel.gda_attention(*inputs, out_scale=OUT_SCALE, eps=EPS, first=first, last=last)[0]
+        options = {"out_scale": OUT_SCALE, "eps": EPS, "first": first, "last": last, "backward": backward}
+        return kernel.gda_attention(*inputs, **options)[0]
 
     return attend
 
@@ -124,15 +127,11 @@ def flexible(device: torch.device) -> Callable:
     return attend
 
 
-def ways(kernel, device: torch.device) -> dict[str, Callable]:
-    """Everything that is compared, by name."""
-    found = {"ours": ours(kernel), "sdpa": library(None, False)}
+def ways(kernel, device: torch.device, everything: bool) -> dict[str, Callable]:
+    """What is compared, by name: the fastest libraries, or `everything`."""
+    found = {"ours": ours(kernel)}
     if device.type == "cuda":
         compiled = torch.compile(epilogue, dynamic=False)
-        found["sdpa flash x4"] = library(SDPBackend.FLASH_ATTENTION, False)
-        found["sdpa cudnn x4"] = library(SDPBackend.CUDNN_ATTENTION, False)
-        found["sdpa cudnn x4, compiled"] = library(SDPBackend.CUDNN_ATTENTION, False, compiled)
-        found["sdpa cudnn wide x2"] = library(SDPBackend.CUDNN_ATTENTION, True)
         try:
             from flash_attn.cute import flash_attn_func
         except ImportError as error:
@@ -140,7 +139,16 @@ def ways(kernel, device: torch.device) -> dict[str, Callable]:
         else:
             found["flash-attn-4 x4"] = flash4(flash_attn_func, epilogue)
             found["flash-attn-4 x4, compiled"] = flash4(flash_attn_func, compiled)
-    found["flex x4"] = flexible(device)
+        found["sdpa cudnn x4"] = library(SDPBackend.CUDNN_ATTENTION, False)
+        found["sdpa cudnn x4, compiled"] = library(SDPBackend.CUDNN_ATTENTION, False, compiled)
+    if everything or device.type == "cpu":
+        found["sdpa"] = library(None, False)
+        found["flex x4"] = flexible(device)
+    if everything and device.type == "cuda":
+        found["sdpa flash x4"] = library(SDPBackend.FLASH_ATTENTION, False)
+        found["sdpa cudnn wide x2"] = library(SDPBackend.CUDNN_ATTENTION, True)
+    if kernel.supports_flash_backward(DIM, torch.bfloat16, device):
+        found["ours, flash backward"] = ours(kernel, "flash")
     return found
 
 
@@ -181,13 +189,13 @@ def compile_tiles(kernel: str, tile: tuple[int, int, int, int]) -> None:
 class Suite:
     """The sections; sizes shrink where `tiny`."""
 
-    def __init__(self, report: Report, device: torch.device, tiny: bool):
+    def __init__(self, report: Report, device: torch.device, tiny: bool, everything: bool):
         self.report, self.device, self.tiny = report, device, tiny
         self.kernel = load_kernel()
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.heads = (2, 2, 16) if tiny else (GROUPS, RATIO, DIM)
         self.cases = [(2, 40), (1, 70)] if tiny else [(2, 4096), (1, 16384)]
-        self.ways = ways(self.kernel, device)
+        self.ways = ways(self.kernel, device, everything)
         self.wrong: set[str] = set()
 
     def inputs(self, batch: int, tokens: int, gradients: bool = True, dtype: torch.dtype | None = None) -> list:
@@ -209,10 +217,12 @@ class Suite:
             inputs = self.inputs(1, tokens)
             exact = [each.detach().double().requires_grad_() for each in inputs]
             with torch.no_grad():
-                like = self.ways["sdpa"](exact, **intervals)
+                like = library(None, False)(exact, **intervals)
             dout = torch.randn_like(like)
             wanted = values_and_gradients(library(None, False), exact, dout, **intervals)
             for name, way in self.ways.items():
+                if intervals and name in CAUSAL_ONLY:
+                    continue
                 try:
                     found = values_and_gradients(way, inputs, dout, **intervals)
                 except Exception as error:
@@ -272,11 +282,29 @@ class Suite:
                 self.time_way("operator", name, way, batch, tokens)
             except Exception as error:
                 print(f"{name} B{batch} T{tokens}: {type(error).__name__}: {str(error)[:200]}")
+        self.compare()
+
+    def compare(self) -> None:
+        """Prints forward, backward and both of every way, and how many times as long each other takes as ours."""
+        times = {}
+        for row in self.report.rows:
+            if row["section"] == "operator":
+                times.setdefault((row["shape"], row["name"]), {})[row["direction"]] = float(row["value"])
+        for shape in dict.fromkeys(shape for shape, _ in times):
+            here = {name: found for (where, name), found in times.items() if where == shape and len(found) == 2}
+            best = min((sum(found.values()) for name, found in here.items() if name.startswith("ours")), default=0.0)
+            print(f"\n{shape:26} {'forward':>9} {'backward':>9} {'both, ms':>9} {'times our best':>15}")
+            for name, found in here.items():
+                both = sum(found.values())
+                ratio = f"{both / best:15.2f}" if best else ""
+                print(f"{name:26} {found['forward']:9.3f} {found['backward']:9.3f} {both:9.3f} {ratio}")
 
     def packs(self) -> None:
         """One row of documents; SDPA goes over the whole square."""
         tokens = self.cases[-1][1]
         for name in ("ours", "flex x4", "sdpa cudnn x4" if self.device.type == "cuda" else "sdpa"):
+            if name not in self.ways:
+                continue
             try:
                 self.time_way("packed", name, self.ways[name], 1, tokens, **self.packed(tokens))
             except Exception as error:
@@ -359,7 +387,8 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,operator,packed,sweep,layer")
+    parser.add_argument("--sections", default="check,operator")
+    parser.add_argument("--all_ways", action="store_true", help="the slower libraries too")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
@@ -369,7 +398,7 @@ def main() -> int:
     torch._functorch.config.donated_buffer = False  # one graph's backward is timed again and again
     torch._dynamo.config.recompile_limit = 64  # FlexAttention runs uncompiled beyond it
     report = Report(options.output / ("gda_attention_tiny.csv" if options.tiny else "gda_attention.csv"), device)
-    suite = Suite(report, device, options.tiny)
+    suite = Suite(report, device, options.tiny, options.all_ways)
     sections = {"check": suite.check, "operator": suite.operator, "packed": suite.packs}
     sections |= {"sweep": suite.sweep, "layer": suite.layer}
     for name in options.sections.split(","):
