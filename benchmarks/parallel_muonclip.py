@@ -1,13 +1,14 @@
 """One optimizer step over the 12.7B's matrices, in the form of the report's Table 4, beside its peers.
 
     torchrun --nproc_per_node 8 benchmarks/parallel_muonclip.py --layers 40
-    torchrun --nproc_per_node 4 benchmarks/parallel_muonclip.py --layers 20
+    torchrun --nproc_per_node 4 benchmarks/parallel_muonclip.py --layers 20 40
     torchrun --nproc_per_node 2 benchmarks/parallel_muonclip.py --layers 10
 
-Each gives a rank the same share, that of all 40 layers on eight. First the results are compared with a float64
-polynomial; nothing is timed if one is wrong. Then every row is timed in this one run, beside the report's own, and
-written to `parallel_muonclip_x<ranks>_l<layers>.csv` in $OUT, else in benchmarks/results/. With --peers DIR, dion is
-timed too if DIR holds it. `--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its times mean nothing.
+The first number of layers gives a rank the same share each time, that of all 40 on eight; with further numbers only
+the table is timed. First the results are compared with a float64 polynomial; nothing is timed if one is wrong. Then
+every row is timed in this one run, beside the report's own, and written to `parallel_muonclip_x<ranks>_l<layers>.csv`
+in $OUT, else in benchmarks/results/. With --peers DIR, dion is timed too if DIR holds it. `--scale 64 --repeats 1` on
+gloo tries the program itself on a CPU; its times mean nothing.
 
 "Equivalent" TFLOPS count the classic form without symmetry (the table's own count), "executed" what the kernels do.
 """
@@ -95,6 +96,7 @@ class Bench:
         where = {"backend": "nccl", "device_id": self.device} if self.cuda else {"backend": "gloo"}
         dist.init_process_group(**where, timeout=timedelta(seconds=90))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.num_layers = arguments.layers[0]
         self.shapes = {name: (a // arguments.scale, b // arguments.scale) for name, (a, b) in LAYER.items()}
         self.renew_layers(copies=1)
         self.rows: list[dict] = []
@@ -107,7 +109,6 @@ class Bench:
             "device": torch.cuda.get_device_name() if self.cuda else "cpu",
             "torch": torch.__version__,
             "world_size": self.world_size,
-            "layers": arguments.layers,
         }
         self.folder = Path(os.environ.get("OUT") or root / "benchmarks" / "results")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ class Bench:
         self.layers: list[dict[str, nn.Parameter]] = []
         self.clean()
         self.share_out(copies)
-        self.layers = [self._new_layer() for _ in range(self.arguments.layers)]
+        self.layers = [self._new_layer() for _ in range(self.num_layers)]
 
     def own_rows(self, matrix: Tensor) -> Tensor:
         """This rank's rows of a whole matrix, in memory of their own."""
@@ -200,7 +201,7 @@ class Bench:
 
     def report(self, row: str, chunk, method: str, times: list[float], extra_mb: float) -> None:
         """Print and keep one row."""
-        shapes = [shape for _ in range(self.arguments.layers) for shape in self.shapes.values()]
+        shapes = [shape for _ in range(self.num_layers) for shape in self.shapes.values()]
         flops = Orthogonaliser("classic", "motif", "auto").kernels.newton_schulz_flops
         equivalent = sum(flops(*shape, method="classic", symmetric=False) for shape in shapes)
         executed = sum(flops(*shape, **executed_form(method)) for shape in shapes)
@@ -210,7 +211,8 @@ class Bench:
         values = (row, chunk, statistics.median(times), low, high, extra_mb, equivalent / seconds, executed / seconds)
         values = [value / 1e12 if index > 5 else value for index, value in enumerate(values)]
         reported = REPORTED.get(row, ("", ""))
-        self.rows.append(dict(zip(COLUMNS, (*values, *reported), strict=False)) | self.common)
+        found = dict(zip(COLUMNS, (*values, *reported), strict=False))
+        self.rows.append(found | self.common | {"layers": self.num_layers})
         figures = [f"{value:9.2f}" for value in values[2:]] + [f"{value:9}" for value in reported]
         self.say(f"| {row:34} | {chunk!s:>5} | " + " | ".join(figures) + " |")
 
@@ -234,7 +236,7 @@ class Bench:
     def save(self) -> None:
         """Write all rows so far."""
         if self.rank == 0:
-            name = f"parallel_muonclip_x{self.world_size}_l{self.arguments.layers}.csv"
+            name = f"parallel_muonclip_x{self.world_size}_l{self.num_layers}.csv"
             with open(self.folder / name, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
@@ -311,7 +313,7 @@ def time_newton_schulz(bench: Bench) -> None:
     shapes = list(bench.shapes.values())
     work = []  # (batch, times)
     for shape in sorted(set(shapes)):
-        count = shapes.count(shape) * bench.arguments.layers // bench.world_size
+        count = shapes.count(shape) * bench.num_layers // bench.world_size
         batch = max(1, 2 * largest // (shape[0] * shape[1]))
         matrices = torch.randn(min(batch, count), *shape, device=bench.device)
         matrices = matrices.bfloat16() if bench.cuda else matrices
@@ -350,7 +352,7 @@ def time_link(bench: Bench) -> None:
 def whole_share(bench: Bench) -> list[nn.Parameter]:
     """As many whole matrices as a rank owns, with gradients."""
     parameters = []
-    for index in range(bench.arguments.layers * len(bench.shapes)):
+    for index in range(bench.num_layers * len(bench.shapes)):
         if index % bench.world_size == bench.rank:
             shape = list(bench.shapes.values())[index // bench.world_size % len(bench.shapes)]
             parameters.append(nn.Parameter(torch.randn(shape, device=bench.device)))
@@ -385,7 +387,7 @@ def time_dion(bench: Bench) -> None:
 def main() -> None:
     """Check, time, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=10, help="decoder layers of the 12.7B")
+    parser.add_argument("--layers", type=int, nargs="+", default=[10], help="decoder layers of the 12.7B")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps a row")
     parser.add_argument("--scale", type=int, default=1, help="divide all dimensions, to try the program on a CPU")
     parser.add_argument("--peers", default="", help="folder that holds the package dion")
@@ -403,8 +405,13 @@ def main() -> None:
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
     bench.section("dion", lambda: time_dion(bench))
     bench.section("HSDP, two copies", lambda: time_copies(bench, first))
+    rows = bench.rows
+    for layers in bench.arguments.layers[1:]:
+        bench.rows, bench.num_layers = [], layers
+        bench.renew_layers(copies=1)
+        bench.section(f"{layers} layers", lambda: time_table(bench, TABLE))
+    bench.rows, bench.num_layers = rows, bench.arguments.layers[0]
     bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
-    bench.save()
     bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     if bench.failed:
         os._exit(1)  # what failed may have left a collective behind, which an orderly end would wait for
