@@ -1,10 +1,12 @@
 """Decoding and prefill on one GPU: our kernel's step beside SDPA, Motif-2 beside Llama and DiffLlama, and the 12.7B.
 
-    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size] [--output DIR] [--tiny]
+    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size,generate] [--output DIR] [--tiny]
 
-Steps run from a static cache as a captured CUDA graph. "share" is that of a copy's bandwidth in the same run, by the
-bytes a step must read: the cache (keys of both maps and values, once) and, for models, the weights but the embedding.
-Weights are random. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
+Steps run from a static cache as a captured CUDA graph, with a mask made before, as `generate` does it. "share" is that
+of a copy's bandwidth in the same run, by the bytes a step must read: the cache (keys of both maps and values, once)
+and, for models, the weights but the embedding. "compiled" is the step as one graph of Inductor's, "products" with
+`kernels_hub.use_decode_products`; both must give the eager step's logits first. Weights are random.
+`--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
 Shapes: B rows, S keys (the context), G groups, r signal heads a group, D head dimension.
 """
@@ -31,7 +33,15 @@ from attention_cases import (
     relative,
 )
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.masking_utils import create_masks_for_generate
 
 import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
@@ -39,9 +49,11 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 GROUPS, RATIO, DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
+LARGEST_DIFFERENCE = 3e-2  # of a compiled step's logits (assumption: rounding through 40 layers in bfloat16)
 CACHE_BYTES = 40 * 2**30  # larger caches are left out (assumption: what an 80 GB GPU has beside the weights)
-# With coordinate descent a product with one row becomes a sum that Inductor tiles itself.
-COMPILE_OPTIONS = {"coordinate_descent_tuning": True} if torch.cuda.is_available() else {}
+# With coordinate descent a product with one row becomes a sum that Inductor tiles itself; combo kernels put small
+# kernels that do not depend on each other into one launch.
+INDUCTOR = {"coordinate_descent_tuning": True, "combo_kernels": True}
 COMPILED = ("llama sdpa", "motif2 gda_kernel")
 # A model of 1.3B parameters without embeddings, as for the training table.
 SIZES = {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 8192, "vocab_size": 32000}
@@ -144,33 +156,40 @@ class Suite:
         note = f"{batch / value * 1e3:.0f} tokens/s"
         self.report.add(section, name, shape, "step", value, "ms", share=share, peak_gib=peak, note=note, **times)
 
-    def one_step(self, model, batch: int, context: int) -> tuple[Callable, int]:
-        """A model's step from a filled cache, and the bytes of weights and cache that it must read."""
-        length = context + 10 * self.new_tokens
-        cache = filled_cache(model, batch, context, length, self.device)
+    def one_step(self, model, batch: int, context: int) -> tuple[Callable, int, StaticCache]:
+        """A model's step from a filled cache, the bytes of weights and cache that it must read, and the cache."""
+        cache = filled_cache(model, batch, context, context + 10 * self.new_tokens, self.device)
         ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
         positions = torch.full((batch, 1), context, device=self.device)
-        mask = None
-        if model.config._attn_implementation == "eager":
-            # transformers makes eager's own mask by way of a tensor on the host, which no graph can capture.
-            seen = torch.arange(length, device=self.device) <= context
-            mask = torch.zeros(batch, 1, 1, length, device=self.device, dtype=self.dtype)
-            mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
+        make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        embeds = torch.empty(batch, 1, 0, device=self.device, dtype=self.dtype)
+        mask = make(config=model.config, inputs_embeds=embeds, attention_mask=None, past_key_values=cache)
 
         def step():
             arguments = {"past_key_values": cache, "position_ids": positions, "attention_mask": mask}
             return model(ids, **arguments, use_cache=True).logits
 
-        return step, parameters_read(model) + batch * context * self.cache_bytes(model.config)
+        return step, parameters_read(model) + batch * context * self.cache_bytes(model.config), cache
 
     def cache_bytes(self, config) -> int:
         """Bytes of one token's keys and values in all layers."""
         return 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize * config.num_hidden_layers
 
-    def compiled(self, step: Callable) -> Callable:
-        """The step as one graph of Inductor's."""
+    def compiled(self, step: Callable, cache: StaticCache, context: int) -> Callable:
+        """The step as one graph of Inductor's, once it gives what the step itself gives."""
         torch._dynamo.reset()
-        return torch.compile(step, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        options = INDUCTOR if self.device.type == "cuda" else {}
+        function = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        started, outputs = time.perf_counter(), []
+        for each in (step, function):
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(context)
+            outputs.append(each().clone())
+        error = relative(outputs[1], outputs[0])
+        print(f"compiled in {time.perf_counter() - started:.0f} s, logits differ by {error:.1e}", flush=True)
+        if not error < LARGEST_DIFFERENCE:
+            raise AssertionError(f"compiled logits differ by {error:.1e}, more than {LARGEST_DIFFERENCE:.0e}")
+        return function
 
     def decode_steps(self, section: str, name: str, model, batch: int, context: int, compiled: bool = False) -> None:
         """Times a model's step; what is too large for the GPU, or fails, is left out."""
@@ -184,9 +203,9 @@ class Suite:
             torch.cuda.reset_peak_memory_stats()
         try:
             with torch.no_grad():
-                step, read = self.one_step(model, batch, context)
+                step, read, cache = self.one_step(model, batch, context)
                 if compiled:
-                    name, step = f"{name} compiled", self.compiled(step)
+                    name, step = f"{name} compiled", self.compiled(step, cache, context)
                 self.step(section, name, shape, step, read, batch)
         except Exception as error:
             print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
@@ -198,8 +217,9 @@ class Suite:
                 continue
             model = self.made(name, make)
             with torch.no_grad():
-                step, _ = self.one_step(model, 1, self.contexts[0])
-                for suffix, function in (("", step), (" compiled", self.compiled(step))):
+                context = self.contexts[0]
+                step, _, cache = self.one_step(model, 1, context)
+                for suffix, function in (("", step), (" compiled", self.compiled(step, cache, context))):
                     for _ in range(3):
                         function()
                     with torch.profiler.profile() as profiler:
@@ -264,31 +284,70 @@ class Suite:
                 kernels_hub.use_polynorm(model, "auto", training=False)
         model.config._attn_implementation = attention
 
-    def full_size(self) -> None:
-        """Motif-2-12.7B in bfloat16: prefill and decoding, ours and SDPA."""
+    def full_size_model(self) -> Motif2ForCausalLM:
+        """Motif-2-12.7B, random weights."""
         sizes = {**TINY, "num_attention_heads": 6, "num_key_value_heads": 4, "num_noise_heads": 2, "head_dim": 16}
         config = Motif2Config(**(sizes if self.tiny else {"use_cache": True}))
-        started = time.perf_counter()
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                model = Motif2ForCausalLM(config).to(self.dtype).eval()
+                return Motif2ForCausalLM(config).to(self.dtype).eval()
         finally:
             torch.set_default_dtype(torch.float32)
+
+    def full_size(self) -> None:
+        """Motif-2-12.7B in bfloat16: one token at batch 1 first, then batches, prefill, and SDPA."""
+        model = self.full_size_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        note = f"built in {time.perf_counter() - started:.0f} s"
-        self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B", note=note)
-        for attention in ("sdpa", "gda_kernel"):
+        self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B")
+        self.prepare(model, "gda_kernel")
+        short, long = self.contexts[:2]
+        self.decode_steps("full_size", "gda_kernel", model, 1, short)
+        kernels_hub.use_decode_products(model, "local")
+        for context in (short, long):
+            self.decode_steps("full_size", "gda_kernel products", model, 1, context, compiled=True)
+        kernels_hub.use_decode_products(model, "torch")
+        self.decode_steps("full_size", "gda_kernel", model, 1, short, compiled=True)
+        for attention in ("gda_kernel", "sdpa"):
             self.prepare(model, attention)
+            for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), (short, long)):
+                if attention == "sdpa" or (batch, context) != (1, short):
+                    self.decode_steps("full_size", attention, model, batch, context)
             for batch, tokens in ((1, 30),) if self.tiny else ((1, 4096), (1, 16384), (4, 4096)):
                 try:
                     self.prefill(model, attention, batch, tokens)
                 except Exception as error:
                     print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
-            for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), self.contexts[:2]):
-                self.decode_steps("full_size", attention, model, batch, context)
-        for context in self.contexts[:2]:
-            self.decode_steps("full_size", "gda_kernel", model, 1, context, compiled=True)
+
+    def generate(self) -> None:
+        """Tokens a second of transformers' `generate` with the 12.7B, as a user calls it: static cache, compiled."""
+        model = self.full_size_model()
+        self.prepare(model, "gda_kernel")
+        kernels_hub.use_decode_products(model, "local")
+        prompt, few, many = (8, 3, 5) if self.tiny else (1024, 32, 160)
+        ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=self.device)
+        on_gpu = self.device.type == "cuda"
+        options = INDUCTOR | {"triton.cudagraphs": True} if on_gpu else {}
+        compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
+        compile_config._compile_all_devices = True
+        cache = StaticCache(config=model.config, max_cache_len=prompt + many)
+        seconds = {}
+        for tokens in (few, few, many):  # the first compiles
+            cache.reset()
+            started = time.perf_counter()
+            written = model.generate(
+                ids, past_key_values=cache, compile_config=compile_config, max_new_tokens=tokens, do_sample=False,
+                eos_token_id=None,
+            )  # fmt: skip
+            assert written.shape[1] == prompt + tokens
+            written.sum().item()  # waits for the device
+            seconds.setdefault(tokens, []).append(time.perf_counter() - started)
+        value = 1e3 * (seconds[many][-1] - seconds[few][-1]) / (many - few)
+        read = parameters_read(model) + (prompt + many) * self.cache_bytes(model.config)
+        note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s"
+        share = read / self.bandwidth / value * 1e3
+        shape = f"B1 S{prompt}"
+        self.report.add("generate", "gda_kernel products", shape, "step", value, "ms", share=share, note=note)
 
     def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
         """Tokens a second of a prompt without a cache, logits of the last token only."""
@@ -313,7 +372,7 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,kernel,profile,models,full_size")
+    parser.add_argument("--sections", default="check,kernel,profile,models,full_size,generate")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
@@ -323,7 +382,8 @@ def main() -> int:
     report = Report(options.output / ("decode_tiny.csv" if options.tiny else "decode.csv"), device)
     suite = Suite(report, device, options.tiny)
     sections = {"check": suite.check, "kernel": suite.time_kernel}
-    sections |= {"profile": suite.profile, "models": suite.models, "full_size": suite.full_size}
+    sections |= {"profile": suite.profile, "models": suite.models}
+    sections |= {"full_size": suite.full_size, "generate": suite.generate}
     for name in options.sections.split(","):
         if not report.section(name, sections[name]) and name == "check":
             break  # nothing is timed on a red check
