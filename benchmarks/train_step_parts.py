@@ -106,16 +106,14 @@ def time_head(bench, shape: Shape, vocabulary: int) -> None:
 def cpu_mark(bench, shape: Shape) -> None:
     """A 10M model's step beside a Llama of the same size, in turns, on one thread, and what the arithmetic allows."""
     torch.set_num_threads(1)
-    ours, peers = [], []
+    ours, compiled, peers = [], [], []
     for _ in range(bench.arguments.rounds):
-        run = OurRun(shape, Variant("eager"))
-        ours.append(run.time(1, bench.arguments.repeats))
-        config = run.config
-        run.close()
+        for variant, timings in ((Variant("eager"), ours), (Variant("compiled", compiled=True), compiled)):
+            run = OurRun(shape, variant, backend="inductor")
+            timings.append(run.time(1, bench.arguments.repeats))
+            config = run.config
+            run.close()
         peers.append(trainer_run(shape, "Llama", 1, bench.arguments.repeats))
-    run = OurRun(shape, Variant("compiled", compiled=True), backend="inductor")
-    compiled = [run.time(1, 2 * bench.arguments.repeats)]
-    run.close()
     taken = {}
     for name, timings in (
         ("Motif-2", ours),
