@@ -56,7 +56,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def track_max_logits(model: nn.Module, enabled: bool = True, gate: float | None = None) -> None:
+def track_max_logits(
+    model: nn.Module, enabled: bool = True, gate: float | None = None, only_with_grad: bool | None = None
+) -> None:
     """Makes every attention keep `max_logits`, the running maximum of its scaled logits by head; or stops it.
 
     The tensor is (H,), float32, in q_proj's head order, starts at -inf, covers visible positions only and lives on the
@@ -67,13 +69,22 @@ def track_max_logits(model: nn.Module, enabled: bool = True, gate: float | None 
         enabled: False forgets what was kept.
         gate: only maxima above it need be exact; below it a cheap bound, from the exact maximum up to the gate, may
             stand for them. QK-clip asks no more of logits under its threshold. None: exact always.
+        only_with_grad: leave forwards under `torch.no_grad` out: evaluation, generation and rollouts between two steps
+            of an optimizer made no gradient, and QK-clip must not act on them. None: as it was, at first False.
     """
     for attention in attention_modules(model):
         attention.max_logits_gate = gate
+        if only_with_grad is not None:
+            attention.max_logits_only_with_grad = only_with_grad
         if not enabled:
             attention.max_logits = None
         elif attention.max_logits is None:
             attention.max_logits = _new_state(attention, -torch.inf, extra=0)
+
+
+def keeps_max_logits(attention: nn.Module) -> bool:
+    """Whether this forward of an attention counts for its maximum logits."""
+    return attention.max_logits is not None and (torch.is_grad_enabled() or not attention.max_logits_only_with_grad)
 
 
 def track_output_norms(model: nn.Module, enabled: bool = True) -> None:
@@ -115,17 +126,18 @@ def reset_max_logits(model: nn.Module) -> None:
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[list[LayerStatistics]]:
-    """Records every forward inside the block.
+    """Records every forward inside the block, with and without gradients.
 
     Yields:
         A list that holds one `LayerStatistics` a layer once the block has ended. A tracking of maximum logits that was
         already on keeps its own values, and misses what happens inside.
     """
     modules = attention_modules(model)
-    before = [(attention.max_logits, attention.output_norms, attention.max_logits_gate) for attention in modules]
+    names = ("max_logits", "output_norms", "max_logits_gate", "max_logits_only_with_grad")
+    before = [{name: getattr(attention, name) for name in names} for attention in modules]
     for attention in modules:
         attention.max_logits = attention.output_norms = None
-    track_max_logits(model)
+    track_max_logits(model, only_with_grad=False)
     track_output_norms(model)
     statistics: list[LayerStatistics] = []
     try:
@@ -133,7 +145,8 @@ def record_attention(model: nn.Module) -> Iterator[list[LayerStatistics]]:
     finally:
         statistics.extend(_layer_statistics(attention) for attention in modules)
         for attention, state in zip(modules, before, strict=True):
-            attention.max_logits, attention.output_norms, attention.max_logits_gate = state
+            for name, value in state.items():
+                setattr(attention, name, value)
 
 
 @torch.no_grad()

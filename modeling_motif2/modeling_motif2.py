@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_choice import Way, attend_with_kernel, choose
 from .configuration_motif2 import Motif2Config
-from .diagnostics import raise_max_logits, update_max_logits, update_output_norms
+from .diagnostics import keeps_max_logits, raise_max_logits, update_max_logits, update_output_norms
 from .gradient_layout import keep_gradient_layout
 from .hub import Motif2HubMixin
 from .masks import (
@@ -300,6 +300,7 @@ class Motif2Attention(nn.Module):
         max_logits: (H,) float32 in q_proj's head order, the running maximum of the scaled logits over visible
             positions; None unless `diagnostics.track_max_logits` turned it on.
         max_logits_gate: logits up to which a bound may stand for the maximum; None: the maximum is exact.
+        max_logits_only_with_grad: forwards without gradients do not count.
         output_norms: (H + 1,) float32, sums kept by `diagnostics.track_output_norms`; None when off.
         kernel: functions `attend`, `decode` and `supports` that do both maps and the norm in one, put in by
             `kernels_hub.use_gda_attention`, or None; `attention_choice` says when they run.
@@ -318,6 +319,7 @@ class Motif2Attention(nn.Module):
         self.lambda_init = lambda_init(layer_idx)
         self.max_logits: torch.Tensor | None = None
         self.max_logits_gate: float | None = None
+        self.max_logits_only_with_grad = False
         self.output_norms: torch.Tensor | None = None
         self.kernel: Any = None
 
@@ -425,9 +427,9 @@ class Motif2Attention(nn.Module):
         by_kernel = way is not None and not way.backend
         if by_kernel:
             output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask, way.backward)
-        if self.max_logits is not None and largest is None:
+        if keeps_max_logits(self) and largest is None:
             update_max_logits(self, signal_query, noise_query, key, visible)
-        elif self.max_logits is not None:
+        elif keeps_max_logits(self):
             raise_max_logits(self, largest)
         if by_kernel:
             return output, None
@@ -706,7 +708,7 @@ class Motif2Model(Motif2PreTrainedModel):
 
     def _is_recording(self) -> bool:
         modules = (layer.self_attn for layer in self.layers if isinstance(layer, Motif2DecoderLayer))
-        return any(module.max_logits is not None or module.output_norms is not None for module in modules)
+        return any(keeps_max_logits(module) or module.output_norms is not None for module in modules)
 
     @staticmethod
     def _default_positions(

@@ -204,7 +204,7 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
     use_polynorm(model, source=config.kernels, training=True, **trust)
     if config.attn_implementation in ATTENTIONS:
         use_gda_attention(model, attn_implementation=config.attn_implementation)
-    track_max_logits(model)
+    track_max_logits(model, only_with_grad=True)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     return model

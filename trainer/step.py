@@ -209,9 +209,6 @@ class TrainStep:
     def evaluate(self, batches: list[dict[str, torch.Tensor]]) -> float:
         """Mean held-out loss over `batches`, which all ranks give alike and share."""
         rank, ranks = self.data_rank, self.data_ranks
-        tracked = [attention.max_logits for attention in self.attentions]
-        for attention in self.attentions:
-            attention.max_logits = None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for index in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
@@ -219,8 +216,6 @@ class TrainStep:
                 losses, counted = self.token_losses(**batches[min(index, len(batches) - 1)])
             if index < len(batches):  # a rank without a batch of its own only keeps the others company
                 sums += torch.stack([losses.double().sum(), counted.sum().double()])
-        for attention, max_logits in zip(self.attentions, tracked, strict=True):
-            attention.max_logits = max_logits
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return total / count
 

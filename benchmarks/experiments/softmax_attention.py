@@ -39,6 +39,7 @@ class SoftmaxAttention(nn.Module):
             raise ValueError(f"num_attention_heads is {heads}: use a multiple of num_key_value_heads {keys}")
         self.layer_idx, self.head_dim, self.num_keys = layer_idx, dim, keys
         self.max_logits = self.max_logits_gate = self.output_norms = None  # what the trainer looks for
+        self.max_logits_only_with_grad = False
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys * dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys * dim, bias=False)

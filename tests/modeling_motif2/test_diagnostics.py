@@ -73,6 +73,24 @@ def test_tracking_leaves_values_and_gradients_alone_and_survives_checkpointing()
         assert not module.max_logits.requires_grad
 
 
+def test_forwards_without_gradients_can_be_left_out():
+    model = small_model(attention="sdpa")
+    track_max_logits(model, only_with_grad=True)
+    track_max_logits(model)  # asks for exact maxima, and leaves alone which forwards count
+    first, second = random_ids(2, 9).split(1)
+    with torch.no_grad():
+        model(first)
+    model.generate(first, max_new_tokens=2)
+    assert all(torch.isneginf(module.max_logits).all() for module in attention_modules(model))
+    recorded = attention_statistics(model, input_ids=first)
+    assert all(layer.max_logits.isfinite().all() for layer in recorded)
+    model(second)
+    largest, _ = expected_statistics(model, second)
+    for layer, module in enumerate(attention_modules(model)):
+        expected = torch.tensor([largest[layer, head] for head in range(6)])
+        torch.testing.assert_close(module.max_logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_backbone_alone_tracks_too():
     model = small_model()
     track_max_logits(model)

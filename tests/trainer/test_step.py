@@ -223,6 +223,13 @@ def test_attention_kernels_are_chosen_for_forward_and_backward_alike(monkeypatch
     assert inside == []
 
 
+def test_evaluation_leaves_the_maximum_logits_of_training_alone():
+    step = make_step("one")
+    rows = batch(step, 1)
+    step.evaluate([{name: getattr(rows, name) for name in ("input_ids", "labels", "position_ids")}])
+    assert all(torch.isneginf(attention.max_logits).all() for attention in step.attentions)
+
+
 @pytest.mark.slow
 def test_step_and_optimizer_need_no_library_that_they_do_not_use():
     program = """

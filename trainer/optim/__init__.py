@@ -36,9 +36,10 @@ def build_muon_clip(
         options: further arguments of `ParallelMuonClip`, such as `momentum`, `chunk_size` or `qk_clip_rule`.
 
     Returns:
-        ParallelMuonClip: the optimizer. Unless QK-clip is off, the model's maximum logits are tracked from now on,
-            exactly above the threshold; below it a cheap bound stands for them (`track_max_logits(model)` afterwards
-            makes all of them exact, at the price of one more product of queries and keys a layer).
+        ParallelMuonClip: the optimizer. Unless QK-clip is off, the model's maximum logits are tracked from now on, in
+            forwards with gradients, exactly above the threshold; below it a cheap bound stands for them
+            (`track_max_logits(model)` afterwards makes all of them exact, at the price of one more product of queries
+            and keys a layer).
 
     Raises:
         ValueError: names or settings that fit nothing in the model.
@@ -87,4 +88,4 @@ def _clippable_attentions(model: nn.Module) -> list[nn.Module]:
 def _track_max_logits(model: nn.Module, attention: nn.Module, threshold: float) -> None:
     """Turn tracking on through the attention's own package, which for remote code is not `modeling_motif2`."""
     package = type(attention).__module__.rpartition(".")[0]
-    importlib.import_module(f"{package}.diagnostics").track_max_logits(model, gate=threshold)
+    importlib.import_module(f"{package}.diagnostics").track_max_logits(model, gate=threshold, only_with_grad=True)

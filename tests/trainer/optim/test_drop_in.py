@@ -69,6 +69,24 @@ def test_training_lowers_the_loss_and_clips():
     assert optimizer.clip_report()["max_logit"] < 0.5
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_of_evaluation_and_generation_do_not_clip(training):
+    model, ids = tiny_model(initializer_range=0.3).train(training), tokens()
+    optimizer = build_muon_clip(model, lr=0.01, weight_decay=0.0, qk_clip_threshold=0.5)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.clip_report()["clipped_heads"] == 0
+    assert all(map(torch.equal, model.parameters(), before))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # fine-tuning in eval mode clips too
+    optimizer.step()
+    assert optimizer.clip_report()["clipped_heads"] > 0
+
+
 def test_qk_clip_can_be_switched_off():
     model = tiny_model()
     optimizer = build_muon_clip(model, lr=0.01, qk_clip_threshold=None)
