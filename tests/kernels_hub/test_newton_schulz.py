@@ -81,12 +81,26 @@ def test_nearly_square_matrices_are_no_worse_than_the_classic_form(columns, coef
     assert relative_error(gram, reference) < relative_error(classic, reference)
 
 
+@pytest.mark.parametrize("columns", [130, 512])
+@pytest.mark.parametrize("num_steps", [6, 7, 10])
+def test_more_steps_are_no_worse_than_in_the_classic_form(num_steps, columns):
+    steps = COEFFICIENTS["jordan"][:1] * num_steps
+    for spectrum in ERRORS:
+        matrix = draw(128, columns, spectrum)
+        reference = newton_schulz(matrix, "classic", steps)
+        classic = newton_schulz(matrix.float(), "classic", steps, compute_dtype=torch.bfloat16)
+        gram = newton_schulz(matrix.float(), "gram", steps, compute_dtype=torch.float16)
+        assert relative_error(gram, reference) < 0.5 * relative_error(classic, reference), spectrum
+
+
 def test_default_restarts():
     assert package.default_restarts(4096, 4096) == (2, 3)
     assert package.default_restarts(5120, 4096) == (2,)
     assert package.default_restarts(4096, 5119) == (2, 3)
     assert package.default_restarts(8, 8, num_steps=3) == (2,)
     assert package.default_restarts(8, 8, num_steps=2) == ()
+    assert package.default_restarts(8, 16, num_steps=7) == (2, 4, 6)
+    assert package.default_restarts(8, 8, num_steps=6) == (2, 3, 4)
     flops = package.newton_schulz_flops
     assert flops(64, 64) == flops(64, 64, restarts=(2,)), "the second restart is free for a square"
     matrix = torch.randn(6, 9)

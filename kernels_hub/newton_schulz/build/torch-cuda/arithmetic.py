@@ -8,14 +8,17 @@ NEARLY_SQUARE = 1.25
 
 
 def default_restarts(rows: int, columns: int, num_steps: int = 5) -> tuple[int, ...]:
-    """Restarts of the Gram form for a shape: before step 2, and before step 3 too where a matrix is nearly square.
+    """Restarts of the Gram form: before step 2, before step 3 where a matrix is nearly square, and later every second.
 
     A nearly square matrix has singular values close to zero, which the Gram matrix holds squared: with one restart its
     error in float16 can exceed that of the classic form in bfloat16. The second restart costs 3 s^2 (l - s), nothing
-    for a square. `NEARLY_SQUARE`, the ratio below which it is made, is an assumption.
+    for a square. `NEARLY_SQUARE`, the ratio below which it is made, is an assumption. Three steps after the last
+    restart are as many as five steps need. Where there are more, the drift goes on growing, to NaN after ten: then
+    X is updated before step 4, step 6 and so on.
     """
     nearly_square = max(rows, columns) < NEARLY_SQUARE * min(rows, columns)
-    return tuple(step for step in ((2, 3) if nearly_square else (2,)) if step < num_steps)
+    later = range(4, num_steps, 2) if num_steps > 5 else ()
+    return tuple(step for step in (2, *((3,) if nearly_square else ()), *later) if step < num_steps)
 
 
 def newton_schulz_flops(

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_rocm_6008f26
+ops = torch.ops._newton_schulz_rocm_7966a60
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_rocm_6008f26::{op_name}"
+    return f"_newton_schulz_rocm_7966a60::{op_name}"
