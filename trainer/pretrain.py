@@ -83,7 +83,7 @@ def _describe_memory(config: PretrainConfig, architecture: Motif2Config) -> str:
     gpus, plan = config.dry_run_gpus, config.batch_plan()
     shards = config.dry_run_shards or gpus
     length, rows = plan.shape(config.total_tokens)
-    rank_tokens = max(length, rows * length // gpus)
+    rank_tokens = max(length, rows * length * config.tensor_parallel // gpus)  # those ranks have the same rows
     micro = min(config.micro_batch_tokens or rank_tokens, rank_tokens)
     chunked = config.loss == "chunked" or (
         config.loss == "auto" and BYTES_FLOAT32 * micro * architecture.vocab_size > FULL_LOGITS_BYTES
