@@ -29,7 +29,7 @@ def group_parameters(
     weight_decay: float = 0.1,
     learning_rates: Mapping[str, float] | None = None,
     weight_decays: Mapping[str, float] | None = None,
-    adamw_patterns: Iterable[str] = (),
+    adamw_patterns: str | Iterable[str] = (),
 ) -> list[dict]:
     """Sort the trainable parameters into groups for `MuonClip` or `ParallelMuonClip`.
 
@@ -39,7 +39,7 @@ def group_parameters(
         weight_decay: decoupled decay of matrices, embeddings and head; the other groups have none by default.
         learning_rates: learning rate by group name.
         weight_decays: weight decay by group name.
-        adamw_patterns: regular expressions; a matrix whose name contains a match goes to AdamW's group "other".
+        adamw_patterns: one or more regular expressions; a matrix whose name has a match goes to AdamW's group "other".
 
     Returns:
         list: one dict a group that is not empty: params, names, group_name, algorithm, lr, weight_decay.
@@ -49,12 +49,13 @@ def group_parameters(
             matrix under a name that is AdamW's (norms, PolyNorm, lambda).
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUP_NAMES}
-    unmatched = set(adamw_patterns)
+    patterns = {adamw_patterns} if isinstance(adamw_patterns, str) else set(adamw_patterns)
+    unmatched = set(patterns)
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         group = _group_of(name, parameter)
-        hits = {pattern for pattern in adamw_patterns if group == MATRICES and re.search(pattern, name)}
+        hits = {pattern for pattern in patterns if group == MATRICES and re.search(pattern, name)}
         unmatched -= hits
         members["other" if hits else group].append((name, parameter))
     if unmatched:

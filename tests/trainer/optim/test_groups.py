@@ -53,6 +53,13 @@ def test_settings_by_group_and_patterns():
     assert "model.layers.0.mlp.down_proj.weight" in by_name["other"]["names"]
 
 
+@pytest.mark.parametrize("patterns", ["down_proj", (pattern for pattern in ["q_proj", "down_proj"])])
+def test_patterns_may_be_one_string_or_a_generator(patterns):
+    groups = {group["group_name"]: group for group in group_parameters(parameters(), 0.1, adamw_patterns=patterns)}
+    assert "model.layers.0.mlp.down_proj.weight" in groups["other"]["names"]
+    assert ("matrices" in groups) == isinstance(patterns, str)  # the other takes both matrices
+
+
 def test_frozen_parameters_are_left_out():
     named = parameters()
     named[0][1].requires_grad_(False)
