@@ -1,6 +1,8 @@
 """MuonClip for Motif-2: `build_muon_clip(model, lr=…)` for any loop, `MuonClipFactory` for TRL and transformers."""
 
+import contextlib
 import importlib
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -18,7 +20,7 @@ def build_muon_clip(
     adamw_lr: float | None = None,
     learning_rates: dict[str, float] | None = None,
     weight_decays: dict[str, float] | None = None,
-    adamw_patterns: tuple[str, ...] = (),
+    adamw_patterns: str | Iterable[str] = (),
     qk_clip_threshold: float | None = 100.0,
     **options,
 ) -> ParallelMuonClip:
@@ -28,12 +30,13 @@ def build_muon_clip(
         model: a Motif-2 model, possibly wrapped (PEFT, compile, DDP) or sharded (FSDP2, tensor parallelism).
         lr: learning rate of the matrices.
         weight_decay: decoupled decay of matrices, embeddings and head.
-        adamw_lr: learning rate of all other groups; `lr` where None.
+        adamw_lr: learning rate of all other groups, also of those added later; `lr` where None.
         learning_rates: learning rate by group name (see `groups.GROUP_NAMES`); wins over `lr` and `adamw_lr`.
         weight_decays: weight decay by group name; wins over `weight_decay`.
-        adamw_patterns: regular expressions of matrices that AdamW shall take.
+        adamw_patterns: regular expressions, or one, of matrices that AdamW shall take.
         qk_clip_threshold: largest attention logit left alone; None switches QK-clip off.
-        options: further arguments of `ParallelMuonClip`, such as `momentum`, `chunk_size` or `qk_clip_rule`.
+        options: further arguments of `ParallelMuonClip`, such as `momentum`, `chunk_size` or `qk_clip_rule`; not
+            `attentions`, which are the model's.
 
     Returns:
         ParallelMuonClip: the optimizer. Unless QK-clip is off, the model's maximum logits are tracked from now on, in
@@ -42,8 +45,10 @@ def build_muon_clip(
             and keys a layer).
 
     Raises:
-        ValueError: names or settings that fit nothing in the model.
+        ValueError: names or settings that fit nothing in the model, or out of range; the model is left as it was.
     """
+    if "attentions" in options:
+        raise ValueError("attentions are found in the model: leave them out, or make ParallelMuonClip itself")
     groups = group_parameters(
         model.named_parameters(), lr, weight_decay, learning_rates, weight_decays, adamw_patterns
     )
@@ -54,15 +59,12 @@ def build_muon_clip(
             and group["group_name"] not in (learning_rates or {})
         ):
             group["lr"] = adamw_lr
-    attentions = []
-    if qk_clip_threshold is None:
-        options["qk_clip_threshold"] = float("inf")
-    else:
-        options["qk_clip_threshold"] = qk_clip_threshold
-        attentions = _clippable_attentions(model)
+    attentions = [] if qk_clip_threshold is None else _clippable_attentions(model)
+    options |= {"lr": lr, "weight_decay": weight_decay, "adamw_lr": adamw_lr, "qk_clip_threshold": qk_clip_threshold}
+    with _undone_if_refused(model):
         if attentions:
             _track_max_logits(model, attentions[0], qk_clip_threshold)
-    return ParallelMuonClip(groups, lr=lr, weight_decay=weight_decay, attentions=attentions, **options)
+        return ParallelMuonClip(groups, attentions=attentions, **options)
 
 
 class MuonClipFactory:
@@ -89,3 +91,15 @@ def _track_max_logits(model: nn.Module, attention: nn.Module, threshold: float) 
     """Turn tracking on through the attention's own package, which for remote code is not `modeling_motif2`."""
     package = type(attention).__module__.rpartition(".")[0]
     importlib.import_module(f"{package}.diagnostics").track_max_logits(model, gate=threshold, only_with_grad=True)
+
+
+@contextlib.contextmanager
+def _undone_if_refused(model: nn.Module) -> Iterator[None]:
+    """Put the tracking of maximum logits back if the block raises."""
+    before = [(module, dict(vars(module))) for module in model.modules() if hasattr(module, "max_logits")]
+    try:
+        yield
+    except Exception:
+        for module, attributes in before:
+            vars(module).update(attributes)
+        raise

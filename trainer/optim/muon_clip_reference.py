@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from trainer.optim.base import CheckedOptimizer, check_gate, check_qk_clip
+
 COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -17,7 +19,6 @@ COEFFICIENTS = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-QK_CLIP_RULES = ("official", "q_only", "compensated")
 
 
 def newton_schulz_reference(matrix: Tensor, coefficients=COEFFICIENTS) -> Tensor:
@@ -35,12 +36,18 @@ def update_scale(rows: int, columns: int) -> float:
     return 0.2 * math.sqrt(max(rows, columns))
 
 
+def is_hot(max_logits: Tensor, threshold: float) -> Tensor:
+    """Which logits QK-clip acts on: those above the threshold, if they are numbers."""
+    return (max_logits > threshold) & (max_logits < math.inf)
+
+
 def clip_scales(max_logits: Tensor, num_signal_heads: int, threshold: float, rule: str) -> tuple[Tensor, Tensor]:
     """Factors of QK-clip for the rows of each query and each key head.
 
     Args:
         max_logits: (..., H) largest scaled logit of each query head, by groups of `num_signal_heads` signal heads,
-            which share the group's first key head, and a noise head, which reads the second; -inf clips nothing.
+            which share the group's first key head, and a noise head, which reads the second; an infinity or a NaN
+            clips nothing.
         num_signal_heads: signal heads a group.
         threshold: logit above which a head is clipped.
         rule: "official" scales a shared key by the smallest of its heads' sqrt(gamma) and each query by its own;
@@ -50,7 +57,7 @@ def clip_scales(max_logits: Tensor, num_signal_heads: int, threshold: float, rul
     Returns:
         tuple: query factors (..., H) and key factors (..., K), in the dtype of `max_logits`.
     """
-    gamma = torch.where(max_logits > threshold, threshold / max_logits, 1.0)
+    gamma = torch.where(is_hot(max_logits, threshold), threshold / max_logits, 1.0)
     gamma = gamma.unflatten(-1, (-1, num_signal_heads + 1))  # (..., G, signal heads + 1)
     signal, noise = gamma[..., :-1], gamma[..., -1:]
     keys = torch.cat((signal.amin(-1, keepdim=True), noise), dim=-1).sqrt()  # (..., G, 2)
@@ -61,43 +68,31 @@ def clip_scales(max_logits: Tensor, num_signal_heads: int, threshold: float, rul
     return torch.cat((signal / keys[..., :1], noise / keys[..., 1:]), dim=-1).flatten(-2), keys.flatten(-2)
 
 
-class MuonClip(torch.optim.Optimizer):
+class MuonClip(CheckedOptimizer):
     """Muon with QK-clip for matrices and AdamW for the rest.
 
     Args:
         params: parameters or groups; each group may set "algorithm" ("muon" or "adamw"), "lr", "weight_decay".
         lr: learning rate of the Muon groups. momentum: Nesterov momentum. weight_decay: decoupled decay of all groups.
         adamw_lr, adamw_betas, adamw_eps: AdamW's settings; its learning rate is `lr` where None.
-        qk_clip_threshold: largest attention logit left alone. qk_clip_rule: see `clip_scales`.
+        qk_clip_threshold: largest attention logit left alone; None: no clip. qk_clip_rule: see `clip_scales`.
         attentions: modules with q_proj, k_proj, num_signal_heads_per_group, head_dim and `max_logits` (H,), the
-            largest logits of the forward passes since the last step, or None.
+            largest logits of the forward passes since the last step, or None. One is clipped in steps in which both
+            weights have a gradient.
 
     Raises:
-        ValueError: a setting out of range, an unknown algorithm or rule, a Muon parameter that is no matrix.
+        ValueError: a setting, a group or an attention module that `base` refuses.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1, adamw_lr=None, adamw_betas=(0.9, 0.95),
                  adamw_eps=1e-8, qk_clip_threshold=100.0, qk_clip_rule="official", attentions=()):  # fmt: skip
-        if not qk_clip_threshold > 0:
-            raise ValueError(f"qk_clip_threshold is {qk_clip_threshold}: give a positive logit, such as 100")
-        if qk_clip_rule not in QK_CLIP_RULES:
-            raise ValueError(f"qk_clip_rule is {qk_clip_rule!r}: choose one of {QK_CLIP_RULES}")
-        for gate in (getattr(attention, "max_logits_gate", None) for attention in attentions):
-            if gate is not None and gate > qk_clip_threshold:  # logits up to the gate may be mere bounds
-                raise ValueError(f"max_logits_gate {gate} is above qk_clip_threshold {qk_clip_threshold}: lower it")
+        qk_clip_threshold = math.inf if qk_clip_threshold is None else qk_clip_threshold
         self.qk_clip_threshold, self.qk_clip_rule, self.attentions = qk_clip_threshold, qk_clip_rule, list(attentions)
-        self.skipped_steps, self._report = 0, {"clipped_heads": 0, "max_logit": -math.inf}
-        self._adamw_lr = lr if adamw_lr is None else adamw_lr
+        self._report = {"clipped_heads": 0, "max_logit": -math.inf}
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": adamw_betas}
-        super().__init__(params, defaults | {"eps": adamw_eps, "algorithm": "muon"})
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add parameters, at construction or later."""
-        if (algorithm := param_group.get("algorithm", "muon")) not in ("muon", "adamw"):
-            raise ValueError(f"algorithm is {algorithm!r}: choose 'muon' or 'adamw'")
-        super().add_param_group({"lr": self._adamw_lr} | param_group if algorithm == "adamw" else param_group)
-        if algorithm == "muon" and any(p.ndim != 2 for p in self.param_groups[-1]["params"]):
-            raise ValueError("a Muon group holds a parameter that is no matrix: give it to an 'adamw' group")
+        defaults |= {"eps": adamw_eps, "algorithm": "muon"}
+        super().__init__(params, defaults, lr if adamw_lr is None else adamw_lr)
+        check_qk_clip(qk_clip_threshold, qk_clip_rule, self.attentions, self.param_groups)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -136,13 +131,15 @@ class MuonClip(torch.optim.Optimizer):
 
     def _clip_queries_and_keys(self):
         self._report = {"clipped_heads": 0, "max_logit": -math.inf}
-        if not any(group["lr"] > 0 for group in self.param_groups):  # a checkpoint's load steps once with lr 0
-            return
+        moves = any(group["lr"] > 0 for group in self.param_groups)  # a checkpoint's load steps once with lr 0
         for attention in (module for module in self.attentions if module.max_logits is not None):
-            logits = attention.max_logits.to(torch.promote_types(torch.float32, attention.q_proj.weight.dtype))  # (H,)
-            heads = attention.num_signal_heads_per_group
-            scales = clip_scales(logits, heads, self.qk_clip_threshold, self.qk_clip_rule)  # (H,), (K,)
-            for projection, scale in zip((attention.q_proj, attention.k_proj), scales, strict=True):
-                projection.weight.mul_(scale.repeat_interleave(attention.head_dim)[:, None])  # (H * D, B)
-            self._report["clipped_heads"] += int((logits > self.qk_clip_threshold).sum())
+            check_gate(attention, self.qk_clip_threshold)
+            weights, heads = (attention.q_proj.weight, attention.k_proj.weight), attention.num_signal_heads_per_group
+            logits = attention.max_logits.to(torch.promote_types(torch.float32, weights[0].dtype))  # (H,)
             self._report["max_logit"] = max(self._report["max_logit"], float(logits.max()))
+            if not moves or any(weight.grad is None for weight in weights):
+                continue
+            scales = clip_scales(logits, heads, self.qk_clip_threshold, self.qk_clip_rule)  # (H,), (K,)
+            for weight, scale in zip(weights, scales, strict=True):
+                weight.mul_(scale.repeat_interleave(attention.head_dim)[:, None])  # (H * D, B)
+            self._report["clipped_heads"] += int(is_hot(logits, self.qk_clip_threshold).sum())

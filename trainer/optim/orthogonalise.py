@@ -15,7 +15,8 @@ class Orthogonaliser:
         backend: of the kernels: "auto", "triton", "torch" or "quack".
 
     Raises:
-        ValueError: an unknown method, backend or name, or coefficients that are no triples.
+        ValueError: an unknown method, backend or name, coefficients that are no triples, or a backend that cannot run
+            on this machine.
     """
 
     def __init__(self, method: str, coefficients: str | tuple, backend: str):
@@ -23,11 +24,16 @@ class Orthogonaliser:
         self.method, self.coefficients, self.backend = method, coefficients, backend
         if backend not in ("auto", "triton", "torch", "quack"):
             raise ValueError(f"backend is {backend!r}: choose 'auto', 'triton', 'torch' or 'quack'")
-        self.kernels.newton_schulz(torch.zeros(1, 1), method, coefficients, backend="torch")  # refuses bad settings
+        device = "cuda" if backend in ("triton", "quack") and torch.cuda.is_available() else "cpu"
+        nothing = torch.empty(0, 1, 1, device=device)
+        self.kernels.newton_schulz(nothing, method, coefficients, backend=backend)  # refuses bad settings
+        self._num_steps = len(
+            self.kernels.COEFFICIENTS[coefficients] if isinstance(coefficients, str) else coefficients
+        )
 
     def cost(self, rows: int, columns: int) -> int:
         """Floating-point operations for one matrix."""
-        return self.kernels.newton_schulz_flops(rows, columns, self.method)
+        return self.kernels.newton_schulz_flops(rows, columns, self.method, self._num_steps)
 
     def result_dtype(self, wire_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Dtype of updates, which is also what travels back: the one the kernels compute in."""

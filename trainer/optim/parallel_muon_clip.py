@@ -29,6 +29,7 @@ from trainer.optim.plan import Chunk, plan_chunks
 from trainer.optim.qk_clip import QKClip
 
 MODES = ("parallel", "distributed")
+WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ class ParallelMuonClip(MuonClip):
     ):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}: choose one of {MODES}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}: give at least 1, or None for all matrices at once")
-        if max_replicas is not None and max_replicas < 1:
-            raise ValueError(f"max_replicas is {max_replicas}: give at least 1, or None for all copies together")
+        for name, number in (("chunk_size", chunk_size), ("max_replicas", max_replicas)):
+            if number is not None and not (isinstance(number, int) and number >= 1):
+                raise ValueError(f"{name} is {number!r}: give a whole number from 1, or None for all together")
+        if wire_dtype not in (None, *WIRE_DTYPES):
+            raise ValueError(f"wire_dtype is {wire_dtype!r}: give one of {WIRE_DTYPES}, or None")
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
         self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced
@@ -110,10 +112,6 @@ class ParallelMuonClip(MuonClip):
         super().__init__(params, lr, **options)
         places = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         weights = [(attention.q_proj.weight, attention.k_proj.weight) for attention in self.attentions]
-        if any(id(weight) not in places for pair in weights for weight in pair):
-            raise ValueError(
-                "an attention module's q_proj or k_proj weight is not optimised: leave it out of attentions"
-            )
         self._clipped_places = [(places[id(query)], places[id(key)]) for query, key in weights]
 
     @torch.no_grad()

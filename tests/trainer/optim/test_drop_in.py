@@ -51,6 +51,22 @@ def test_build_groups_by_name_and_tracks_maxima():
     assert len(optimizer.attentions) == 2
     assert optimizer.param_groups[0]["names"][0] == "model.layers.0.self_attn.q_proj.weight"
     assert optimizer.clip_report()["max_logit"] == -math.inf
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw"})
+    assert optimizer.param_groups[-1]["lr"] == 0.002
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    model = tiny_model()
+    attentions = [layer.self_attn for layer in model.model.layers]
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        build_muon_clip(model, lr=0.01, chunk_size=0)
+    assert all(attention.max_logits is None and attention.max_logits_gate is None for attention in attentions)
+    build_muon_clip(model, lr=0.01, qk_clip_threshold=100.0)
+    with pytest.raises(ValueError, match="momentum is 2"):
+        build_muon_clip(model, lr=0.01, qk_clip_threshold=50.0, momentum=2)
+    assert all(attention.max_logits is not None and attention.max_logits_gate == 100.0 for attention in attentions)
+    with pytest.raises(ValueError, match="attentions are found in the model"):
+        build_muon_clip(model, lr=0.01, attentions=[])
 
 
 def test_training_lowers_the_loss_and_clips():

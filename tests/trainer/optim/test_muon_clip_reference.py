@@ -81,7 +81,7 @@ def test_groups_are_striped():
     torch.testing.assert_close(keys, queries)
 
 
-@pytest.mark.parametrize("logit", [-math.inf, -250.0, 100.0, math.nan])
+@pytest.mark.parametrize("logit", [-math.inf, -250.0, 100.0, math.nan, math.inf])
 def test_no_clip_without_a_logit_above_the_threshold(logit):
     for rule in ("official", "q_only", "compensated"):
         for scale in clip_scales(torch.full((5,), logit), 4, 100.0, rule):
@@ -122,6 +122,29 @@ def test_a_step_with_lr_zero_changes_no_weight():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    assert optimizer.clip_report() == {"clipped_heads": 0, "max_logit": 400.0, "skipped_steps": 0}
+
+
+@pytest.mark.parametrize("frozen", ["q_proj", "k_proj"])
+def test_a_layer_with_a_weight_that_got_no_gradient_is_not_clipped(frozen):
+    attention = fake_attention([400.0, 10.0])
+    weights = [attention.q_proj.weight, attention.k_proj.weight]
+    optimizer = MuonClip(weights, lr=1e-30, weight_decay=0.0, attentions=[attention])
+    getattr(attention, frozen).requires_grad_(False)
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.step()
+    assert all(map(torch.equal, weights, before))
+    assert optimizer.clip_report()["clipped_heads"] == 0
+
+
+def test_a_gate_raised_above_the_threshold_is_refused():
+    attention = fake_attention([400.0, 10.0])
+    optimizer = MuonClip([attention.q_proj.weight, attention.k_proj.weight], lr=0.1, attentions=[attention])
+    attention.max_logits_gate = 200.0
+    with pytest.raises(ValueError, match=r"max_logits_gate 200.0 is above qk_clip_threshold 100.0"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -144,6 +167,9 @@ def test_a_gradient_that_is_not_finite_skips_everything(poison):
     for parameter, state in zip(parameters, states, strict=True):
         assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
     assert optimizer.clip_report()["skipped_steps"] == 1
+    resumed = MuonClip([{"params": weights}, {"params": [bias], "algorithm": "adamw"}], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.clip_report()["skipped_steps"] == 1
     assert attention.max_logits.max() == -math.inf
 
 
@@ -161,11 +187,39 @@ def test_zero_gradient_and_none_gradient():
         ({"qk_clip_threshold": 0.0}, "qk_clip_threshold is 0.0"),
         ({"qk_clip_threshold": math.nan}, "qk_clip_threshold is nan"),
         ({"qk_clip_rule": "half"}, "qk_clip_rule is 'half'"),
+        ({"qk_clip_threshold": "100"}, "qk_clip_threshold is '100'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": torch.tensor(math.inf)}, "lr is tensor"),
+        ({"lr": "1"}, "lr is '1'"),
+        ({"momentum": 1.0}, "momentum is 1.0: give a number from 0 below 1"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"adamw_lr": -2.0}, "lr is -2.0"),
+        ({"adamw_eps": -1e-8}, "eps is -1e-08"),
+        ({"adamw_betas": (1.0, 2.0)}, "one of betas is 1.0"),
+        ({"adamw_betas": (0.9,)}, "give two numbers"),
+        ({"attentions": [fake_attention([1.0, 1.0])]}, "not optimised"),
     ],
 )
 def test_bad_settings_raise(options, message):
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2, 2))]},
+        {"params": [nn.Parameter(torch.ones(2))], "algorithm": "adamw"},
+    ]
     with pytest.raises(ValueError, match=message):
-        MuonClip([nn.Parameter(torch.ones(2, 2))], lr=0.1, **options)
+        MuonClip(groups, **{"lr": 0.1} | options)
+
+
+def test_without_a_threshold_nothing_is_clipped():
+    attention = fake_attention([400.0, 10.0])
+    weights = [attention.q_proj.weight, attention.k_proj.weight]
+    optimizer = MuonClip(weights, lr=1e-30, weight_decay=0.0, qk_clip_threshold=None, attentions=[attention])
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert all(map(torch.equal, weights, before))
 
 
 def test_bad_groups_raise():
@@ -173,3 +227,17 @@ def test_bad_groups_raise():
         MuonClip([{"params": [nn.Parameter(torch.ones(2, 2))], "algorithm": "sgd"}], lr=0.1)
     with pytest.raises(ValueError, match="no matrix"):
         MuonClip([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"lr is -3.0"):
+        MuonClip([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": -3.0}], lr=0.1)
+
+
+def test_a_group_that_is_refused_is_not_kept():
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = MuonClip([weight], lr=0.1)
+    for group in ({"params": [nn.Parameter(torch.ones(3))]}, {"params": nn.Parameter(torch.ones(3, 3)), "lr": -1.0}):
+        with pytest.raises(ValueError, match=r"no matrix|lr is -1.0"):
+            optimizer.add_param_group(group)
+    for parameter in [weight, *(p for group in optimizer.param_groups for p in group["params"])]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1

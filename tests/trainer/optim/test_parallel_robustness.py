@@ -141,10 +141,9 @@ def test_parameters_added_later_join_the_plan():
     def run(rank):
         bag, _, optimizer = sharded(rank, 2, attentions=())
         mesh = init_device_mesh("cpu", (2,))
-        added = add(bag, optimizer, lambda full: distribute_tensor(full, mesh, [Shard(1)])).full_tensor()
         with pytest.raises(ValueError, match="no matrix"):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-        return added
+        return add(bag, optimizer, lambda full: distribute_tensor(full, mesh, [Shard(1)])).full_tensor()
 
     bag = Bag()
     expected = add(bag, MuonClip(groups_of(bag), lr=0.1), lambda full: full)
@@ -180,7 +179,12 @@ def test_ranks_that_disagree_are_refused():
     ("options", "message"),
     [
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"chunk_size": 1.5}, "chunk_size is 1.5"),
         ({"max_replicas": 0}, "max_replicas is 0"),
+        ({"wire_dtype": torch.int8}, "wire_dtype is torch.int8"),
+        ({"wire_dtype": "bf16"}, "wire_dtype is 'bf16'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"momentum": 1.5}, "momentum is 1.5"),
         ({"mode": "serial"}, "mode is 'serial'"),
         ({"method": "svd"}, "method"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0"),
@@ -190,4 +194,11 @@ def test_ranks_that_disagree_are_refused():
 )
 def test_bad_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
-        ParallelMuonClip(groups_of(Bag()), lr=0.1, **options)
+        ParallelMuonClip(groups_of(Bag()), **{"lr": 0.1} | options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator can run them")
+@pytest.mark.parametrize("backend", ["triton", "quack"])
+def test_a_backend_that_cannot_run_here_raises(backend):
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run on cpu"):
+        ParallelMuonClip(groups_of(Bag()), lr=0.1, backend=backend)
