@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import CompileConfig
-from transformers.cache_utils import StaticCache
 
 import kernels_hub
 from tests.modeling_motif2.builders import random_ids, small_model
@@ -47,33 +46,27 @@ def test_generation_is_the_same(attention):
             assert torch.equal(found.sequences, wanted.sequences)
 
 
-def test_a_step_is_one_graph_with_a_static_cache():
-    model, called = with_products(dtype=torch.float32)
+def test_generate_compiles_the_step_as_one_graph():
+    model = small_model(ratio=3, layers=1)
+    namespace = kernels_hub.use_decode_products(model)
     kernels_hub.use_gda_attention(model, attn_implementation="gda_kernel")
-    ids = random_ids(1, 8)
-    cache = StaticCache(model.config, max_cache_len=12)
-    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        expected = model(ids).logits
-        model(ids[:, :6], past_key_values=cache, use_cache=True)
-        for index in (6, 7):
-            position = torch.tensor([[index]])
-            step = compiled(ids[:, index : index + 1], past_key_values=cache, use_cache=True, position_ids=position)
-            torch.testing.assert_close(step.logits[:, 0], expected[:, index])
-    assert called
+    graphs = []
 
+    def note(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
 
-def test_generate_compiles_the_step_without_a_break():
-    model, _ = with_products(dtype=torch.float32, layers=1)
-    kernels_hub.use_gda_attention(model, attn_implementation="gda_kernel")
-    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=note, mode=None)
     config._compile_all_devices = True
     ids = random_ids(1, 5)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"output_logits": True}
     torch._dynamo.reset()
     found = model.generate(ids, cache_implementation="static", compile_config=config, **options)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    assert torch.equal(found, model.generate(ids, **options))
+    assert len(graphs) == 1
+    assert sum(f"{namespace}.product." in target for target in graphs[0]) == 4
+    wanted = small_model(ratio=3, layers=1).generate(ids, **options)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
 
 
 def hooked(model):
