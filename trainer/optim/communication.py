@@ -62,6 +62,8 @@ class Team:
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"MuonClip on rank {self.ranks[self.me]} lost a rank among {list(self.ranks)}: it died, or did not "

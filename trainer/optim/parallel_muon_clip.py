@@ -7,6 +7,7 @@ The meaning is `muon_clip_reference.MuonClip`; docs/parallel_muonclip.md draws t
 4. QK-clip of the query and key rows that this rank holds.
 """
 
+import functools
 import math
 import operator
 import zlib
@@ -21,8 +22,9 @@ from torch.optim.adamw import adamw
 
 from trainer.optim.communication import Team
 from trainer.optim.fused import apply_update, nesterov, not_finite
+from trainer.optim.gradients import describe, is_copied, local_gradient, names_of, settle
 from trainer.optim.layout import Layout, layout_of, local_of
-from trainer.optim.muon_clip_reference import MuonClip, update_scale
+from trainer.optim.muon_clip_reference import MuonClip, is_hot, update_scale
 from trainer.optim.orthogonalise import Orthogonaliser
 from trainer.optim.pipeline import run_pipeline
 from trainer.optim.plan import Chunk, plan_chunks
@@ -30,6 +32,8 @@ from trainer.optim.qk_clip import QKClip
 
 MODES = ("parallel", "distributed")
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Plans kept, one for each set of parameters that had gradients.
+_KEPT_PLANS = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class ParallelMuonClip(MuonClip):
         self._teams: dict[tuple[int, ...], Team] = {}
         self._known_parameters: list[Tensor] = []
         self._plans: dict[tuple[bool, ...], list[TeamPlan]] = {}
-        self._last_logits: Tensor | None = None
+        self._last_logits, self._last_clipped = torch.empty(0), []
         super().__init__(params, lr, **options)
         places = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         weights = [(attention.q_proj.weight, attention.k_proj.weight) for attention in self.attentions]
@@ -118,15 +122,16 @@ class ParallelMuonClip(MuonClip):
     def step(self, closure=None):
         """Update all parameters on all ranks, or none if any rank's gradient holds a NaN or an infinity.
 
-        Every rank must call it, whatever gradients it has. A parameter that has a gradient on some ranks only counts
-        as having a zero gradient on the others; one that has none anywhere is left alone.
+        Every rank must call it, whatever gradients it has. A sharded parameter that has a gradient on some ranks only
+        counts as having a zero gradient on the others; one that has none anywhere is left alone.
 
         Returns:
             What `closure` returns, or None.
 
         Raises:
-            RuntimeError: a rank died or did not come in time.
-            ValueError: the ranks' parameters differ.
+            RuntimeError: a rank died or did not come in time. NCCL does not let the host wait in a collective: there
+                PyTorch's watchdog ends the process after `timeout_seconds`, with a message of its own.
+            ValueError: the ranks' parameters or settings differ, or only some copies of a parameter have a gradient.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._prepare()
@@ -136,10 +141,13 @@ class ParallelMuonClip(MuonClip):
             for plan in self._plan_for(active):
                 run = self._run_parallel if self.mode == "parallel" else self._run_distributed
                 run(plan)
-            self._step_rest(active)
-            if any(group["lr"] > 0 for group in self.param_groups):  # a checkpoint's load steps once with lr 0
-                self._clip.apply(logits)
+            used = {id(parameter) for parameter, flag in zip(self._parameters(), active, strict=True) if flag}
+            self._step_rest(used)
+            moves = any(group["lr"] > 0 for group in self.param_groups)  # a checkpoint's load steps once with lr 0
+            pairs = zip(self._clip.queries, self._clip.keys, strict=True)
+            self._last_clipped = [moves and {id(query), id(key)} <= used for query, key in pairs]
             self._last_logits = logits
+            self._clip.apply(logits, self._last_clipped)
         else:
             self.skipped_steps += 1
         self._clip.reset()
@@ -152,10 +160,12 @@ class ParallelMuonClip(MuonClip):
             dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps. Where the model
                 tracks behind a gate, logits up to the threshold are upper bounds.
         """
-        logits = torch.empty(0) if self._last_logits is None else self._last_logits.cpu()  # one wait for the device
-        by_layer = [float(layer.max()) for layer in logits.split(self._clip.num_heads)] if len(logits) else []
+        logits = self._last_logits.cpu()  # one wait for the device
+        layers = logits.split(self._clip.num_heads) if len(logits) else []
+        hot = [int(is_hot(layer, self.qk_clip_threshold).sum()) for layer in layers]
+        by_layer = [float(layer.max()) for layer in layers]
         return {
-            "clipped_heads": int((logits > self.qk_clip_threshold).sum()) if len(logits) else 0,
+            "clipped_heads": sum(heads for heads, clipped in zip(hot, self._last_clipped, strict=True) if clipped),
             "max_logit": max(by_layer, default=-math.inf),
             "max_logits_by_layer": by_layer,
             "skipped_steps": self.skipped_steps,
@@ -179,10 +189,10 @@ class ParallelMuonClip(MuonClip):
             for group in self.param_groups
             for p in group["params"]
         ]
-        settings = (self.mode, self.chunk_size, self.balanced, self.max_replicas, self.orthogonalise.method,
-                    str(self.wire_dtype))  # fmt: skip
-        digest = zlib.crc32(repr((description, settings)).encode())
+        digest = zlib.crc32(repr((description, self._settings())).encode())
         self._control.require_equal(digest, "MuonClip's parameters or settings", self._device)
+        self._names = names_of(self.param_groups)
+        self._copied = [is_copied(parameter, len(ranks)) for parameter in parameters]
         matrices = [p for group in self.param_groups if group["algorithm"] == "muon" for p in group["params"]]
         rank = dist.get_rank() if shared else 0
         together = self.max_replicas or len(ranks)
@@ -192,6 +202,14 @@ class ParallelMuonClip(MuonClip):
         blocks = {id(w): self._block_of(w, ranks, rank) for w in (*queries, *keys)}
         self._clip = QKClip(self.attentions, queries, keys, blocks, self.qk_clip_threshold, self.qk_clip_rule)
         self._plans, self._known_parameters = {}, parameters
+
+    def _settings(self) -> tuple:
+        """What must be the same on every rank."""
+        how = self.orthogonalise
+        schedule = (self.mode, self.chunk_size, self.pipelined, self.balanced, self.max_replicas, self.wire_dtype)
+        work = (how.method, how.coefficients, how.backend, self.qk_clip_threshold, self.qk_clip_rule)
+        groups = [(float(g["lr"]), g["momentum"], g["weight_decay"], *g["betas"], g["eps"]) for g in self.param_groups]
+        return schedule, work, groups
 
     def _block_of(self, weight: Tensor, ranks: tuple[int, ...], rank: int):
         layout = self._layouts.get(id(weight)) or layout_of(weight, ranks)
@@ -205,17 +223,24 @@ class ParallelMuonClip(MuonClip):
     def _agree(self) -> tuple[bool, tuple[bool, ...], Tensor]:
         """One collective: whether all gradients are finite, which parameters have one on any rank, maximum logits."""
         parameters = self._parameters()
-        gradients = [local_of(g) for p in parameters if (g := _gradient(p)) is not None]
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
-        present = present.to(self._device, non_blocking=True)
-        flags = torch.cat([not_finite(gradients, self._device), present])
+        gradients = [local_of(p.grad) for p in parameters if p.grad is not None]
+        held = describe(parameters).flatten().to(self._device, non_blocking=True)  # (3 * P,)
+        flags = torch.cat([not_finite(gradients, self._device), held])
         agreed = self._control.maximum(torch.cat([flags, self._clip.pack(self._device)]))
-        bad, *active = agreed[: len(flags)].tolist()  # the step's one wait for the device
-        return not bad, tuple(map(bool, active)), agreed[len(flags) :]
+        bad, *held = agreed[: len(flags)].tolist()  # the step's one wait for the device
+        count = len(parameters)
+        held = held[:count], held[count : 2 * count], held[2 * count :]
+        moved = settle(parameters, self._names, self._copied, held)
+        if moved and not bad:  # they are sums of what was looked at
+            bad = self._control.maximum(not_finite(moved, self._device)).item()
+        active = tuple(bool(fits or apart) for fits, apart, _ in zip(*held, strict=True))
+        return not bad, active, agreed[len(flags) :]
 
     def _plan_for(self, active: tuple[bool, ...]) -> list[TeamPlan]:
         """Plans of the teams this rank is in, for the matrices that have a gradient somewhere."""
         if active not in self._plans:
+            if len(self._plans) >= _KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
             pairs = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
             by_team: dict[tuple[int, ...], list] = {}
             for (index, parameter), used in zip(pairs, active, strict=True):
@@ -238,7 +263,7 @@ class ParallelMuonClip(MuonClip):
         def epilogue(number: int, update: Tensor) -> None:
             self._apply(*plan.matrices[number], update)
 
-        wire_dtype = self._direction_dtype(plan.matrices[0][1])
+        wire_dtype = functools.reduce(torch.promote_types, (self._direction_dtype(p) for _, p in plan.matrices))
         run_pipeline(
             plan.chunks,
             [layout.shape for layout in plan.layouts],
@@ -278,7 +303,7 @@ class ParallelMuonClip(MuonClip):
     def _direction(self, group_index: int, parameter: Tensor, out: Tensor | None) -> None:
         """Advance the momentum of this rank's shard and write the Nesterov direction to `out`."""
         momentum_buffer = local_of(self.state[parameter]["momentum_buffer"])
-        nesterov(_local_gradient(parameter), momentum_buffer, self.param_groups[group_index]["momentum"], out)
+        nesterov(local_gradient(parameter), momentum_buffer, self.param_groups[group_index]["momentum"], out)
 
     def _apply(self, group_index: int, parameter: Tensor, update: Tensor) -> None:
         group = self.param_groups[group_index]
@@ -299,9 +324,8 @@ class ParallelMuonClip(MuonClip):
                 if group["algorithm"] == "adamw":  # loading leaves the count where the checkpoint had it
                     state["step"] = state["step"].to(local_of(parameter).device)
 
-    def _step_rest(self, active: tuple[bool, ...]) -> None:
-        """AdamW on local shards; empty ones only count the step."""
-        chosen = {id(parameter) for parameter, used in zip(self._parameters(), active, strict=True) if used}
+    def _step_rest(self, chosen: set[int]) -> None:
+        """AdamW on local shards of the parameters with these ids; empty ones only count the step."""
         for group in (group for group in self.param_groups if group["algorithm"] == "adamw"):
             used = [parameter for parameter in group["params"] if id(parameter) in chosen]
             for parameter in used:
@@ -313,7 +337,7 @@ class ParallelMuonClip(MuonClip):
             states = [self.state[parameter] for parameter in used]
             adamw(
                 [local_of(parameter) for parameter in used],
-                [_local_gradient(parameter) for parameter in used],
+                [local_gradient(parameter) for parameter in used],
                 [local_of(state["exp_avg"]) for state in states],
                 [local_of(state["exp_avg_sq"]) for state in states],
                 [],
@@ -328,17 +352,3 @@ class ParallelMuonClip(MuonClip):
                 eps=group["eps"],
                 maximize=False,
             )
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    """The gradient, brought to the parameter's placements where it has others (a partial sum, say)."""
-    gradient = parameter.grad
-    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
-    return gradient
-
-
-def _local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's shard of the gradient; zeros where only other ranks have one."""
-    local = local_of(parameter)
-    return torch.zeros_like(local) if parameter.grad is None else local_of(parameter.grad)

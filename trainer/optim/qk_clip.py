@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer.optim.base import check_gate
 from trainer.optim.layout import Block, local_of
 from trainer.optim.muon_clip_reference import clip_scales
 
@@ -40,9 +41,14 @@ class QKClip:
         self.num_heads = [query.shape[0] // a.head_dim for a, query in zip(attentions, queries, strict=True)]
 
     def pack(self, device: torch.device) -> Tensor:
-        """This rank's maximum logits, all layers end to end (sum of H,), -inf for heads it has not seen."""
+        """This rank's maximum logits, all layers end to end (sum of H,), -inf for heads it has not seen.
+
+        Raises:
+            ValueError: maxima above the threshold may be mere bounds.
+        """
         parts = [torch.empty(0, device=device)]
         for attention, query, num_heads in zip(self.attentions, self.queries, self.num_heads, strict=True):
+            check_gate(attention, self.threshold)
             logits = attention.max_logits
             if logits is None or logits.is_meta:  # a model made on the meta device records from the second step on
                 parts.append(torch.full((num_heads,), -math.inf, device=device))
@@ -57,11 +63,17 @@ class QKClip:
         packed = torch.cat(parts).float()
         return packed.masked_fill(packed.isnan(), -math.inf)
 
-    def apply(self, packed: Tensor) -> None:
-        """Scale the rows of heads above the threshold; `packed` as `pack` returns it, the maximum over all ranks."""
+    def apply(self, packed: Tensor, clipped: Sequence[bool]) -> None:
+        """Scale the rows of heads above the threshold.
+
+        Args:
+            packed: maxima as `pack` returns them, the largest over all ranks.
+            clipped: the layers to do it in.
+        """
         logits = packed.split(self.num_heads)
-        for geometry in sorted(set(map(self._geometry, range(len(logits))))):
-            layers = [layer for layer in range(len(logits)) if self._geometry(layer) == geometry]
+        chosen = [layer for layer, wanted in enumerate(clipped) if wanted]
+        for geometry in sorted(set(map(self._geometry, chosen))):
+            layers = [layer for layer in chosen if self._geometry(layer) == geometry]
             _, num_signal_heads, head_dim = geometry
             stacked = torch.stack([logits[layer] for layer in layers])  # (L, H)
             stacked = stacked.to(torch.promote_types(torch.float32, self.queries[layers[0]].dtype))

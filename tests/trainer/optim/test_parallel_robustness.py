@@ -1,13 +1,14 @@
 """What goes wrong in training leaves parallel MuonClip's ranks in step with each other, or ends with a clear error."""
 
 import math
+import os
 import time
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from tests.distributed import run_distributed
 from tests.trainer.optim.helpers import (
@@ -21,6 +22,7 @@ from tests.trainer.optim.helpers import (
     shard_fully,
 )
 from trainer.optim import MuonClip, ParallelMuonClip
+from trainer.optim.communication import Team
 
 pytestmark = pytest.mark.distributed
 
@@ -93,6 +95,93 @@ def test_a_gradient_missing_everywhere_leaves_the_parameter_and_its_momentum_alo
     assert run_distributed(run, 2) == [(set(SHAPES) - {"gate", "vector"}, 0.0, 0.0)] * 2
 
 
+@pytest.mark.parametrize("mesh_shape", [(), (2, 1)], ids=["plain", "replicas"])
+def test_a_gradient_that_only_some_copies_have_is_refused(mesh_shape):
+    def run(rank):
+        bag = Bag()
+        if mesh_shape:
+            shard_fully(bag, init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")))
+        optimizer = ParallelMuonClip(groups_of(bag), lr=0.1, timeout_seconds=10)
+        messages = []
+        for name, stated in (("gate", r"parameter 2 of group 0, shape \(16, 6\)"), ("vector", "group 1")):
+            before = full_parameters(bag)
+            set_gradients(bag, 1)
+            if rank == 1:
+                getattr(bag, name).grad = None
+            with pytest.raises(ValueError, match=f"only some ranks have a gradient of .*{stated}") as error:
+                optimizer.step()
+            assert all(torch.equal(before[name], value) for name, value in full_parameters(bag).items())
+            messages.append(str(error.value))
+        return messages
+
+    first, second = run_distributed(run, 2)
+    assert first == second
+
+
+def partial_sums(rank, value: float) -> DTensor:
+    """A gradient whose parts are still to be summed."""
+    mesh = init_device_mesh("cpu", (2,))
+    return DTensor.from_local(torch.full((4, 4), value), mesh, [Partial()])
+
+
+def test_gradients_in_other_placements_are_brought_to_the_parameters():
+    def run(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(distribute_tensor(torch.eye(4), mesh, [Shard(0)]))
+        optimizer = ParallelMuonClip([weight], lr=0.1, method="classic", timeout_seconds=5)
+        weight.grad = partial_sums(rank, 1.0 + rank)
+        optimizer.step()
+        moved = weight.full_tensor().detach()
+        weight.grad = partial_sums(rank, 3e38)  # finite parts of an infinite sum
+        optimizer.step()
+        assert torch.equal(weight.full_tensor(), moved)
+        assert optimizer.skipped_steps == 1
+        weight.grad = partial_sums(rank, 1.0) if rank == 0 else None
+        with pytest.raises(ValueError, match="has other placements than"):
+            optimizer.step()
+        return moved
+
+    weight = nn.Parameter(torch.eye(4))
+    weight.grad = torch.full((4, 4), 3.0)
+    MuonClip([weight], lr=0.1).step()
+    for moved in run_distributed(run, 2):
+        torch.testing.assert_close(moved, weight.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["q_proj", "k_proj"])
+def test_a_layer_that_is_frozen_later_is_not_clipped(frozen):
+    def run(rank):
+        bag, _, optimizer = sharded(rank, 2)
+        getattr(bag, frozen).requires_grad_(False)
+        before = getattr(bag, frozen).full_tensor().clone()
+        set_gradients(bag, 1, names=[name for name in SHAPES if name != frozen])
+        optimizer.step()
+        same = torch.equal(before, getattr(bag, frozen).full_tensor())
+        return same, optimizer.clip_report()["clipped_heads"], optimizer.clip_report()["max_logit"]
+
+    assert run_distributed(run, 2) == [(True, 0, 400.0)] * 2
+
+
+def test_only_the_latest_plans_are_kept():
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(5)]
+    optimizer = ParallelMuonClip(weights, lr=0.1)
+    for step in range(1, 32):
+        for index, weight in enumerate(weights):
+            weight.grad = torch.ones(2, 2) if step >> index & 1 else None
+        optimizer.step()
+    assert len(optimizer._plans) <= 8
+
+
+def test_a_wide_matrix_behind_a_narrow_one_keeps_its_precision():
+    narrow, wide = nn.Parameter(torch.ones(8, 4)), nn.Parameter(full_tensors(1)["gate"])
+    alone = nn.Parameter(wide.detach().clone())
+    narrow.grad, wide.grad = torch.ones(8, 4), full_tensors(2)["gate"]
+    alone.grad = wide.grad.clone()
+    ParallelMuonClip([narrow, wide], lr=0.1, method="classic").step()
+    MuonClip([alone], lr=0.1).step()
+    torch.testing.assert_close(wide.detach(), alone.detach(), rtol=0, atol=1e-12)
+
+
 def test_zero_gradients_only_decay():
     def run(rank):
         bag, _, optimizer = sharded(rank, 2, attentions=(), weight_decay=0.5)
@@ -118,6 +207,7 @@ def test_a_step_with_lr_zero_makes_state_and_changes_no_weight():
         optimizer.step()
         after = full_parameters(bag)
         same = all(torch.equal(before[name], after[name]) for name in SHAPES)
+        same &= optimizer.clip_report()["clipped_heads"] == 0
         placements = [optimizer.state[p]["momentum_buffer"].placements == p.placements for p in bag.parameters()
                       if p.ndim == 2]  # fmt: skip
         return same, all(placements), len(placements)
@@ -166,13 +256,75 @@ def test_a_rank_that_does_not_come_is_a_clear_error():
     assert "restart from the last checkpoint" in run_distributed(run, 2)[0]
 
 
-def test_ranks_that_disagree_are_refused():
+@pytest.mark.parametrize("when", ["before the step", "between two rounds"])
+def test_a_rank_that_dies_is_a_clear_error(when):
     def run(rank):
-        _, _, optimizer = sharded(rank, 2, chunk_size=1 + rank)
-        with pytest.raises(ValueError, match="differ between ranks"):
-            optimizer.step()
+        bag, _, optimizer = sharded(rank, 2, timeout_seconds=60, chunk_size=1)
+        set_gradients(bag, 1)
+        optimizer.step()
+        if rank == 1 and when == "before the step":
+            os._exit(1)
+        if rank == 1:
+            optimizer.orthogonalise.kernels.newton_schulz = lambda *_, **__: os._exit(1)
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"rank 0 lost a rank among \[0, 1\]: it died, or did not"):
+        run_distributed(run, 2, timeout_seconds=30)  # the other learns of it before its own timeout
+
+
+def test_a_lack_of_memory_is_no_lost_rank():
+    team = Team([0], 1.0, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"), team.clear_errors():
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+
+def test_ranks_that_disagree_are_refused():
+    options = {
+        "lr": 0.2,
+        "momentum": 0.9,
+        "weight_decay": 0.2,
+        "adamw_betas": (0.8, 0.9),
+        "adamw_eps": 1e-6,
+        "chunk_size": 1,
+        "pipelined": False,
+        "method": "gram",
+        "coefficients": "jordan",
+        "backend": "torch",
+        "wire_dtype": torch.float32,
+        "qk_clip_threshold": 50.0,
+        "qk_clip_rule": "q_only",
+    }
+
+    def run(rank):
+        for name, value in options.items():
+            _, _, optimizer = sharded(rank, 2, **({name: value} if rank else {}))
+            with pytest.raises(ValueError, match="differ between ranks"):
+                optimizer.step()
 
     run_distributed(run, 2)
+
+
+def test_a_gate_raised_above_the_threshold_is_refused():
+    bag = Bag()
+    attention = attention_of(bag)
+    optimizer = ParallelMuonClip(groups_of(bag), lr=0.1, attentions=[attention])
+    attention.max_logits_gate = 200.0
+    with pytest.raises(ValueError, match=r"max_logits_gate 200.0 is above qk_clip_threshold 100.0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_a_logit_that_is_no_number_clips_nothing(logit):
+    bag = Bag()
+    attention = attention_of(bag)
+    attention.max_logits = torch.full_like(attention.max_logits, logit)
+    optimizer = ParallelMuonClip([{"params": [bag.q_proj, bag.k_proj]}], lr=1e-30, weight_decay=0.0,
+                                 attentions=[attention])  # fmt: skip
+    before = bag.q_proj.detach().clone()
+    bag.q_proj.grad, bag.k_proj.grad = torch.zeros_like(bag.q_proj), torch.zeros_like(bag.k_proj)
+    optimizer.step()
+    assert torch.equal(bag.q_proj, before)
+    assert optimizer.clip_report()["clipped_heads"] == 0
 
 
 @pytest.mark.parametrize(
