@@ -74,7 +74,8 @@ def package(kernel, monkeypatch):
     """Lets a machine without Hopper run the package's calls in plain torch."""
     if not ON_HOPPER:
         module = kernel.ops.flash_backward
-        monkeypatch.setattr(module, "available", lambda *_: True)
+        monkeypatch.setattr(module, "PACKAGE", "torch")  # which is installed
+        monkeypatch.setattr(module, "_fits", lambda *_: True)
         monkeypatch.setattr(module, "_kernel", package_kernel)
         monkeypatch.setattr(module, "_convert", package_conversion)
     elif not kernel.supports_flash_backward(128, torch.bfloat16, torch.device("cuda")):

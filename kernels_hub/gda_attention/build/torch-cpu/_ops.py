@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cpu_4df7b8c
+ops = torch.ops._gda_attention_cpu_1f7543e
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cpu_4df7b8c::{op_name}"
+    return f"_gda_attention_cpu_1f7543e::{op_name}"

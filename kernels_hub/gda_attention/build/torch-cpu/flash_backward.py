@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from torch import nn
 
+PACKAGE = "flash_attn.cute.flash_bwd_sm90"
 DIM = 128  # assumption: the one size whose tile was measured
 QUERIES, KEYS = 64, 96  # a tile
 WARPGROUPS = 2
@@ -28,16 +29,23 @@ LAYOUT = {
 }  # fmt: skip
 
 
-def available(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this backward can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    if dim != DIM or dtype not in (torch.bfloat16, torch.float16):
-        return False
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
     try:
-        return importlib.util.find_spec("flash_attn.cute.flash_bwd_sm90") is not None
+        return importlib.util.find_spec(PACKAGE) is not None
     except ImportError:  # no package, or another flash attention of the same name
         return False
+
+
+def _fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return dim == DIM and dtype in (torch.bfloat16, torch.float16)
+
+
+def available(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this backward can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
+    return _installed() and _fits(dim, dtype, device)
 
 
 @cache
@@ -76,13 +84,14 @@ def _kernel(heads_a_key: int, dim: int, dtype: torch.dtype) -> Callable:
         return make_fake_tensor(Float32, shape, divisibility=4)
 
     whole_queries, query_sums, key_sums, value_sums = (cute.sym_int() for _ in range(4))
-    keys_like = half(rows, keys, key_heads, width), half(rows, keys, key_heads, wide)
-    gradients = keys_like
+    keys_and_values = half(rows, keys, key_heads, width), half(rows, keys, key_heads, wide)
+    # Made anew: tensors of one description must have the same strides.
+    gradients = half(rows, keys, key_heads, width), half(rows, keys, key_heads, wide)
     if heads_a_key > 1:
         gradients = single(rows, key_heads, key_sums), single(rows, key_heads, value_sums)
     unused = (None,) * 9, (None,) * 2  # lengths, windows and semaphores; sparse blocks and counts of tiles
     compiled = cute.compile(
-        kernel, half(rows, queries, heads, width), *keys_like, half(rows, queries, heads, wide),
+        kernel, half(rows, queries, heads, width), *keys_and_values, half(rows, queries, heads, wide),
         single(rows, heads, whole_queries), single(rows, heads, whole_queries), single(rows, heads, query_sums),
         *gradients, Float32(1.0), *unused[0], AuxData(None, None), *unused[1],
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True), options="--enable-tvm-ffi",
