@@ -53,6 +53,11 @@ class Lanes:
         if self.stream is not None:
             self.stream.wait_stream(self.current)
 
+    def lend(self, update: Tensor) -> None:
+        """Say that the shards' lane will read what products made, which may be the current stream's memory."""
+        if self.stream is not None:
+            update.record_stream(self.stream)
+
 
 def run_pipeline(
     chunks: Sequence[Chunk],
@@ -111,7 +116,7 @@ def run_pipeline(
         with lanes.beside():
             upcoming = start_gather(following) if pipelined and following else None
         lanes.products_follow(assembled)
-        updates = _orthogonalise(batches, orthogonalise, lanes)
+        updates, read = _orthogonalise(batches, orthogonalise, lanes)
         with lanes.beside():
             if unfinished:
                 finish(*unfinished)
@@ -119,6 +124,7 @@ def run_pipeline(
                 batches = _assemble(following, shapes, upcoming)
                 assembled = lanes.mark()
             lanes.shards_follow()
+            read.clear()
             unfinished = (chunk, start_scatter(chunk, updates))
             del updates
             if not pipelined:
@@ -154,16 +160,22 @@ def _assemble(chunk: Chunk, shapes: Sequence[tuple[int, int]], gathered: Flight)
     return batches
 
 
-def _orthogonalise(batches: list[Batch], orthogonalise: Callable[[Tensor], Tensor], lanes: Lanes) -> list[Batch]:
-    """Updates of each batch; `batches` is emptied, so that each is freed once it is done with."""
-    updates = []
+def _orthogonalise(
+    batches: list[Batch], orthogonalise: Callable[[Tensor], Tensor], lanes: Lanes
+) -> tuple[list[Batch], list[Tensor]]:
+    """Updates of each batch, and batches that products may still read though the shards' lane owns their memory.
+
+    `batches` is emptied, so that each is freed once it is done with.
+    """
+    updates, read = [], []
     while batches:
         numbers, batch = batches.pop(0)
         updates.append((numbers, orthogonalise(batch)))
-        del batch
+        lanes.lend(updates[-1][1])
         if lanes.stream is not None:
-            updates[-1][1].record_stream(lanes.stream)  # it may be new, and so the current stream's
-    return updates
+            read.append(batch)
+        del batch
+    return updates, read
 
 
 def _to_send(chunk: Chunk, updates: list[Batch], dtype: torch.dtype, device: torch.device) -> Tensor:
