@@ -86,7 +86,10 @@ def split_layers(config: PretrainConfig, accelerator: Accelerator, model: nn.Mod
             f"tensor_parallel is {ranks}, and attention has {model.config.num_groups} groups, which stay whole: use "
             "a number of ranks that divides them"
         )
-    return apply_tensor_parallelism(model, init_device_mesh(accelerator.device.type, (ranks,)))
+    model = apply_tensor_parallelism(model, init_device_mesh(accelerator.device.type, (ranks,)))
+    if model.config.tie_word_embeddings:  # it splits either by words, and unties them
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
 
 
 def prepare(

@@ -119,6 +119,8 @@ def save_whole(model, state_dict: dict, tokenizer, target: Path) -> Path:
     """
     unfinished = target.with_name(target.name + ".tmp")
     _delete(unfinished)
+    tied = model.all_tied_weights_keys  # gathered from several ranks they are copies, of which one is written
+    state_dict = {name: state_dict[tied.get(name, name)] for name in state_dict}
     try:
         model.save_pretrained(unfinished, state_dict=state_dict)
         tokenizer.save_pretrained(unfinished)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.loop
@@ -281,6 +282,23 @@ def test_tensor_parallelism_trains_resumes_and_exports_as_one_rank(make_config, 
     models = [AutoModelForCausalLM.from_pretrained(Path(c) / "model") for c in (alone.output_dir, config.output_dir)]
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.distributed
+def test_tensor_parallelism_keeps_tied_embeddings_tied(make_config, tmp_path):
+    """Splitting either matrix by words unties them; a run of another model would train, and export two matrices."""
+    settings = {"tie_word_embeddings": True, "vocab_size": 52, "total_tokens": 128 * 4, "checkpoint_steps": 2}
+    settings |= {"warmup_tokens": 0, "decay_tokens": 0, "average_every_tokens": 256, "average_checkpoints": 2}
+    alone = run_pretraining(make_config(output_dir=str(tmp_path / "alone"), **settings))
+    config = make_config(output_dir=str(tmp_path / "split"), tensor_parallel=2, **settings)
+    run_distributed(lambda rank: run_pretraining(config).steps, 2)
+    for one, other in zip(curve(alone.output_dir), curve(config.output_dir), strict=True):
+        for name in ("loss", "grad_norm", "eval"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=2e-5)
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("alone", "split")]
+    assert weights[0].keys() == weights[1].keys()
+    assert "lm_head.weight" not in weights[1]
 
 
 @pytest.mark.parametrize(
