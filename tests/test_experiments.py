@@ -166,12 +166,12 @@ def test_a_setting_that_the_trainer_does_not_know_is_refused_at_once(tmp_path):
 
 def test_shape_and_length_of_the_small_model_follow_from_the_large_one():
     recipe = Recipe.read(ROOT / "recipes" / "experiments" / "growth_ways.yaml")
-    run = recipe.run("both", 1, 2)
+    run = recipe.run("both", 0, 2)
     shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     assert [run.source[name] for name in shape] == [128, 512, 3, 4, 4]
     assert run.source["total_tokens"] == run.settings["total_tokens"] // 2
     assert (run.source["seed"], run.settings["seed"]) == (1002, 2)
-    assert (run.source["learning_rate"], run.settings["learning_rate"]) == (0.004, 0.002)
+    assert run.source["learning_rate"] == run.settings["learning_rate"]
     assert run.source["decay_tokens"] == int(0.3 * run.source["total_tokens"])
     assert len({recipe.run(arm, 0, 0).key for arm in recipe.arms}) == len(recipe.arms)
     with pytest.raises(ValueError, match="no number of layers becomes 5 with insert_every 1"):
@@ -448,7 +448,7 @@ def test_two_workers_make_all_runs_once(tmp_path):
     for arm in ("softmax", "differential", "gda"):
         own = [row for row in rows if row["arm"] == arm]
         first = {row["learning_rate"] for row in own if row["seed"] == "0"}
-        assert (first, len(own)) == ({"0.002", "0.004", "0.008"}, 4)  # and the second seed at the best rate
+        assert (first, len(own)) == ({"0.004", "0.008"}, 3)  # and the second seed at the best rate
     assert {row["worker"] for row in rows} == {"0", "1"}
     assert not list((tmp_path / "work" / "runs").iterdir())
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -34,8 +34,8 @@ def grown_start(run: Run, target: PretrainConfig, folder: Path) -> tuple[Path, d
         NonFiniteLossError: the small model diverged.
         ValueError: the grown model has another shape than the run.
     """
-    places = {"tokenizer": target.tokenizer, "data_dir": target.data_dir, "output_dir": str(folder / "source")}
-    config = PretrainConfig(**run.source | places)
+    same = {name: getattr(target, name) for name in ("tokenizer", "data_dir", "muon_chunk_size")}
+    config = PretrainConfig(**run.source | same | {"output_dir": str(folder / "source")})
     result = run_pretraining(config)
     architecture = AutoConfig.from_pretrained(result.model_dir)
     growing = run.growing

@@ -1,5 +1,6 @@
 """Many runs over several GPUs and several processes a GPU. Imports no torch: a process chooses its GPU first."""
 
+import collections
 import contextlib
 import json
 import multiprocessing
@@ -14,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.experiments.curves import curve, read_steps, summarise
 from benchmarks.experiments.recipe import CUT, DESCRIPTION, METRICS, Run
-from benchmarks.experiments.sharing import SLICES
 
 POLL_SECONDS = 20.0
 MAX_ATTEMPTS = 2
 ALONE = "alone"
 FEWEST_SHARE = 0.65
+RECENT_RUNS = 8  # the slowest of them tells how long the next will take
 
 
 @dataclass
@@ -103,15 +104,13 @@ class Pool:
         """
         outcome = Outcome()
         self.attempts: dict[str, int] = {}
-        seconds_per_size = 0.0
+        recent: collections.deque[float] = collections.deque([0.0], maxlen=RECENT_RUNS)  # seconds a size
         while True:
             waiting = self._waiting(next_runs())
             for worker in self.workers:
                 if worker.run is None and worker.ready:
                     left = (deadline - time.monotonic()) / self._slowness()
-                    if (
-                        run := next((run for run in waiting if seconds_per_size * run.size <= left), None)
-                    ) is not None:
+                    if (run := next((run for run in waiting if max(recent) * run.size <= left), None)) is not None:
                         waiting.remove(run)
                         self._give(worker, run, data)
             busy = [worker for worker in self.workers if worker.run is not None]
@@ -133,7 +132,7 @@ class Pool:
                         raise RuntimeError(f"no run can start: {content}")
                     continue
                 if kind == "done":
-                    seconds_per_size = max(seconds_per_size, took / run.size)
+                    recent.append(took / run.size)
                     outcome.finished += 1
                     finish(run, content | self._place(worker))
                 else:
@@ -143,10 +142,10 @@ class Pool:
     def _slowness(self) -> float:
         """Seconds of one more run in parts of what it takes beside as many as there are workers.
 
-        Processes that take turns on a GPU are the faster the fewer they are, until one cannot keep it busy: of eight,
-        four took 66 seconds where all took 98 to 111 (attention experiment, H100).
+        Processes that share a GPU are the faster the fewer they are, until they cannot keep it busy: of eight that
+        take turns, four took 66 seconds where all took 98 to 111 (attention experiment, H100).
         """
-        if self.sharing != SLICES:
+        if self.sharing == ALONE:
             return 1.0
         busy = 1 + sum(worker.run is not None for worker in self.workers)
         return max(FEWEST_SHARE, busy / len(self.workers))

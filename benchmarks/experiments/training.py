@@ -25,6 +25,10 @@ from trainer.loop import run_pretraining
 from trainer.model import load_tokenizer, model_config
 from trainer.step import NonFiniteLossError
 
+# How a run computes, which changes its results by rounding only and is no part of its key: all matrices orthogonalised
+# at once, in as few launches as there are shapes.
+EXECUTION = {"muon_chunk_size": None}
+
 
 def train(run: Run, data: Path, folder: Path) -> dict:
     """Train and measure.
@@ -41,11 +45,15 @@ def train(run: Run, data: Path, folder: Path) -> dict:
     folder.mkdir(parents=True)
     started = time.monotonic()
     record = {"key": run.key, "arm": run.arm, "seed": run.seed, "learning_rate": run.settings["learning_rate"]}
-    settings = run.settings | {
-        "output_dir": str(folder),
-        "tokenizer": str(data / "tokenizer"),
-        "data_dir": str(data / "shards"),
-    }
+    settings = (
+        run.settings
+        | EXECUTION
+        | {
+            "output_dir": str(folder),
+            "tokenizer": str(data / "tokenizer"),
+            "data_dir": str(data / "shards"),
+        }
+    )
     config = PretrainConfig(**settings)
     record |= describe_model(config, run)
     record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
