@@ -1,6 +1,7 @@
 """Triton twins of `trainer.optim.fused`: flat elementwise passes, computed in float32."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -10,21 +11,20 @@ from torch import Tensor
 _BLOCK = 4096
 _PROGRAMS_A_TENSOR = 64
 _POINTERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Most programs of a pass: they share a few multiprocessors, and products have the others. None: one for each block.
-PROGRAMS: int | None = None
 
 
 def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float, out: Tensor | None) -> None:
     """See `trainer.optim.fused.nesterov`; all tensors contiguous."""
     numel = gradient.numel()
     target = momentum_buffer if out is None else out
-    _nesterov_kernel[_grid(numel)](gradient, momentum_buffer, target, numel, momentum, out is not None, _BLOCK)
+    grid = (triton.cdiv(numel, _BLOCK),)
+    _nesterov_kernel[grid](gradient, momentum_buffer, target, numel, momentum, out is not None, _BLOCK)
 
 
 def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float) -> None:
     """See `trainer.optim.fused.apply_update`; all tensors contiguous."""
     numel = weight.numel()
-    _apply_update_kernel[_grid(numel)](weight, update, numel, decay, step_size, _BLOCK)
+    _apply_update_kernel[(triton.cdiv(numel, _BLOCK),)](weight, update, numel, decay, step_size, _BLOCK)
 
 
 def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
@@ -38,33 +38,24 @@ def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
     _mark_not_finite_kernel[(_PROGRAMS_A_TENSOR, len(tensors))](table[0], table[1], flag, element, _BLOCK)
 
 
-def _grid(numel: int) -> tuple[int]:
-    blocks = triton.cdiv(numel, _BLOCK)
-    return (min(blocks, PROGRAMS or blocks),)
-
-
 @triton.jit
 def _nesterov_kernel(gradient, momentum_buffer, out, numel, momentum, WRITE: tl.constexpr, BLOCK: tl.constexpr):
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
-        offsets = start + tl.arange(0, BLOCK)
-        mask = offsets < numel
-        g = tl.load(gradient + offsets, mask).to(tl.float32)
-        m = tl.load(momentum_buffer + offsets, mask).to(tl.float32) * momentum + g
-        tl.store(momentum_buffer + offsets, m.to(momentum_buffer.dtype.element_ty), mask)
-        if WRITE:
-            tl.store(out + offsets, (g + momentum * m).to(out.dtype.element_ty), mask)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = tl.load(gradient + offsets, mask).to(tl.float32)
+    m = tl.load(momentum_buffer + offsets, mask).to(tl.float32) * momentum + g
+    tl.store(momentum_buffer + offsets, m.to(momentum_buffer.dtype.element_ty), mask)
+    if WRITE:
+        tl.store(out + offsets, (g + momentum * m).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _apply_update_kernel(weight, update, numel, decay, step_size, BLOCK: tl.constexpr):
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
-        offsets = start + tl.arange(0, BLOCK)
-        mask = offsets < numel
-        w = tl.load(weight + offsets, mask).to(tl.float32)
-        u = tl.load(update + offsets, mask).to(tl.float32)
-        tl.store(weight + offsets, (decay * w - step_size * u).to(weight.dtype.element_ty), mask)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    w = tl.load(weight + offsets, mask).to(tl.float32)
+    u = tl.load(update + offsets, mask).to(tl.float32)
+    tl.store(weight + offsets, (decay * w - step_size * u).to(weight.dtype.element_ty), mask)
 
 
 @triton.jit
