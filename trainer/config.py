@@ -38,7 +38,9 @@ class PretrainConfig:
 
     # Where
     output_dir: str = setting("runs/pretrain", "folder of the run: config, metrics, checkpoints, final model")
-    overwrite: bool = setting(False, "delete what an earlier run left in output_dir")
+    overwrite: bool = setting(
+        False, "delete what an earlier run left in output_dir; an interrupted run with these settings goes on instead"
+    )
     # Model
     model_name_or_path: str | None = setting(None, "checkpoint to continue from; its shape replaces the fields below")
     vocab_size: int | None = setting(
@@ -130,6 +132,7 @@ class PretrainConfig:
     tensor_parallel: int = setting(
         1, "ranks that share each layer's matrices and the same rows, by the model's own plan: 1, or all of the run's"
     )
+    merge_projections: bool = setting(False, "compute a layer's queries, keys and values in one product")
     compile_layers: bool = setting(False, "compile each decoder layer, and the loss, with torch.compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
@@ -306,7 +309,10 @@ class PretrainConfig:
                 "under PyTorch 2.11; set fp8 rowwise_with_gw_hp, or compile_layers false"
             )
         split = self.tensor_parallel > 1
-        for name, off in (("compile_layers", False), ("fp8", "none"), ("gradient_checkpointing", "none")):
+        if self.merge_projections and self.fp8 != "none":
+            raise ValueError(f"merge_projections with fp8 {self.fp8!r}: torchao computes each matrix; set one of the two")
+        offs = {"compile_layers": False, "merge_projections": False, "fp8": "none", "gradient_checkpointing": "none"}
+        for name, off in offs.items():
             if split and getattr(self, name) != off:
                 raise ValueError(
                     f"tensor_parallel is {self.tensor_parallel} with {name} {getattr(self, name)}: its layers run as "

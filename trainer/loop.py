@@ -35,6 +35,11 @@ from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, open_run_folder, sav
 from trainer.spikes import SpikeDetector
 from trainer.step import NonFiniteLossError, StepOutcome, TrainStep, whole
 
+ANOTHER_RUN = (
+    "or begin another output_dir with a lower learning_rate or more warmup_tokens (python -m trainer.export makes a "
+    "checkpoint a model_name_or_path to begin with)"
+)
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -248,7 +253,8 @@ class _Run:
             raise NonFiniteLossError(
                 f"step {self.progress.step} has loss {outcome.loss} and gradient norm {outcome.grad_norm}, and "
                 f"max_skipped_steps is {self.config.max_skipped_steps}; the last checkpoint is "
-                f"{self.checkpoints.latest()}: lower learning_rate or lengthen warmup_tokens"
+                f"{self.checkpoints.latest()}: raise max_skipped_steps and start the same command again to leave such "
+                f"steps out, {ANOTHER_RUN}"
             )
 
     def _rewind(self, batch: Batch, loss: float, limit: float) -> bool:
@@ -271,8 +277,8 @@ class _Run:
         if len(rewinds) == self.config.max_rewinds:
             raise LossSpikeError(
                 f"the loss spiked to {loss:.4f} at step {step}, above {limit:.4f}, after max_rewinds "
-                f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: lower learning_rate, look at the "
-                "data, or raise max_rewinds and start the same command again"
+                f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: look at the data, raise max_rewinds "
+                f"and start the same command again, {ANOTHER_RUN}"
             )
         self._restore(path, streams=batch.state["streams"])
         rewind = {"from_step": step, "to_step": self.progress.step, "loss": loss, "limit": limit}

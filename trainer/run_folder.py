@@ -1,5 +1,6 @@
 """The folder of a run: who may write into it, and how the final model gets there."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -8,11 +9,13 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from trainer.checkpoint_files import complete_checkpoints
+from trainer.checkpoint_files import MODEL_CONFIG, complete_checkpoints
 from trainer.config import PretrainConfig
 from trainer.errors import RunStoppedError
 
 MODEL, CHECKPOINTS, METRICS, CONFIG = "model", "checkpoints", "metrics.jsonl", "config.yaml"
+RUNS_HAVE = {"output_dir", "data_dir", "domains", "total_tokens"}  # settings that tell a run's from others' files
+DECIDE_AVERAGES = {"checkpoint_steps", "keep_last"}  # where checkpoints are averaged, these decide the weights too
 # Settings that may change when a run goes on: they decide neither the weights nor the order of the data.
 FREE_SETTINGS = frozenset(
     {
@@ -30,6 +33,7 @@ FREE_SETTINGS = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_every",
         "compile_layers",
+        "merge_projections",
         "tensor_parallel",
         "loss",
         "max_skipped_steps",
@@ -78,28 +82,65 @@ def open_run_folder(config: PretrainConfig, accelerator: Accelerator) -> Path:
 
 
 def _claim(config: PretrainConfig, folder: Path) -> None:
-    if config.overwrite:
+    if (folder / MODEL_CONFIG).exists():
+        raise ValueError(f"output_dir {folder} is itself a model or a checkpoint: choose another output_dir")
+    if config.overwrite and not _is_interrupted(config, folder):
         for name in (MODEL, CHECKPOINTS, METRICS, CONFIG):
             _delete(folder / name)
     if (folder / MODEL).exists():
         raise ValueError(f"{folder} holds a finished run: choose another output_dir, or give --overwrite to delete it")
-    if complete_checkpoints(folder / CHECKPOINTS):
+    _check_same_run(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / f"{CONFIG}.tmp"
+    written.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    os.replace(written, folder / CONFIG)  # killed in between, the run still has its settings
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+
+
+def _is_interrupted(config: PretrainConfig, folder: Path) -> bool:
+    """Whether this very run was cut here: a command that is started again must not delete its own progress."""
+    if (folder / MODEL).exists() or not complete_checkpoints(folder / CHECKPOINTS):
+        return False
+    with contextlib.suppress(ValueError):
         _check_same_run(config, folder)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        return True
+    return False
 
 
 def _check_same_run(config: PretrainConfig, folder: Path) -> None:
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds checkpoints but no {CONFIG}: choose another output_dir, or give --overwrite")
-    before, now = yaml.safe_load((folder / CONFIG).read_text()), config.to_dict()
-    changed = [name for name in now if name not in FREE_SETTINGS and before.get(name) != now[name]]
+    before, now = _settings_of(folder), config.to_dict()
+    if not complete_checkpoints(folder / CHECKPOINTS):
+        return
+    free = FREE_SETTINGS - (DECIDE_AVERAGES if config.average_every_tokens else set())
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
     if changed:
         changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in changed)
         raise ValueError(
             f"{folder} holds checkpoints of a run with other settings ({changes}): use its settings to go on with it, "
             "choose another output_dir, or give --overwrite"
         )
+
+
+def _settings_of(folder: Path) -> dict | None:
+    """Settings of the run that a folder holds; None where there is none."""
+    left = [name for name in (CHECKPOINTS, METRICS, CONFIG) if _holds_something(folder / name)]
+    if not left:
+        return None
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict) or not RUNS_HAVE <= settings.keys():
+        raise ValueError(
+            f"output_dir {folder} holds {' and '.join(left)}, but {folder / CONFIG} is not the settings of a run "
+            "(lost, cut short, or another program's): choose another output_dir, give --overwrite to delete what is "
+            "there, or, to go on with a run, write its settings to that file again"
+        )
+    return settings
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def save_whole(model, state_dict: dict, tokenizer, target: Path) -> Path:

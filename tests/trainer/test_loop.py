@@ -179,11 +179,13 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_config, m
     config = make_config()
     with monkeypatch.context() as patch:
         poison(patch, 6)
-        with pytest.raises(NonFiniteLossError, match=r"step 6 has loss nan.*step_00000004"):
+        with pytest.raises(NonFiniteLossError, match=r"step 6 has loss nan.*step_00000004: raise max_skipped_steps and"):
             run_pretraining(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["loss"] is None
-    assert run_pretraining(config).steps == 8
+    with monkeypatch.context() as patch:
+        poison(patch, 2)  # the same batch again: what the error names is taken
+        assert run_pretraining(make_config(max_skipped_steps=1)).steps == 8
 
 
 def test_a_skipped_step_leaves_the_weights_alone(make_config, monkeypatch):
