@@ -15,17 +15,17 @@ from torch.nn.utils import get_total_norm
 def not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """1 where any of the tensors holds a NaN or an infinity, else 0: float32 of shape (1,) on `device`."""
     flag = torch.zeros(1, device=device)
-    rest = []
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        chosen = by_dtype.setdefault(tensor.dtype, []) if _fusable(tensor) else rest
-        chosen.append(tensor)
-    if by_dtype:
-        from trainer.optim import fused_kernels
+    rest = [tensor for tensor in tensors if tensor.numel()]
+    if device.type == "cuda":
+        from trainer.optim import fused_kernels  # needs Triton, which machines without an accelerator may lack
 
-        for same in by_dtype.values():
-            fused_kernels.mark_not_finite(same, flag)
-    rest = [tensor for tensor in rest if tensor.numel()]
+        fused, rest = rest, []
+        for dtype in {tensor.dtype for tensor in fused}:
+            same = [tensor for tensor in fused if tensor.dtype == dtype]
+            if dtype == torch.float64 or not all(map(Tensor.is_contiguous, same)):
+                rest += same
+            else:
+                fused_kernels.mark_not_finite(same, flag)
     if rest:
         largest = get_total_norm(rest, norm_type=math.inf).to(device)
         flag = torch.maximum(flag, (~largest.isfinite()).float())
@@ -42,7 +42,7 @@ def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float, out: Te
         out: where gradient + momentum * momentum_buffer goes, same shape, any dtype; None where nobody asks for it.
     """
     if _fusable(gradient, momentum_buffer, out):
-        from trainer.optim import fused_kernels  # needs Triton, which machines without an accelerator may lack
+        from trainer.optim import fused_kernels
 
         fused_kernels.nesterov(gradient, momentum_buffer, momentum, out)
         return

@@ -18,13 +18,15 @@ def nesterov(gradient: Tensor, momentum_buffer: Tensor, momentum: float, out: Te
     numel = gradient.numel()
     target = momentum_buffer if out is None else out
     grid = (triton.cdiv(numel, _BLOCK),)
-    _nesterov_kernel[grid](gradient, momentum_buffer, target, numel, momentum, out is not None, _BLOCK)
+    with _device_of(gradient):
+        _nesterov_kernel[grid](gradient, momentum_buffer, target, numel, momentum, out is not None, _BLOCK)
 
 
 def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float) -> None:
     """See `trainer.optim.fused.apply_update`; all tensors contiguous."""
     numel = weight.numel()
-    _apply_update_kernel[(triton.cdiv(numel, _BLOCK),)](weight, update, numel, decay, step_size, _BLOCK)
+    with _device_of(weight):
+        _apply_update_kernel[(triton.cdiv(numel, _BLOCK),)](weight, update, numel, decay, step_size, _BLOCK)
 
 
 def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
@@ -35,7 +37,13 @@ def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
     table = torch.tensor([[t.data_ptr() for t in tensors], [t.numel() for t in tensors]])  # (2, T)
     table = table.to(flag.device, non_blocking=True)
     element = _POINTERS[tensors[0].dtype]
-    _mark_not_finite_kernel[(_PROGRAMS_A_TENSOR, len(tensors))](table[0], table[1], flag, element, _BLOCK)
+    with _device_of(flag):
+        _mark_not_finite_kernel[(_PROGRAMS_A_TENSOR, len(tensors))](table[0], table[1], flag, element, _BLOCK)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -38,6 +38,8 @@ def settle(parameters: Sequence[Tensor], names: Sequence[str], copied: Sequence[
         ValueError: on all ranks, where they cannot move a gradient together, or copies would drift apart.
     """
     moved = []
+    if not any(flags[1]) and not any(flags[2]):
+        return moved
     for parameter, name, is_copied, fits, apart, missing in zip(parameters, names, copied, *flags, strict=True):
         if apart and (fits or missing):
             raise ValueError(

@@ -86,7 +86,7 @@ class ParallelMuonClip(MuonClip):
         method: str = "gram",
         coefficients: str | tuple = "motif",
         mode: str = "parallel",
-        chunk_size: int | None = 2,
+        chunk_size: int | None = 1,
         pipelined: bool = True,
         balanced: bool = True,
         max_replicas: int | None = None,
@@ -137,7 +137,6 @@ class ParallelMuonClip(MuonClip):
         self._prepare()
         finite, active, logits = self._agree()
         if finite:
-            self._make_state()
             for plan in self._plan_for(active):
                 run = self._run_parallel if self.mode == "parallel" else self._run_distributed
                 run(plan)
@@ -224,16 +223,18 @@ class ParallelMuonClip(MuonClip):
         """One collective: whether all gradients are finite, which parameters have one on any rank, maximum logits."""
         parameters = self._parameters()
         gradients = [local_of(p.grad) for p in parameters if p.grad is not None]
+        bad = not_finite(gradients, self._device)  # first, so that the device looks while the host goes on
         held = describe(parameters).flatten().to(self._device, non_blocking=True)  # (3 * P,)
-        flags = torch.cat([not_finite(gradients, self._device), held])
+        flags = torch.cat([bad, held])
         agreed = self._control.maximum(torch.cat([flags, self._clip.pack(self._device)]))
+        self._make_state()
         bad, *held = agreed[: len(flags)].tolist()  # the step's one wait for the device
         count = len(parameters)
         held = held[:count], held[count : 2 * count], held[2 * count :]
         moved = settle(parameters, self._names, self._copied, held)
         if moved and not bad:  # they are sums of what was looked at
             bad = self._control.maximum(not_finite(moved, self._device)).item()
-        active = tuple(bool(fits or apart) for fits, apart, _ in zip(*held, strict=True))
+        active = tuple(map(bool, map(max, held[0], held[1])))
         return not bad, active, agreed[len(flags) :]
 
     def _plan_for(self, active: tuple[bool, ...]) -> list[TeamPlan]:

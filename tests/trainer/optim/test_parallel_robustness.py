@@ -285,7 +285,7 @@ def test_ranks_that_disagree_are_refused():
         "weight_decay": 0.2,
         "adamw_betas": (0.8, 0.9),
         "adamw_eps": 1e-6,
-        "chunk_size": 1,
+        "chunk_size": 2,
         "pipelined": False,
         "method": "gram",
         "coefficients": "jordan",
