@@ -184,7 +184,10 @@ def test_trainer_takes_the_factory(tmp_path):
     assert isinstance(trainer.optimizer.optimizer, ParallelMuonClip)
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
     assert trainer.optimizer.optimizer.clip_report()["max_logit"] > -math.inf
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    other = tiny_model(initializer_range=0.5)
+    resumed = Trainer(other, arguments, train_dataset=data, optimizer_cls_and_kwargs=(MuonClipFactory, options))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
 
 
 def test_accelerate_prepares_model_and_optimizer_together():

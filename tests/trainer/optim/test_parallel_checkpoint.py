@@ -7,16 +7,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 
 from tests.distributed import run_distributed
-from tests.trainer.optim.helpers import Bag, groups_of, shard_fully, train
+from tests.trainer.optim.helpers import Bag, distribute, groups_of, shard_fully, train
 from trainer.optim import ParallelMuonClip
+
+TENSOR_PARALLEL = (-2,)
 
 
 def make(mesh_shape: tuple[int, ...] = ()) -> tuple[Bag, ParallelMuonClip]:
     """A bag, sharded or (on a two-dimensional mesh) sharded and replicated, and its optimizer."""
     bag = Bag(torch.float32)
-    if mesh_shape:
+    if mesh_shape == TENSOR_PARALLEL:
+        distribute(bag, init_device_mesh("cpu", (2,)), lambda p: [Shard(1 if p.shape == (6, 16) else 0)])
+    elif mesh_shape:
         shard_fully(
             bag, init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
         )
@@ -46,10 +51,12 @@ def test_a_distributed_checkpoint_resumes_anywhere_bit_for_bit(tmp_path):
     expected = train(*make(), steps=4)
     run_distributed(save, 4, (4,), tmp_path / "sharded")
     run_distributed(save, 2, (2,), tmp_path / "two")
+    run_distributed(save, 2, TENSOR_PARALLEL, tmp_path / "tensor")
     resumed = [
         *run_distributed(resume, 2, (2,), tmp_path / "sharded"),
         *run_distributed(resume, 4, (2, 2), tmp_path / "two"),
         *run_distributed(resume, 1, (), tmp_path / "two"),
+        *run_distributed(resume, 2, (2,), tmp_path / "tensor"),
     ]
     for result in resumed:
         for name, value in result.items():

@@ -169,6 +169,17 @@ def test_switches_do_not_change_a_bit():
                     assert torch.equal(value, expected[name]), f"{layout} with {options} differs in {name}"
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("rule", ["q_only", "compensated"])
+def test_every_clip_rule_is_bitwise_equal_to_one_rank(rule):
+    expected = single_result(torch.float64, qk_clip_rule=rule)
+    layouts = [fsdp, uneven_columns]
+    for results in run_distributed(results_by_layout, 2, 2, layouts, torch.float64, {"qk_clip_rule": rule}):
+        for layout, result in results.items():
+            for name, value in result.items():
+                assert torch.equal(value, expected[name]), f"{layout} differs in {name}"
+
+
 def strided_run(rank):
     bag = Bag()
     fsdp_tensor_parallel(bag, 4)
