@@ -277,8 +277,8 @@ class _Run:
         if len(rewinds) == self.config.max_rewinds:
             raise LossSpikeError(
                 f"the loss spiked to {loss:.4f} at step {step}, above {limit:.4f}, after max_rewinds "
-                f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: look at the data, raise max_rewinds "
-                f"and start the same command again, {ANOTHER_RUN}"
+                f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: look at the data, raise "
+                f"max_rewinds and start the same command again, {ANOTHER_RUN}"
             )
         self._restore(path, streams=batch.state["streams"])
         rewind = {"from_step": step, "to_step": self.progress.step, "loss": loss, "limit": limit}

@@ -130,7 +130,7 @@ def _settings_of(folder: Path) -> dict | None:
         settings = yaml.safe_load((folder / CONFIG).read_text())
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
-    if not isinstance(settings, dict) or not RUNS_HAVE <= settings.keys():
+    if not isinstance(settings, dict) or not settings.keys() >= RUNS_HAVE:
         raise ValueError(
             f"output_dir {folder} holds {' and '.join(left)}, but {folder / CONFIG} is not the settings of a run "
             "(lost, cut short, or another program's): choose another output_dir, give --overwrite to delete what is "
