@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """1 where any of the tensors holds a NaN or an infinity, else 0: float32 of shape (1,) on `device`."""
@@ -22,10 +24,11 @@ def not_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         fused, rest = rest, []
         for dtype in {tensor.dtype for tensor in fused}:
             same = [tensor for tensor in fused if tensor.dtype == dtype]
-            if dtype == torch.float64 or not all(map(Tensor.is_contiguous, same)):
-                rest += same
-            else:
+            here = {tensor.device for tensor in same} == {flag.device}
+            if here and dtype in _FUSED_DTYPES and all(map(Tensor.is_contiguous, same)):
                 fused_kernels.mark_not_finite(same, flag)
+            else:
+                rest += same
     if rest:
         largest = get_total_norm(rest, norm_type=math.inf).to(device)
         flag = torch.maximum(flag, (~largest.isfinite()).float())
@@ -63,5 +66,5 @@ def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float)
 
 def _fusable(*tensors: Tensor | None) -> bool:
     present = [tensor for tensor in tensors if tensor is not None]
-    plain = all(t.is_contiguous() and t.dtype != torch.float64 for t in present)
+    plain = all(t.is_contiguous() and t.dtype in _FUSED_DTYPES for t in present)
     return plain and present[0].is_cuda and present[0].numel() > 0

@@ -1,13 +1,14 @@
 """The fused elementwise passes equal what they stand for: in torch, in Triton's interpreter, and on accelerators."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.distributed import run_distributed
 from tests.trainer.optim.test_parallel_muon_clip import fsdp_on, single_result
-from trainer.optim.fused import apply_update, nesterov, not_finite
+from trainer.optim.fused import _fusable, apply_update, nesterov, not_finite
 
 
 def inputs(numel: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -48,6 +49,32 @@ def check_finite(not_finite_function, device: str) -> None:
 def test_torch():
     check(nesterov, apply_update, "cpu")
     check_finite(lambda tensors: not_finite(tensors, torch.device("cpu")), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.complex64])
+def test_types_that_kernels_do_not_take_go_to_torch(dtype):
+    on_accelerator = {"is_contiguous": lambda: True, "is_cuda": True, "numel": lambda: 5}
+    assert _fusable(SimpleNamespace(dtype=torch.bfloat16, **on_accelerator))
+    assert not _fusable(SimpleNamespace(dtype=dtype, **on_accelerator))
+
+
+@pytest.mark.gpu
+def test_bad_values_are_found_in_any_type_and_place():
+    device = torch.device("cuda")
+    good = [torch.ones(5, device=device), torch.ones(5, dtype=torch.complex64, device=device), torch.ones(5)]
+    assert not_finite(good, device) == 0
+    for number in range(len(good)):
+        bad = [each.clone() for each in good]
+        bad[number][3] = math.inf
+        assert not_finite(bad, device) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators")
+def test_kernels_run_where_the_tensors_are():
+    assert torch.cuda.current_device() == 0
+    check(nesterov, apply_update, "cuda:1")
+    check_finite(lambda tensors: not_finite(tensors, torch.device("cuda:1")), "cuda:1")
 
 
 @pytest.mark.gpu
