@@ -145,6 +145,7 @@ def test_runs_differ_in_key_by_arm_rate_and_seed_only():
     ("changes", "message"),
     [
         ({"arms": {"a": {}}}, "needs label"),
+        ({"arms": {"a": {"label": 241}}}, "put it in quotes"),
         ({"arms": {"a": {"label": "A", "attention": "linear"}}}, "'linear': choose one of"),
         ({"arms": {"a": {"label": "A", "against": ["z"]}}}, "name some of"),
         ({"same": "memory"}, "'memory': write parameters"),

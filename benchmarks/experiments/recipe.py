@@ -323,4 +323,6 @@ class Recipe:
         known = {entry.name for entry in fields(Arm)} - {"name"}
         if set(arm) - known or "label" not in arm:
             raise ValueError(f"arm {name!r} needs label and may have {sorted(known)}, it has {sorted(arm)}")
+        if not isinstance(arm["label"], str):  # YAML takes 4:1 for the number 241
+            raise ValueError(f"arm {name!r} has the label {arm['label']!r}, which is no text: put it in quotes")
         return Arm(name, **arm)

@@ -9,18 +9,16 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.experiments.figure import OVER_COMPUTE, curve_of, draw, flops_spent, title
 from benchmarks.experiments.recipe import CUT, DIVERGED, DONE, Recipe
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.sharing import MPS, SLICES
 
 # 97.5% points of Student's t by degrees of freedom: the half width of a 95% interval in standard errors.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-TITLES = {"heldout": "loss,", "recall_accuracy": "recall,", "forgotten": "forgotten,", "best": "best head,"}
-COLORS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6")
 ONE_SEED = "one seed"
 # Columns that a run has at its end only.
 _MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
-OVER_COMPUTE = " over compute"  # of an entry of a recipe's plot: the axis is FLOPs in place of tokens
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
 
 
@@ -44,7 +42,7 @@ def report(recipe: Recipe, results: Results, pages: Path) -> str:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(recipe, results, chosen, picture)
         panels = [title(entry) + ("" if entry.endswith(OVER_COMPUTE) else " over tokens") for entry in recipe.plot]
-        lines += [f"![{', '.join(panels)}]({picture.name})", ""]
+        lines += [f"![{'; '.join(panels)}]({picture.name})", ""]
     lines += [*settings_lines(recipe, results), ""]
     if records:
         lines += comparison_lines(recipe, records, tokens, chosen, results)
@@ -259,11 +257,6 @@ def spent_to_equal(
     return cell(dict(enumerate(shares)))
 
 
-def flops_spent(record: dict, tokens: float) -> float:
-    """Training FLOPs of a run up to so many tokens of its own, with those of the small model that it grew from."""
-    return float(record.get("source_flops") or 0) + float(record["flops_per_token"]) * tokens
-
-
 def crossing(curve: list[tuple[int, float]], level: float) -> float | None:
     """Tokens at which a falling curve first is at `level`, between its points along a line; None if it never is."""
     if curve[0][1] <= level:
@@ -272,10 +265,6 @@ def crossing(curve: list[tuple[int, float]], level: float) -> float | None:
         if low <= level:
             return before + (after - before) * (1.0 if high <= low else max(0.0, (high - level) / (high - low)))
     return None
-
-
-def curve_of(results: Results, record: dict, measure: str) -> list[tuple[int, float]]:
-    return [(tokens, value) for tokens, name, value in results.curves.get(record["key"], []) if name == measure]
 
 
 def sweep_table(recipe: Recipe, records: Mapping[str, dict]) -> list[str]:
@@ -311,12 +300,13 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
     shared = " or ".join(sorted({sharing(row) for row in records}))
     speed = statistics.median(float(row["tokens"]) / float(row["seconds"]) for row in records)
     parameters = statistics.mean(float(row["parameters"]) for row in records)
-    planned = len({run.key for run in recipe.runs(results.finished)})
+    missing = {run.key for run in recipe.runs(results.finished)} - set(results.records)
     cut = sum(row["status"] == CUT for row in records)
     stopped = f" ({cut} of them cut for lack of time)" if cut else ""
-    full_hours = seconds / tokens * FULL_TOKENS * planned * FULL_PARAMETERS / parameters / 3600
+    unmade = f", {len(missing)} not made yet" if missing else ""
+    full_hours = seconds / tokens * FULL_TOKENS * (len(records) + len(missing)) * FULL_PARAMETERS / parameters / 3600
     return [
-        f"{len(records)} of {planned} runs{stopped}, {tokens / len(records) / 1e6:.1f}M tokens each, on "
+        f"{len(records)} runs{stopped}{unmade}, {tokens / len(records) / 1e6:.1f}M tokens each, on "
         f"{'; '.join(places)}; "
         f"{seconds / 3600:.2f} GPU-hours in all, {speed:,.0f} tokens a second a run (median) with "
         f"{shared} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
@@ -329,15 +319,6 @@ def sharing(record: Mapping) -> str:
     """How many runs shared its GPU, and how."""
     count = record["workers_per_device"]
     return f"{count} ({record['sharing']})" if record.get("sharing") in (MPS, SLICES) else str(count)
-
-
-def title(measure: str) -> str:
-    """A measure in a table."""
-    for start, words in TITLES.items():
-        if measure == start or measure.startswith(f"{start}_"):
-            rest = measure.removeprefix(start).strip("_").replace("_", "-" if start == "recall_accuracy" else " ")
-            return f"{words} {rest or 'all'}" + (" pairs" if start == "recall_accuracy" and rest else "")
-    return measure.replace("_", " ")
 
 
 def fill(page: Path, text: str) -> None:
@@ -353,41 +334,3 @@ def fill(page: Path, text: str) -> None:
     page.write_text(
         content[: content.index(start)] + text + content[content.index(end) + len(end) :], encoding="utf-8"
     )
-
-
-def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]], picture: Path) -> None:
-    """The recipe's curves: the mean over seeds, and the range of the seeds around it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measured = {measure for key in results.records for _, measure, _ in results.curves[key]}
-    shown = [measure for measure in recipe.plot if measure.removesuffix(OVER_COMPUTE) in measured]
-    size = (4.6 * len(shown), 3.4)
-    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for axes, entry in zip(panels[0], shown, strict=True):
-        measure, compute = entry.removesuffix(OVER_COMPUTE), entry.endswith(OVER_COMPUTE)
-        highest = []
-        for color, arm in zip(COLORS, recipe.arms, strict=False):
-            curves = [curve_of(results, record, measure) for record in chosen[arm].values()]
-            curves = [dict(curve) for curve in curves if curve]
-            tokens = sorted(set.intersection(*map(set, curves))) if curves else []
-            tokens = [count for count in tokens if count] or tokens  # untrained models would press the rest together
-            if not tokens:
-                continue
-            values = [[curve[count] for curve in curves] for count in tokens]
-            record = next(iter(chosen[arm].values()))
-            spent = [flops_spent(record, count) / 1e12 if compute else count / 1e6 for count in tokens]
-            axes.plot(spent, [statistics.mean(v) for v in values], color=color, label=recipe.arms[arm].label)
-            axes.fill_between(spent, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2)
-            highest.append(max(max(v) for v in values))
-        if measure == "max_logit" and highest and max(highest) > 0:
-            axes.set_yscale("log")
-        axes.set_title(title(measure), fontsize=10)
-        axes.set_xlabel("TFLOPs, the small model's included" if compute else "millions of tokens")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e8eb")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
