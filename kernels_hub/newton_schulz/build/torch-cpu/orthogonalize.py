@@ -98,7 +98,8 @@ def newton_schulz(
         method: `"gram"` iterates on the Gram matrix (fewest operations), `"classic"` on the matrix itself.
         coefficients: `"motif"`, `"polar_express"`, `"jordan"`, or (a, b, c) for each step.
         restarts: steps before which the Gram form computes its Gram matrix anew; by default (2,), and (2, 3) for
-            nearly square matrices. The classic form has nothing to restart.
+            nearly square matrices, with more than five steps also every second one later. The classic form has
+            nothing to restart.
         backend: `"auto"`, `"triton"`, `"torch"` or `"quack"`.
         compute_dtype: type of every stored intermediate. Default: float16 for `"gram"` and bfloat16 for `"classic"` on
             accelerators; float32 on the CPU; float64 for float64 matrices.

@@ -14,7 +14,7 @@ from .triton_kernels import normalise_kernel, square_sums_kernel, symmetric_prod
 
 # Row strides of the bulk copy engine are multiples of 16 bytes: 8 elements of a half type.
 _ALIGNMENT = 8
-_NORM_PARTS = 256
+_NORM_PARTS = 512
 # A stride longer than any launch; a constant, so that a kernel is not compiled again for every batch size.
 _ONE_UNIT_EACH = 2**20
 _INTERPRETED_PROGRAMS = 3
@@ -195,7 +195,7 @@ def normalise(source: torch.Tensor, out: torch.Tensor, eps: float, transpose: bo
         raise ValueError(f"a matrix of shape {(rows, columns)} spans 2^31 elements or more: use backend='torch'")
     partial_sums = torch.empty(batch, _NORM_PARTS, dtype=torch.float32, device=source.device)
     square_sums_kernel[(_NORM_PARTS, batch)](
-        source, partial_sums, rows, columns, source.stride(0), source.stride(1), BLOCK=2048, num_warps=8
+        source, partial_sums, rows, columns, source.stride(0), source.stride(1), BLOCK=4096, num_warps=8
     )
     block_rows, block_columns = (64, 64) if transpose else (16, 256)
     tiles = triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)

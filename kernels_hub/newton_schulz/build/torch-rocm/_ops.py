@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_rocm_7966a60
+ops = torch.ops._newton_schulz_rocm_aeb0170
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_rocm_7966a60::{op_name}"
+    return f"_newton_schulz_rocm_aeb0170::{op_name}"

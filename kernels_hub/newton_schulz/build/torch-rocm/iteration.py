@@ -48,22 +48,26 @@ def gram_iteration(products: Products, steps: tuple[Step, ...], restarts: tuple[
     A step multiplies X by P = a I + b R + c R^2: it takes Q to Q P, and R to P R P, in products that commute. Rounding
     lets R drift from the Gram matrix of Q X, so before the steps in `restarts` X becomes Q X and R is computed anew;
     without any the drift grows until the result is useless. In the step after a restart the error would nearly double
-    if P R P were computed from a P whose diagonal was rounded with a I in it: there R meets P - a I and a R is added.
+    if P R P were computed from a P whose diagonal was rounded with a I in it: there P - a I is kept, and Q is
+    `factor` + `apart` I.
     """
-    gram, factor = products.gram(), None  # (S, S)
+    gram, factor, apart = products.gram(), None, 0.0  # (S, S)
     for index, (a, b, c) in enumerate(steps):
         goes_on = index + 1 < len(steps) and index + 1 not in restarts
         if index in restarts:
-            products.apply(factor)
+            products.apply(products.shift(factor, apart) if apart else factor)
             gram = products.gram()
-            polynomial = products.symmetric(gram, gram, gram, alpha=c, beta=b)  # P - a I, (S, S)
-            factor = products.shift(polynomial, a)
+            factor, apart = products.symmetric(gram, gram, gram, alpha=c, beta=b), a  # P - a I, (S, S)
             if goes_on:
-                gram = products.symmetric(gram, polynomial, gram, beta=a)  # R P
-                gram = products.symmetric(polynomial, gram, gram, beta=a)
+                gram = products.symmetric(gram, factor, gram, beta=a)  # R P
+                gram = products.symmetric(factor, gram, gram, beta=a)
+            continue
+        polynomial = products.symmetric(gram, gram, gram, alpha=c, beta=b, gamma=a)  # P, (S, S)
+        if factor is None:
+            factor = polynomial
         else:
-            polynomial = products.symmetric(gram, gram, gram, alpha=c, beta=b, gamma=a)  # P, (S, S)
-            factor = polynomial if factor is None else products.symmetric(factor, polynomial)
-            if goes_on:
-                gram = products.symmetric(products.symmetric(gram, polynomial), polynomial)
-    products.apply(factor, last=True)
+            factor = products.symmetric(factor, polynomial, polynomial if apart else None, beta=apart)
+            apart = 0.0
+        if goes_on:
+            gram = products.symmetric(products.symmetric(gram, polynomial), polynomial)
+    products.apply(products.shift(factor, apart) if apart else factor, last=True)
