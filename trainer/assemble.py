@@ -142,13 +142,22 @@ def open_loader(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> 
     return CurriculumLoader(corpora, config.mixture(), plan, config.seed, pad, rank, ranks)
 
 
-def open_heldout(config: PretrainConfig, tokenizer) -> dict[str, list[dict]]:
-    """Held-out batches by domain; none when evaluation is off."""
+def open_heldout(config: PretrainConfig, tokenizer, verify: bool = False) -> dict[str, list[dict]]:
+    """Held-out batches by domain; none when evaluation is off.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run.
+        verify: compare the checksums of the held-out shards first.
+
+    Raises:
+        ValueError: a held-out shard is missing or corrupted, or a domain has none.
+    """
     if not config.eval_steps:
         return {}
     length, pad = config.sequence_length, pad_token_id(tokenizer)
     rows = max(1, (config.micro_batch_tokens or config.batch_tokens) // length)
-    corpora = {name: TokenCorpus(config.data_dir, name, "heldout") for name in config.domains}
+    corpora = {name: TokenCorpus(config.data_dir, name, "heldout", verify) for name in config.domains}
     return {name: heldout_batches(corpus, length, rows, config.eval_tokens, pad) for name, corpus in corpora.items()}
 
 

@@ -113,7 +113,7 @@ class _Run:
         self.tokenizer = load_tokenizer(config.tokenizer)
         prepare_shards(config, self.tokenizer, accelerator)
         self.loader = open_loader(config, self.tokenizer, accelerator)
-        self.heldout = open_heldout(config, self.tokenizer)
+        self.heldout = open_heldout(config, self.tokenizer, config.verify_checksums and accelerator.is_main_process)
         self.schedule = config.learning_rate_schedule()
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)

@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_written_is_named_and_written_later(make_config, 
     assert run_pretraining(config).steps == 8
 
 
-@pytest.mark.parametrize("file", ["train_00000.tokens.npy", "train_00000.ends.npy"])
+@pytest.mark.parametrize("file", ["train_00000.tokens.npy", "train_00000.ends.npy", "heldout_00000.tokens.npy"])
 def test_a_lost_or_corrupted_shard_is_named_before_training(make_config, corpus_folder, tmp_path, file):
     shutil.copytree(corpus_folder / "shards", tmp_path / "shards")
     damaged = tmp_path / "shards/b" / file

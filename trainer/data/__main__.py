@@ -3,17 +3,19 @@
 It reads the same recipe as `motif2-pretrain`, which then finds the shards ready.
 """
 
+import itertools
+
 from trainer.assemble import tokenise_sources
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
-from trainer.data.shards import check_tokenizer, load_manifest
+from trainer.data.shards import SPLITS, TokenCorpus, check_tokenizer, load_manifest
 from trainer.model import load_tokenizer
 
 DESCRIPTION = """Tokenise the domains of a pre-training recipe into shards under data_dir, and list what is there.
 
 Sources are Hub datasets or local files (.parquet, .jsonl, .jsonl.zst, .txt). Domains that are complete are kept, an
-interrupted one goes on where it stopped, and another tokenizer or other settings are refused. --data_workers N
-tokenises in N processes."""
+interrupted one goes on where it stopped; another tokenizer, other settings or sources, and lost or corrupted shards
+are refused. --data_workers N tokenises in N processes, --verify_checksums false compares only the files' sizes."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,8 +23,11 @@ def main(argv: list[str] | None = None) -> None:
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
     try:
         tokenizer = load_tokenizer(config.tokenizer)
-        tokenise_sources(config, tokenizer)
+        if any(domain.get("sources") for domain in config.domains.values()):
+            tokenise_sources(config, tokenizer)
         check_tokenizer(config.data_dir, tokenizer)
+        for name, split in itertools.product(config.domains, SPLITS):
+            TokenCorpus(config.data_dir, name, split, config.verify_checksums)
         print(describe_corpus(config.data_dir))
     except (ValueError, OSError) as error:
         raise SystemExit(f"trainer.data: {error}") from error

@@ -58,7 +58,8 @@ def build_shards(
         dict: the manifest.
 
     Raises:
-        ValueError: a domain has no document or an unreadable one, or the folder holds shards made with other settings.
+        ValueError: a domain has no document or an unreadable one, or the folder holds shards made with other settings
+            or from other sources.
     """
     output_dir = Path(output_dir)
     settings = {
@@ -70,13 +71,20 @@ def build_shards(
         "seed": seed,
     }
     manifest = _open_manifest(output_dir, settings)
-    missing = {name: documents for name, documents in domains.items() if name not in manifest["domains"]}
+    missing = {}
+    for name, documents in domains.items():
+        sources, documents = _resolve_documents(documents)
+        if name in manifest["domains"] and (output_dir / name).is_dir():
+            _check_sources(output_dir, name, manifest["domains"][name]["sources"], sources)
+        else:  # new, or its folder was deleted to make it again
+            missing[name] = sources, documents
     with encoder(tokenizer, num_workers if missing else 1) as encode:
-        for name, documents in missing.items():
-            writer = _DomainWriter(output_dir / name, tokenizer, encode, settings, name in (heldout or {}), progress)
-            sources, documents = _resolve_documents(documents)
+        for name, (sources, documents) in missing.items():
+            writer = _DomainWriter(
+                output_dir / name, sources, tokenizer, encode, settings, name in (heldout or {}), progress
+            )
             explicit = ({**document, "heldout": True} for document in (heldout or {}).get(name, ()))
-            manifest["domains"][name] = writer.write(itertools.chain(explicit, documents)) | {"sources": sources}
+            manifest["domains"][name] = writer.write(itertools.chain(explicit, documents))
             _write_manifest(output_dir, manifest)
             (output_dir / name / "progress.json").unlink(missing_ok=True)
     return manifest
@@ -110,11 +118,36 @@ def _resolve_documents(documents: Iterable) -> tuple[list[dict] | None, Iterable
     return [vars(source) for source in sources], chain_documents(sources)
 
 
+def _check_sources(output_dir: Path, domain: str, before: list[dict] | None, now: list[dict] | None) -> None:
+    """Refuse shards made from other sources; documents that come ready (`now` is None) cannot be compared."""
+    if now is None or _decisive(before) == _decisive(now):
+        return
+    raise ValueError(
+        f"domain {domain!r} in {output_dir} was tokenised from {_decisive(before)}, and the recipe's sources are "
+        f"{_decisive(now)}: choose another data_dir, delete {output_dir / domain} to tokenise it again, or take "
+        "`sources` out of the recipe to train on what is there"
+    )
+
+
+def _decisive(sources: list[dict] | None) -> list[dict] | str:
+    """What of the sources decides documents and licences, and was set."""
+    if sources is None:
+        return "documents given directly"
+    return [{key: value for key, value in source.items() if key != "streaming" and value} for source in sources]
+
+
 class _DomainWriter:
     """Writes one domain's documents as shards and remembers after each shard how far it came."""
 
     def __init__(
-        self, folder: Path, tokenizer, encode: Encode, settings: dict, explicit_heldout: bool, progress: bool
+        self,
+        folder: Path,
+        sources: list[dict] | None,
+        tokenizer,
+        encode: Encode,
+        settings: dict,
+        explicit_heldout: bool,
+        progress: bool,
     ):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token: set `eos_token` before tokenising")
@@ -130,8 +163,14 @@ class _DomainWriter:
         self.entry = (
             _read_json(progress_file)
             if progress_file.is_file()
-            else {"documents_read": 0, "licenses": {}, **{split: _empty_split() for split in SPLITS}}
+            else {
+                "documents_read": 0,
+                "licenses": {},
+                "sources": sources,
+                **{split: _empty_split() for split in SPLITS},
+            }
         )
+        _check_sources(folder.parent, folder.name, self.entry.setdefault("sources", sources), sources)
         self._clear_buffers()
 
     def write(self, documents: Iterable[dict]) -> dict:
@@ -190,7 +229,9 @@ class _DomainWriter:
         }
         if split == "heldout":
             lines = "".join(json.dumps({"text": text}) + "\n" for text in self.heldout_texts)
-            _atomic_write(self.folder / f"{stem}.jsonl", lines.encode())
+            path = self.folder / f"{stem}.jsonl"
+            _atomic_write(path, lines.encode())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_checksum(path)}
         entry["shards"].append({"name": stem, "documents": len(documents), "tokens": len(tokens), "files": files})
         entry["documents"] += len(documents)
         entry["tokens"] += len(tokens)
@@ -230,15 +271,16 @@ class TokenCorpus:
         self._first_document = np.cumsum([0, *(shard["documents"] for shard in shards)])
 
     def _check_shard(self, shard: dict, verify: bool) -> None:
+        mend = f"restore it, or delete {self.folder} and tokenise its sources again (python -m trainer.data)"
         for name, expected in shard["files"].items():
             path = self.folder / name
             if not path.is_file():
-                raise ValueError(f"shard file {path} is lost: restore it, or delete the folder and tokenise again")
+                raise ValueError(f"shard file {path} is lost: {mend}")
             found = {"bytes": path.stat().st_size}
             if verify:
                 found["sha256"] = file_checksum(path)
             if any(expected[key] != value for key, value in found.items()):
-                raise ValueError(f"shard file {path} is corrupted ({found} but {expected} was written): restore it")
+                raise ValueError(f"shard file {path} is corrupted ({found} but {expected} was written): {mend}")
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens of each document, end-of-text included.

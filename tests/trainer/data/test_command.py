@@ -1,6 +1,7 @@
 """`python -m trainer.data` makes a recipe's shards from local files and says what is in them."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -67,3 +68,25 @@ def test_the_command_refuses_another_tokenizer(recipe, tmp_path):
     make_tokenizer(words=60).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"trainer\.data: .*tokenizer"):
         main(["--config", str(recipe), "--tokenizer", str(tmp_path / "other")])
+
+
+def test_a_lost_or_corrupted_shard_is_found_and_made_again_as_told(recipe, tmp_path):
+    main(["--config", str(recipe)])
+    before, shard = load_manifest(tmp_path / "shards"), tmp_path / "shards/web/train_00000.tokens.npy"
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 3
+    shard.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"web/train_00000.tokens.npy is corrupted"):
+        main(["--config", str(recipe)])
+    shard.unlink()
+    with pytest.raises(SystemExit, match=r"is lost: restore it, or delete \S+/shards/web and tokenise"):
+        main(["--config", str(recipe)])
+    shutil.rmtree(shard.parent)
+    main(["--config", str(recipe)])
+    assert load_manifest(tmp_path / "shards") == before
+
+
+def test_a_recipe_without_sources_needs_shards(recipe, tmp_path):
+    with pytest.raises(SystemExit, match="holds no token shards"):
+        main(["--config", str(recipe), "--domains", "{web: {start: 1, end: 1}}"])
+    assert not (tmp_path / "shards").exists()

@@ -1,6 +1,7 @@
 import itertools
 import json
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +100,46 @@ def test_complete_domains_are_not_read_again(tmp_path, tokenizer):
 
     build_shards(tmp_path, {"a": refuses(), "b": make_documents(50)}, tokenizer, **SETTINGS)
     assert set(load_manifest(tmp_path)["domains"]) == {"a", "b"}
+
+
+def write_documents(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return {"path": str(path), "license": "MIT"}
+
+
+def test_other_sources_of_a_complete_domain_are_refused(tmp_path, tokenizer):
+    one = write_documents(tmp_path / "one.jsonl", make_documents(60))
+    build_shards(tmp_path / "x", {"a": [one | {"max_documents": 50}]}, tokenizer, **SETTINGS)
+    build_shards(tmp_path / "x", {"a": [one | {"max_documents": 50, "streaming": False}]}, tokenizer, **SETTINGS)
+    with pytest.raises(ValueError, match=r"'a' .* tokenised from .*'max_documents': 50.*choose another data_dir"):
+        build_shards(tmp_path / "x", {"a": [one]}, tokenizer, **SETTINGS)
+    shutil.rmtree(tmp_path / "x/a")  # as it says
+    manifest = build_shards(tmp_path / "x", {"a": [one]}, tokenizer, **SETTINGS)
+    assert manifest["domains"]["a"]["licenses"] == {"MIT": 60}
+
+
+def test_an_interrupted_domain_does_not_go_on_with_other_sources(tmp_path, tokenizer):
+    one = write_documents(tmp_path / "one.jsonl", make_documents(1500))
+    other = write_documents(tmp_path / "other.jsonl", make_documents(1500, shift=3))
+    with (tmp_path / "one.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match=r"one\.jsonl cannot be read near line 1501"):
+        build_shards(tmp_path / "x", {"a": [one]}, tokenizer, **SETTINGS)
+    assert (tmp_path / "x/a/progress.json").is_file()
+    with pytest.raises(ValueError, match=r"one\.jsonl.* the recipe's sources are .*other\.jsonl"):
+        build_shards(tmp_path / "x", {"a": [other]}, tokenizer, **SETTINGS)
+    write_documents(tmp_path / "one.jsonl", make_documents(1500))
+    assert build_shards(tmp_path / "x", {"a": [one]}, tokenizer, **SETTINGS)["domains"]["a"]["licenses"] == {
+        "MIT": 1500
+    }
+
+
+def test_the_text_of_held_out_documents_has_a_checksum(tmp_path, tokenizer):
+    build_shards(tmp_path, {"a": make_documents(50)}, tokenizer, **SETTINGS)
+    file = tmp_path / "a/heldout_00000.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"w1", b"w2", 1))
+    with pytest.raises(ValueError, match=r"heldout_00000.jsonl is corrupted"):
+        TokenCorpus(tmp_path, "a", "heldout", verify=True)
 
 
 def test_sources_are_kept_in_the_manifest(tmp_path, tokenizer):
