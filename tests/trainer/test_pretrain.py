@@ -54,8 +54,8 @@ def test_the_published_run_is_in_its_recipe(capsys):
 
 
 def test_the_launch_lines_name_files_that_fit(capsys):
-    """As many ranks as the accelerate file starts share a step's rows evenly."""
-    accelerate_files = set()
+    """As many ranks as the accelerate file starts share a step's rows evenly, and --dry_run reckons with them."""
+    accelerate_files, data_dirs = set(), set()
     for path in RECIPES:
         launch = re.search(r"# Launch: (.*)", path.read_text())[1]
         assert str(path.relative_to(ROOT)) in launch
@@ -65,7 +65,10 @@ def test_the_launch_lines_name_files_that_fit(capsys):
         (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
         assert config.batch_rows_multiple % ranks == 0
         assert config.batch_plan().shape(0)[1] % ranks == 0
+        assert config.dry_run_gpus == (400 if path.stem == "motif2_12b7" else ranks)
+        data_dirs.add(config.data_dir)
     assert len(accelerate_files) == 2
+    assert len(data_dirs) == len(RECIPES)  # shards of a domain with other sources are refused
 
 
 def test_the_command_line_trains_and_wins_over_the_recipe(recipe, capsys):
