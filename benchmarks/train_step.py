@@ -45,13 +45,16 @@ COLUMNS = (
     "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
     "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
 )  # fmt: skip
-# What a recipe sets as compile_layers, residual, muon_chunk_size, loss, micro_batch_tokens and attn_implementation.
+# What a recipe sets as compile_layers, merge_projections, residual, muon_chunk_size, loss, micro_batch_tokens and
+# attn_implementation.
 MAIN = Variant(
     "Motif-2", compiled=True, attention="gda_kernel", residual="bfloat16", chunk_size=8, loss="full", micro_rows=5
 )
 SDPA = replace(MAIN, name="Motif-2, SDPA", attention="sdpa")
 FP8 = replace(MAIN, name="Motif-2, FP8", fp8="rowwise_with_gw_hp")
+MERGED = replace(MAIN, name="Motif-2, q, k and v in one product", merged=True)
 VARIANTS = (
+    replace(MAIN, name="Motif-2, all matrices at once", chunk_size=None),
     replace(MAIN, name="Motif-2, AdamW", optimizer="adamw"),
     replace(MAIN, name="Motif-2, packed documents", packed=True),
     replace(SDPA, name="Motif-2, packed documents, SDPA", packed=True),
@@ -60,7 +63,7 @@ VARIANTS = (
     Variant("Motif-2, compiled alone", compiled=True),
     Variant("Motif-2, eager"),
 )
-PROFILED = (MAIN.name, SDPA.name)
+PROFILED = (MAIN.name, MERGED.name, SDPA.name)
 
 
 class Bench:
@@ -341,6 +344,7 @@ def main() -> None:
         bench.section(title, lambda packed=packed: take_reference(bench, shape, packed))
     bench.section(f"step: {MAIN.name}", lambda: time_variant(bench, shape, MAIN))
     if bench.world_size == 1:
+        bench.section(f"step: {MERGED.name}", lambda: time_variant(bench, shape, MERGED))
         bench.section(f"step: {SDPA.name}", lambda: time_variant(bench, shape, SDPA))
         bench.section("linear part", lambda: parts.time_linear_part(bench, main_shape))
         bench.section(f"step: {FP8.name}", lambda: time_variant(bench, shape, FP8))

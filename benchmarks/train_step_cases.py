@@ -23,7 +23,13 @@ from kernels_hub import use_gda_attention, use_polynorm
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.data.curriculum import DomainShare, Mixture
 from trainer.data.loader import CurriculumLoader
-from trainer.execution import bfloat16_residual, compile_layers, convert_to_fp8, recompute_layers
+from trainer.execution import (
+    bfloat16_residual,
+    compile_layers,
+    convert_to_fp8,
+    merge_projections,
+    recompute_layers,
+)
 from trainer.flops import count_parameters, training_flops
 from trainer.optim import build_muon_clip
 from trainer.schedules import BatchPlan
@@ -97,9 +103,10 @@ class Variant:
     attention: str = "sdpa"
     fp8: str = "none"
     compiled: bool = False
+    merged: bool = False
     recompute: str = "none"
     residual: str = "float32"
-    chunk_size: int = 2
+    chunk_size: int | None = 2
     loss: str = "auto"
     packed: bool = False
     micro_rows: int | None = None
@@ -209,6 +216,8 @@ class OurRun:
             use_gda_attention(model, attn_implementation=variant.attention)
         if variant.residual == "bfloat16":
             bfloat16_residual(model)
+        if variant.merged:
+            merge_projections(model)
         if variant.fp8 != "none":
             convert_to_fp8(model, variant.fp8, emulate=not torch.cuda.is_available())
         if variant.recompute != "none":

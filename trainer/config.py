@@ -310,7 +310,9 @@ class PretrainConfig:
             )
         split = self.tensor_parallel > 1
         if self.merge_projections and self.fp8 != "none":
-            raise ValueError(f"merge_projections with fp8 {self.fp8!r}: torchao computes each matrix; set one of the two")
+            raise ValueError(
+                f"merge_projections with fp8 {self.fp8!r}, whose products torchao makes one by one: set one of the two"
+            )
         offs = {"compile_layers": False, "merge_projections": False, "fp8": "none", "gradient_checkpointing": "none"}
         for name, off in offs.items():
             if split and getattr(self, name) != off:

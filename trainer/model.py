@@ -8,7 +8,13 @@ from kernels_hub import use_gda_attention
 from kernels_hub.gda import ATTENTIONS
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.config import PretrainConfig
-from trainer.execution import bfloat16_residual, compile_layers, convert_to_fp8, recompute_layers
+from trainer.execution import (
+    bfloat16_residual,
+    compile_layers,
+    convert_to_fp8,
+    merge_projections,
+    recompute_layers,
+)
 
 
 def load_tokenizer(name_or_path: str):
@@ -74,6 +80,8 @@ def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
         use_gda_attention(model, attn_implementation=name)
     if config.residual == "bfloat16":
         bfloat16_residual(model)
+    if config.merge_projections:
+        merge_projections(model)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     if config.gradient_checkpointing != "none":
