@@ -1,7 +1,7 @@
 """The elementwise parts of a Muon step, each one pass over memory: Triton on accelerators, torch elsewhere.
 
 Before: are all gradients finite? Prologue: momentum, Nesterov and the cast into the send buffer. Epilogue: weight
-decay and the update.
+decay and the update. After: rows of clipped heads.
 """
 
 import math
@@ -62,6 +62,16 @@ def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float)
         fused_kernels.apply_update(weight, update, decay, step_size)
         return
     weight.mul_(decay).add_(update.to(weight.dtype), alpha=-step_size)
+
+
+def scale_rows(weight: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of `weight` (rows, columns) by `factors` (rows,), in place."""
+    if _fusable(weight) and factors.is_contiguous():
+        from trainer.optim import fused_kernels
+
+        fused_kernels.scale_rows(weight, factors)
+        return
+    weight.mul_(factors[:, None])
 
 
 def _fusable(*tensors: Tensor | None) -> bool:

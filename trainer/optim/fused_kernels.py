@@ -29,6 +29,13 @@ def apply_update(weight: Tensor, update: Tensor, decay: float, step_size: float)
         _apply_update_kernel[(triton.cdiv(numel, _BLOCK),)](weight, update, numel, decay, step_size, _BLOCK)
 
 
+def scale_rows(weight: Tensor, factors: Tensor) -> None:
+    """See `trainer.optim.fused.scale_rows`; `weight` contiguous. Rows whose factor is 1 are not read."""
+    rows, columns = weight.shape
+    with _device_of(weight):
+        _scale_rows_kernel[(rows,)](weight, factors, columns, _BLOCK)
+
+
 def mark_not_finite(tensors: Sequence[Tensor], flag: Tensor) -> None:
     """Set `flag` (1,) to 1 where a tensor holds a NaN or an infinity; all contiguous and of one dtype.
 
@@ -64,6 +71,18 @@ def _apply_update_kernel(weight, update, numel, decay, step_size, BLOCK: tl.cons
     w = tl.load(weight + offsets, mask).to(tl.float32)
     u = tl.load(update + offsets, mask).to(tl.float32)
     tl.store(weight + offsets, (decay * w - step_size * u).to(weight.dtype.element_ty), mask)
+
+
+@triton.jit
+def _scale_rows_kernel(weight, factors, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factors + row)
+    if factor != 1.0:
+        for start in tl.range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            place = weight + row * columns + column
+            scaled = tl.load(place, column < columns).to(tl.float32) * factor
+            tl.store(place, scaled.to(weight.dtype.element_ty), column < columns)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.optim.base import check_gate
+from trainer.optim.fused import scale_rows
 from trainer.optim.layout import Block, local_of
 from trainer.optim.muon_clip_reference import clip_scales
 
@@ -98,7 +99,7 @@ def _scale_rows(local: Tensor, block: Block, row_scale: Tensor) -> None:
     """Multiply the rows of a local shard by their factors of the full matrix's `row_scale` (A,)."""
     row = 0
     for start, stop in block.row_runs:
-        local[row : row + stop - start].mul_(row_scale[start:stop, None])
+        scale_rows(local[row : row + stop - start], row_scale[start:stop])
         row += stop - start
 
 

@@ -2,12 +2,13 @@
 
 import torch
 
-from tests.trainer.optim.test_fused import check, check_finite
+from tests.trainer.optim.test_fused import check, check_finite, check_rows
 from trainer.optim import fused_kernels
 
 
 def test_kernels():
     check(fused_kernels.nesterov, fused_kernels.apply_update, "cpu")
+    check_rows(fused_kernels.scale_rows, "cpu")
 
 
 def test_bad_values_are_found(monkeypatch):

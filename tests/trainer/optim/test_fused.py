@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.trainer.optim.test_parallel_muon_clip import fsdp_on, single_result
-from trainer.optim.fused import _fusable, apply_update, nesterov, not_finite
+from trainer.optim.fused import _fusable, apply_update, nesterov, not_finite, scale_rows
 
 
 def inputs(numel: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -35,6 +35,18 @@ def check(nesterov_function, update_function, device: str) -> None:
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
+def check_rows(scale_rows_function, device: str) -> None:
+    """Rows times their factors, and nothing beside them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(7, 4099).to(device, dtype)
+        factors = torch.tensor([0.5, 1.0, 1.5]).to(device)
+        expected = weight.clone()
+        expected[2:5] *= factors[:, None]
+        scale_rows_function(weight[2:5], factors)
+        tolerance = 0.0 if dtype == torch.float32 else 8e-3  # Triton's interpreter cuts where others round
+        torch.testing.assert_close(weight, expected, rtol=tolerance, atol=0.0)
+
+
 def check_finite(not_finite_function, device: str) -> None:
     """A bad value is found wherever it stands, and nothing else is taken for one."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -49,6 +61,7 @@ def check_finite(not_finite_function, device: str) -> None:
 def test_torch():
     check(nesterov, apply_update, "cpu")
     check_finite(lambda tensors: not_finite(tensors, torch.device("cpu")), "cpu")
+    check_rows(scale_rows, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.complex64])
@@ -81,6 +94,7 @@ def test_kernels_run_where_the_tensors_are():
 def test_triton():
     check(nesterov, apply_update, "cuda")
     check_finite(lambda tensors: not_finite(tensors, torch.device("cuda")), "cuda")
+    check_rows(scale_rows, "cuda")
 
 
 @pytest.mark.gpu
