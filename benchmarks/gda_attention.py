@@ -3,8 +3,8 @@
     python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--all_ways] [--output DIR]
 
 Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor,
-which a way marked "compiled" leaves to torch.compile. By default our kernel with either backward beside the fastest
-libraries (check and operator: two minutes on an H100); `--all_ways` adds the slower ones.
+which a way marked "compiled" leaves to torch.compile. By default our kernel, with its own passes and with
+FlashAttention-4's, beside the fastest libraries (check and operator: a minute); `--all_ways` adds the slower ones.
 "share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
 A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
@@ -33,17 +33,17 @@ from modeling_motif2 import Motif2Config, attention_choice, modeling_motif2
 PEAK = 989e12
 NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda", "weight")
 GROUPS, RATIO, DIM = 8, 4, 128
-CAUSAL_ONLY = ("ours, flash backward", "flash-attn-4 x4", "flash-attn-4 x4, compiled", "sdpa flash x4")
+CAUSAL_ONLY = ("ours, flash backward", "ours, flash", "flash-attn-4 x4", "flash-attn-4 x4, compiled", "sdpa flash x4")
 # Largest relative error of a value and of a gradient against float64 in bfloat16.
 LIMITS = (1.5e-2, 3e-2)
 
 
-def ours(kernel, backward: str = "own") -> Callable:
-    """Our kernel on inputs in its shapes, with its own backward or FlashAttention-4's."""
+def ours(kernel, forward: str = "own", backward: str = "own") -> Callable:
+    """Our kernel on inputs in its shapes, with its own passes or FlashAttention-4's."""
 
-    def attend(inputs, first=None, last=None):
-        options = {"out_scale": OUT_SCALE, "eps": EPS, "first": first, "last": last, "backward": backward}
-        return kernel.gda_attention(*inputs, **options)[0]
+    def attend(inputs, **intervals):
+        options = {"out_scale": OUT_SCALE, "eps": EPS, "forward": forward, "backward": backward}
+        return kernel.gda_attention(*inputs, **options, **intervals)[0]
 
     return attend
 
@@ -147,8 +147,9 @@ def ways(kernel, device: torch.device, everything: bool) -> dict[str, Callable]:
     if everything and device.type == "cuda":
         found["sdpa flash x4"] = library(SDPBackend.FLASH_ATTENTION, False)
         found["sdpa cudnn wide x2"] = library(SDPBackend.CUDNN_ATTENTION, True)
-    if kernel.supports_flash_backward(DIM, torch.bfloat16, device):
-        found["ours, flash backward"] = ours(kernel, "flash")
+    if kernel.supports_flash(DIM, torch.bfloat16, device):
+        found["ours, flash backward"] = ours(kernel, "own", "flash")
+        found["ours, flash"] = ours(kernel, "flash", "flash")
     return found
 
 

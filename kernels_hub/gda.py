@@ -24,14 +24,14 @@ class KernelFunctions(NamedTuple):
         attend: `gda_attention` of the kernel's package.
         decode: its `gda_decode`.
         supports: whether it takes heads of a size and type on a device.
-        supports_flash_backward: the same of its backward by FlashAttention-4's kernel.
+        supports_flash: whether FlashAttention-4's kernels could do its passes.
         namespace: of its operators.
     """
 
     attend: Callable
     decode: Callable
     supports: Callable
-    supports_flash_backward: Callable
+    supports_flash: Callable
     namespace: str
 
 
@@ -84,7 +84,7 @@ def use_gda_attention(
                 raise
             refused.append(f"{candidate}: {error}")
             continue
-        names = ("gda_attention", "gda_decode", "supports", "supports_flash_backward", "__name__")
+        names = ("gda_attention", "gda_decode", "supports", "supports_flash", "__name__")
         functions = KernelFunctions(*(getattr(package, name) for name in names))
         break
     if functions is None and source == "auto":

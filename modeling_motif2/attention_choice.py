@@ -2,7 +2,7 @@
 
 Ways are PyTorch's SDPA as it chooses, its FlashAttention and cuDNN kernels, cuDNN with the value in one piece of 2D,
 FlexAttention, flash-attention's packages where they are installed, and the kernel of `kernels_hub/gda_attention` once
-`kernels_hub.use_gda_attention` has put it into the model, with its own backward or FlashAttention-4's. A way that
+`kernels_hub.use_gda_attention` has put it into the model, with its own passes or FlashAttention-4's. A way that
 fails, or disagrees with SDPA, is refused. What won is kept by device, versions, heads, size and kind of mask,
 separately for training and inference, in a file of the user's cache folder. Nothing is measured outside a GPU (SDPA
 runs) or while compiling (what was last measured for the same kind of mask runs; before that the kernel, or SDPA).
@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from .diagnostics import keeps_max_logits
 from .visible_intervals import boolean_mask, causal_block_mask, is_intervals, visible_intervals
 
 CHOOSERS = ("gda_fastest", "gda_kernel")
@@ -47,13 +48,15 @@ class Way:
         backend: name of transformers' attention function; empty for the kernel, which does both maps and the norm.
         wide: whether the value goes in one piece of 2D.
         sdpa: kernel that SDPA must take.
-        backward: which of its backwards the kernel takes.
+        forward: of the kernel, its "own" or FlashAttention-4's ("flash").
+        backward: the same.
     """
 
     name: str
     backend: str
     wide: bool = False
     sdpa: SDPBackend | None = None
+    forward: str = "own"
     backward: str = "own"
 
     def context(self) -> contextlib.AbstractContextManager:
@@ -82,6 +85,7 @@ class Way:
 SDPA = Way("sdpa", "sdpa")
 KERNEL = Way("kernel", "")
 FLASH_BACKWARD = Way("kernel, flash backward", "", backward="flash")
+FLASH = Way("kernel, flash", "", forward="flash", backward="flash")
 WAYS = {
     way.name: way
     for way in (
@@ -95,6 +99,7 @@ WAYS = {
         Way("flash_attention_4", "flash_attention_4"),
         KERNEL,
         FLASH_BACKWARD,
+        FLASH,
     )
 }
 
@@ -232,17 +237,17 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
         )  # a rank's share: the norm's gradient is summed
     ):
         ways.append(KERNEL)
-        if kind == "causal" and _flash_backward_fits(kernel, query):
-            ways.append(FLASH_BACKWARD)
+        if kind == "causal" and kernel.supports_flash(query.shape[3], query.dtype, query.device):
+            ways += _ways_of_flash(attention, query, key)
     return ways
 
 
-def _flash_backward_fits(kernel: Any, query: torch.Tensor) -> bool:
-    """Whether a call wants gradients that FlashAttention-4 could compute; its sums have no fixed order."""
+def _ways_of_flash(attention: nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[Way]:
+    """The ways with FlashAttention-4's passes: its forward gives no largest logits, its backward sums in no order."""
     training = torch.is_grad_enabled() and query.requires_grad
-    if not training or torch.are_deterministic_algorithms_enabled():
-        return False
-    return kernel.supports_flash_backward(query.shape[3], query.dtype, query.device)
+    if not 1 < query.shape[2] <= key.shape[3] or (training and torch.are_deterministic_algorithms_enabled()):
+        return []
+    return [FLASH_BACKWARD] * training + [FLASH] * (not keeps_max_logits(attention))
 
 
 def _situation(query: torch.Tensor, key: torch.Tensor, kind: str, training: bool) -> Situation:
@@ -361,7 +366,7 @@ def attend_with_kernel(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    backward: str = "own",
+    way: Way = KERNEL,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs the kernel put into the layer.
 
@@ -372,10 +377,11 @@ def attend_with_kernel(
         key: (B, G, 2, S, D).
         value: (B, G, 2, S, D).
         mask: intervals (2, B, T), or None for causal order.
-        backward: "own", or "flash" for FlashAttention-4's.
+        way: whose passes it takes.
 
     Returns:
-        Output after `subln` (B, T, G, r, 2D), and the largest logits (G, r + 1), None of a single token.
+        Output after `subln` (B, T, G, r, 2D), and the largest logits (G, r + 1), None of a single token and of
+        FlashAttention-4's forward.
     """
     groups = key.shape[1]
     arguments = (
@@ -386,6 +392,7 @@ def attend_with_kernel(
         attention.subln.weight,
     )
     options = {"eps": attention.subln.variance_epsilon, "scaling": attention.scaling}
+    passes = {"forward": way.forward, "backward": way.backward}
     if mask is not None:
         options["first"], options["last"] = mask
     out_scale = 1 - attention.lambda_init
@@ -393,10 +400,10 @@ def attend_with_kernel(
     if not wants_gradient:
         if signal_query.shape[2] == 1:
             return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
-        return attention.kernel.attend(*arguments, out_scale=out_scale, **options)
+        return attention.kernel.attend(*arguments, out_scale=out_scale, **passes, **options)
     # A factor of the weight, not of the operator: compiled layers, each with its own, share their code.
     weight = attention.subln.weight * out_scale
-    return attention.kernel.attend(*arguments[:-1], weight, out_scale=1.0, backward=backward, **options)
+    return attention.kernel.attend(*arguments[:-1], weight, out_scale=1.0, **passes, **options)
 
 
 for _name in CHOOSERS:

@@ -46,6 +46,7 @@ from .masks import (
     visible_positions,
 )
 from .one_token import one_token, takes_one_token
+from .visible_intervals import with_growing_padding
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
@@ -426,7 +427,7 @@ class Motif2Attention(nn.Module):
         largest = None
         by_kernel = way is not None and not way.backend
         if by_kernel:
-            output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask, way.backward)
+            output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask, way)
         if keeps_max_logits(self) and largest is None:
             update_max_logits(self, signal_query, noise_query, key, visible)
         elif keeps_max_logits(self):
@@ -739,7 +740,12 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(past_key_values: Cache, **kwargs) -> Any:
         """Makes the masks of a step with a static cache; `generate` calls it instead of transformers' function."""
-        return create_masks_for_generate(past_key_values=CacheWithFixedOffset(past_key_values), **kwargs)
+
+        def make() -> Any:
+            return create_masks_for_generate(past_key_values=CacheWithFixedOffset(past_key_values), **kwargs)
+
+        tokens = kwargs["inputs_embeds"].shape[1]
+        return with_growing_padding(make, past_key_values, kwargs.get("attention_mask"), tokens)
 
     @can_return_tuple
     def forward(

@@ -31,7 +31,7 @@ def compile_for_hopper(function, constants: dict, warps: int, boxes: dict[str, l
     from triton.compiler import ASTSource
 
     signature, divisible = {}, {}
-    free = {"num_queries", "num_keys", "num_groups", "interval_stride", "raw_heads", "blocks_a_head"}
+    free = {"num_queries", "num_keys", "num_groups", "interval_stride", "raw_signals", "blocks_a_head"}
     free |= {"first_group", "groups_here", "first_block", "blocks_here", "base", "rows_and_groups"}
     for index, name in enumerate(function.arg_names):
         if name in boxes:

@@ -10,7 +10,17 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
 from modeling_motif2 import attention_choice
-from modeling_motif2.attention_choice import FLASH_BACKWARD, KERNEL, SDPA, WAYS, Choice, Situation, Way, possible_ways
+from modeling_motif2.attention_choice import (
+    FLASH,
+    FLASH_BACKWARD,
+    KERNEL,
+    SDPA,
+    WAYS,
+    Choice,
+    Situation,
+    Way,
+    possible_ways,
+)
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
@@ -257,15 +267,18 @@ def test_the_fastest_way_is_chosen_and_kept(monkeypatch, winner, training):
     assert attention_choice.choices() == {}
 
 
-def with_a_flash_backward(layer, attend=None):
-    """Makes the layer's kernel offer another backward; returns which backwards its calls asked for."""
+def with_flash(layer, refused=()):
+    """Makes the layer's kernel offer FlashAttention-4's passes; returns which passes its calls asked for."""
     functions, asked = layer.kernel, []
 
-    def noted(*arguments, backward="own", **options):
-        asked.append(backward)
-        return (attend or functions.attend)(*arguments, **options)
+    def attend(*arguments, forward="own", backward="own", **options):
+        if (forward, backward) in refused:
+            raise ImportError("no module named cutlass")
+        asked.append((forward, backward))
+        out, largest = functions.attend(*arguments, **options)
+        return out, largest if forward == "own" else None
 
-    layer.kernel = functions._replace(attend=noted, supports_flash_backward=lambda *_: True)
+    layer.kernel = functions._replace(attend=attend, supports_flash=lambda *_: True)
     return asked
 
 
@@ -274,56 +287,68 @@ def states(tokens=6, wanted=True):
     return query, torch.randn(1, 2, 2, tokens, 8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("faster", ["kernel", "kernel, flash backward"])
-def test_the_kernel_takes_the_backward_that_is_faster(monkeypatch, faster):
-    ways = ["sdpa", "kernel", "kernel, flash backward"]
-    layer, measured, _ = measuring(monkeypatch, dict.fromkeys(ways, 2.0) | {faster: 1.0}, ways)
-    asked = with_a_flash_backward(layer)
-    query, key = states()
+def chosen(layer, training=True):
+    query, key = states(wanted=training)
     possible = possible_ways(layer, query, key, None, "causal")
-    assert possible == [SDPA, KERNEL, FLASH_BACKWARD]
-    situation = attention_choice._situation(query, key, "causal", True)
-    choice = attention_choice._measured(layer, situation, possible, query, key, None, {})
-    assert (choice.name, measured, set(asked)) == (faster, ways, {"own", "flash"})
+    situation = attention_choice._situation(query, key, "causal", training)
+    return attention_choice._measured(layer, situation, possible, query, key, None, {})
+
+
+@pytest.mark.parametrize("faster", ["kernel", "kernel, flash backward", "kernel, flash"])
+def test_the_kernel_takes_the_passes_that_are_faster(monkeypatch, faster):
+    ways = ["sdpa", "kernel", "kernel, flash backward", "kernel, flash"]
+    layer, measured, _ = measuring(monkeypatch, dict.fromkeys(ways, 2.0) | {faster: 1.0}, ways)
+    asked = with_flash(layer)
+    choice = chosen(layer)
+    assert (choice.name, measured) == (faster, ways)
+    assert set(asked) == {("own", "own"), ("own", "flash"), ("flash", "flash")}
     asked.clear()
     leaves = [torch.randn(1, heads, 6, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2)]
-    out, _ = layer.attend(WAYS[choice.name], *leaves, key, key, None)
-    assert asked == [WAYS[faster].backward]
+    key = torch.randn(1, 2, 2, 6, 8, dtype=torch.float64)
+    way = WAYS[choice.name]
+    out, _ = layer.attend(way, *leaves, key, key, None)
+    assert asked == [(way.forward, way.backward)]
     assert all(gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))
 
 
-def test_where_another_backward_is_no_candidate():
+def test_inference_measures_the_forward_only(monkeypatch):
+    ways = ["sdpa", "kernel", "kernel, flash"]
+    layer, measured, _ = measuring(monkeypatch, dict.fromkeys(ways, 2.0) | {"kernel, flash": 1.0}, ways)
+    with_flash(layer)
+    assert chosen(layer, training=False).name == "kernel, flash"
+    assert measured == ways
+
+
+def test_where_flash_is_no_candidate():
     layer = attention_modules(with_kernel("gda_fastest"))[0]
     query, key = states()
-    assert FLASH_BACKWARD not in possible_ways(layer, query, key, None, "causal")  # the package is not here
-    with_a_flash_backward(layer)
-    assert FLASH_BACKWARD in possible_ways(layer, query, key, None, "causal")
+
+    def flash_ways(*arguments):
+        return [way for way in possible_ways(layer, *arguments) if way in (FLASH_BACKWARD, FLASH)]
+
+    assert flash_ways(query, key, None, "causal") == []  # the package is not here
+    with_flash(layer)
+    assert flash_ways(query, key, None, "causal") == [FLASH_BACKWARD, FLASH]
     intervals = torch.stack((torch.zeros(1, 6), torch.arange(6)[None])).int()
-    assert FLASH_BACKWARD not in possible_ways(layer, query, key, intervals, "masked")
-    assert FLASH_BACKWARD not in possible_ways(layer, *states(wanted=False), None, "causal")
+    assert flash_ways(query, key, intervals, "masked") == []
+    assert flash_ways(query, key[:, :, :, :5], None, "causal") == []
+    assert flash_ways(*states(wanted=False), None, "causal") == [FLASH]
+    layer.max_logits = torch.zeros(8)
+    assert flash_ways(query, key, None, "causal") == [FLASH_BACKWARD]
     torch.use_deterministic_algorithms(True)
     try:
-        assert FLASH_BACKWARD not in possible_ways(layer, query, key, None, "causal")
+        assert flash_ways(query, key, None, "causal") == []
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_backward_that_fails_leaves_the_kernel(monkeypatch):
+def test_passes_that_fail_leave_the_kernel(monkeypatch):
     layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ("sdpa", "kernel"))
-    functions = layer.kernel
-
-    def attend(*arguments, backward="own", **options):
-        if backward == "flash":
-            raise ImportError("no module named cutlass")
-        return functions.attend(*arguments, **options)
-
-    layer.kernel = functions._replace(attend=attend, supports_flash_backward=lambda *_: True)
-    query, key = states()
-    situation = attention_choice._situation(query, key, "causal", True)
-    ways = possible_ways(layer, query, key, None, "causal")
-    choice = attention_choice._measured(layer, situation, ways, query, key, None, {})
+    with_flash(layer, refused=(("own", "flash"), ("flash", "flash")))
+    choice = chosen(layer)
     assert choice.name == "kernel"
-    assert choice.refused == {"kernel, flash backward": "ImportError: no module named cutlass"}
+    refusal = "ImportError: no module named cutlass"
+    assert choice.refused == {"kernel, flash backward": refusal, "kernel, flash": refusal}
 
 
 def test_a_way_that_fails_or_disagrees_is_refused(monkeypatch):

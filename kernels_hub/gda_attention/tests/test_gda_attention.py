@@ -251,7 +251,7 @@ def test_inference_gives_the_same_and_keeps_less(kernel, device, poisoned):
     assert torch.equal(out, alone)
     assert torch.equal(largest, alone_largest)
     with torch.no_grad():
-        assert kernel.ops._forward(*inputs, None, None, 0.25, EPS, OUT_SCALE, False, "own")[1].shape[3] == 1
+        assert kernel.ops._forward(*inputs, None, None, 0.25, EPS, OUT_SCALE, False, "own", "own")[1].shape[2] == 2
     with pytest.raises(RuntimeError, match="not kept"):
         kernel.gda_attention(*inputs, out_scale=OUT_SCALE, training=False)
 
@@ -288,7 +288,7 @@ def test_empty(kernel, device, shape):
 def test_torch_checks_the_operators(kernel, device):
     inputs = make(1, 18, 18, 1, 2, 16, torch.float32, device)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True, "own")
+    arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True, "own", "own")
     torch.library.opcheck(kernel.ops._forward, arguments, test_utils=checks)
     token = [each[:, :1].detach() if index < 2 else each.detach() for index, each in enumerate(inputs)]
     torch.library.opcheck(
@@ -332,7 +332,9 @@ def test_double_backward_says_no(kernel, device):
         ({"first": torch.zeros(1, 4), "last": torch.zeros(1, 4)}, r"first must be \(1 or 1, 5\)"),
         ({"signal_query": torch.zeros(1, 5, 1, 16, 16)}, "from 1 to 15"),
         ({"backward": "fast"}, "backward is 'fast'"),
-        ({"backward": "flash"}, "flash backward needs causal order"),
+        ({"forward": "fast"}, "forward is 'fast'"),
+        ({"backward": "flash"}, "flash needs causal order"),
+        ({"forward": "flash"}, "flash needs causal order"),
     ],
 )
 def test_wrong_inputs_are_named(kernel, change, message):

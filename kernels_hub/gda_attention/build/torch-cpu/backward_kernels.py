@@ -41,18 +41,19 @@ def epilogue_kernel(
     queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = queries < num_queries
     token = num_groups * (RATIO + 1) * WIDTH
-    raw_ptr += row * num_queries * token + group * (RATIO + 1) * WIDTH
+    raw_ptr += row * num_queries * token
     draw_ptr += row * num_queries * token
     dout_ptr += row * dout_row + group * dout_group
     delta_ptr += row * num_groups * (RATIO + 1) * num_queries
     first_signal, noise_head = group * RATIO, num_groups * RATIO + group
     noise_weight = tl.load(lambda_ptr).to(tl.float32)
     weight = (tl.load(weight_ptr + tl.arange(0, WIDTH)).to(tl.float32) * out_scale)[None, :]
-    noise = load_rows(raw_ptr + RATIO * WIDTH, queries, token, num_queries, WIDTH, True).to(tl.float32)
+    noise = load_rows(raw_ptr + noise_head * WIDTH, queries, token, num_queries, WIDTH, True).to(tl.float32)
     dsum = tl.zeros((BLOCK, WIDTH), tl.float32)
     dweight = tl.zeros((WIDTH,), tl.float32)
     for head in tl.range(RATIO):
-        signal = load_rows(raw_ptr + head * WIDTH, queries, token, num_queries, WIDTH, True).to(tl.float32)
+        signal_ptr = raw_ptr + (first_signal + head) * WIDTH
+        signal = load_rows(signal_ptr, queries, token, num_queries, WIDTH, True).to(tl.float32)
         dout = load_rows(dout_ptr + head * dout_head, queries, dout_token, num_queries, WIDTH, True).to(tl.float32)
         difference = signal - noise_weight * noise
         inverse_rms = tl.rsqrt(tl.sum(difference * difference, 1) / WIDTH + eps)[:, None]
@@ -163,10 +164,9 @@ def query_kernel(
     draw_ptr += row * num_queries * draw_token + place * 2 * DIM
     dlow_out = load_rows(draw_ptr, queries, draw_token, num_queries, DIM, True)
     dhigh_out = load_rows(draw_ptr + DIM, queries, draw_token, num_queries, DIM, True)
-    head_row = (row_and_group.to(tl.int64) * HEADS + head) * num_queries
+    head_row = (row * num_groups * HEADS + place) * num_queries
     lse = tl.load(lse_ptr + head_row + queries, mask=inside, other=float("inf"))
-    delta_row = (row * num_groups * HEADS + place) * num_queries
-    delta = tl.load(delta_ptr + delta_row + queries, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + head_row + queries, mask=inside, other=0.0)
     low_source, high_source = value_source, value_source
     if not DESCRIPTORS:
         key_source += row * key_row + group * key_group + half * key_half
@@ -294,7 +294,7 @@ def _collect(
             query_here, row, begin, group, head, query_stride, num_queries, BLOCK_M, DIM, True, DESCRIPTORS
         )  # (M, D)  # fmt: skip
         logits = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
-        lse = tl.load(lse_ptr + head * num_queries + queries, mask=inside, other=float("inf"))
+        lse = tl.load(lse_ptr + (first_head + head) * num_queries + queries, mask=inside, other=float("inf"))
         weights = tl.exp2(logits * log2_scale - lse[None, :])
         first, last = interval(first_ptr, last_ptr, queries, num_queries, num_keys, HAS_INTERVALS)
         seen = keys[:, None] <= last[None, :]
@@ -343,7 +343,7 @@ def value_kernel(
         draw_source += wide_row * num_queries * draw_token
         signal_source += wide_row * signal_row + wide_group * signal_group
         noise_source += wide_row * noise_row + wide_group * noise_group
-    lse_ptr += row_and_group.to(tl.int64) * (RATIO + 1) * num_queries
+    lse_ptr += wide_row * num_groups * (RATIO + 1) * num_queries
     dlow = tl.zeros((BLOCK_N, DIM), tl.float32)
     dhigh = tl.zeros((BLOCK_N, DIM), tl.float32)
     key = load_rows(key_ptr, keys, key_token, num_keys, DIM, True)  # (N, D)
@@ -354,7 +354,7 @@ def value_kernel(
     )  # fmt: skip
     key = load_rows(key_ptr + key_half, keys, key_token, num_keys, DIM, True)
     dlow, dhigh = _collect(
-        dlow, dhigh, key, keys, noise_source, draw_source, lse_ptr + RATIO * num_queries, first_ptr, last_ptr,
+        dlow, dhigh, key, keys, noise_source, draw_source, lse_ptr, first_ptr, last_ptr,
         row, group, num_groups * RATIO + group,
         noise_token, 0, draw_token, start, steps, 1, num_queries, num_keys, log2_scale,
         DIM, BLOCK_M, STAGES, PRECISION, HAS_INTERVALS, DESCRIPTORS,

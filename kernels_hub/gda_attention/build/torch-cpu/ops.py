@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from . import flash_backward, reference
+from . import flash, reference
 from ._ops import add_op_namespace_prefix
 
 try:
@@ -19,7 +19,7 @@ except ImportError:  # torch for CPU comes without Triton
 
 DIMS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BACKWARDS = ("own", "flash")
+WAYS = ("own", "flash")
 
 
 def _implementation(tensor: torch.Tensor):
@@ -73,9 +73,9 @@ def supports(dim: int, dtype: torch.dtype, ratio: int, device: torch.device) -> 
     return launch is not None and capable and dim in DIMS and dtype in DTYPES
 
 
-def supports_flash_backward(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `gda_attention(..., backward="flash")` can run for such heads on `device`."""
-    return flash_backward.available(dim, dtype, device)
+def supports_flash(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `gda_attention` with `forward` or `backward` of "flash" can run for such heads on `device`."""
+    return flash.available(dim, dtype, device)
 
 
 def _operator(name: str):
@@ -100,22 +100,29 @@ def _forward(
     eps: float,
     out_scale: float,
     training: bool,
+    forward: str,
     backward: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _implementation(key).forward(
+    implementation = _implementation(key)
+    function = implementation.forward
+    if forward == "flash":
+        function = partial(flash.forward, implementation.finish)
+    return function(
         signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training
     )
 
 
 @_forward.register_fake
 def _(
-    signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training, backward
+    signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training, forward, _
 ):
     batch, tokens, groups, ratio, dim = signal_query.shape
+    heads = groups * (ratio + 1)
+    raw_heads = heads if training or forward == "flash" else groups
     return (
         signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim)),
-        signal_query.new_empty((batch, tokens, groups, ratio + 1 if training else 1, 2 * dim)),
-        signal_query.new_empty((batch, groups, ratio + 1, tokens), dtype=_wide(key.dtype)),
+        signal_query.new_empty((batch, tokens, raw_heads, 2 * dim)),
+        signal_query.new_empty((batch, heads, tokens), dtype=_wide(key.dtype)),
         signal_query.new_empty((groups, ratio + 1), dtype=torch.float32),
     )
 
@@ -141,7 +148,7 @@ def _backward(
     implementation = _implementation(key)
     function = implementation.backward
     if backward == "flash":
-        function = partial(flash_backward.backward, implementation.epilogue_backward)
+        function = partial(flash.backward, implementation.epilogue_backward)
     return function(
         dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
     )
@@ -177,7 +184,7 @@ def _(signal_query, noise_query, key, value, lambda_, weight, first, last, scali
 
 
 def _save(ctx, inputs, output):
-    *tensors, scaling, eps, out_scale, training, backward = inputs
+    *tensors, scaling, eps, out_scale, training, _, backward = inputs
     _, raw, lse, max_logits = output
     if not training:
         raise RuntimeError("the outputs that a backward needs were not kept: call gda_attention with gradients on")
@@ -189,7 +196,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dout, *_):
     gradients = _backward(dout, *ctx.saved_tensors, *ctx.constants)
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * 8)
 
 
 def _refuse_double_backward(ctx, *_):
@@ -214,8 +221,9 @@ def gda_attention(
     first: torch.Tensor | None = None,
     last: torch.Tensor | None = None,
     training: bool | None = None,
+    forward: str = "own",
     backward: str = "own",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Grouped differential attention with its norm: `rms_norm(signal - lambda * noise) * weight * out_scale`.
 
     A query sees the keys `first` to `last`. Both must not decrease along a row (causal order, padding on either side,
@@ -234,29 +242,33 @@ def gda_attention(
         first: (B or 1, T) int32, or None for causal order, the last query seeing all S keys.
         last: (B or 1, T) int32, or None.
         training: keep what a backward needs; by default whether an input wants a gradient.
-        backward: "own", or "flash" for FlashAttention-4's kernel where `supports_flash_backward` (causal order only).
+        forward: "own", or "flash" for FlashAttention-4's kernel where `supports_flash`, in causal order with no more
+            queries than keys; it gives no largest logits.
+        backward: "own", or "flash", whatever the forward is; its results differ in their last bits between two runs.
 
     Returns:
         out (B, T, G, r, 2D) like the queries, contiguous, differentiable once; and max_logits (G, r + 1) float32, the
-        largest scaled logit that a head's queries saw (the noise head's last), -inf where they saw none.
+        largest scaled logit that a head's queries saw (the noise head's last), -inf where they saw none, or None.
 
     Raises:
         ValueError: shapes or types do not fit, or the kernel or that backward does not take them.
     """
     tensors = (signal_query, noise_query, key, value, lambda_, weight)
     _check(*tensors, first, last)
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward is {backward!r}: choose one of {', '.join(BACKWARDS)}")
-    if backward == "flash" and not (first is None and supports_flash_backward(key.shape[-1], key.dtype, key.device)):
+    for name, way in (("forward", forward), ("backward", backward)):
+        if way not in WAYS:
+            raise ValueError(f"{name} is {way!r}: choose one of {', '.join(WAYS)}")
+    fits = first is None and signal_query.shape[1] <= key.shape[1]
+    if "flash" in (forward, backward) and not (fits and supports_flash(key.shape[-1], key.dtype, key.device)):
         raise ValueError(
-            "the flash backward needs causal order without first and last, D of 128, half precision, a Hopper GPU and "
-            f'flash-attn-4; got D {key.shape[-1]}, {key.dtype} on {key.device}: use backward="own"'
+            "flash needs causal order without first and last, no more queries than keys, D of 128, half precision, a "
+            f'Hopper GPU and flash-attn-4; got D {key.shape[-1]}, {key.dtype} on {key.device}: take "own"'
         )
     if training is None:
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     scaling = signal_query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _, _, max_logits = _forward(*tensors, first, last, scaling, eps, out_scale, training, backward)
-    return out, max_logits
+    out, _, _, max_logits = _forward(*tensors, first, last, scaling, eps, out_scale, training, forward, backward)
+    return out, max_logits if forward == "own" else None
 
 
 def gda_decode(

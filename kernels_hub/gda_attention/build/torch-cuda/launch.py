@@ -137,18 +137,23 @@ def _intervals(first, last, fill: torch.Tensor):
 def forward(
     signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training, tiles=None
 ):
-    """out (B, T, G, r, 2D), raw (B, T, G, r + 1 or 1, 2D), lse (B, G, r + 1, T) in base 2, max_logits (G, r + 1)."""
+    """out (B, T, G, r, 2D), raw (B, T, H or G, 2D), lse (B, H, T) in base 2, max_logits (G, r + 1).
+
+    The H = G * (r + 1) heads are the signal heads of all groups, then the noise heads; without `training` raw is of
+    these alone.
+    """
     batch, tokens, groups, ratio, dim = signal_query.shape
     signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
-    raw_heads = ratio + 1 if training else 1
+    signals = groups * ratio
+    raw_signals = signals if training else 0
     out = signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim))
-    raw = signal_query.new_empty((batch, tokens, groups, raw_heads, 2 * dim))
-    lse = signal_query.new_empty((batch, groups, ratio + 1, tokens), dtype=torch.float32)
+    raw = signal_query.new_empty((batch, tokens, raw_signals + groups, 2 * dim))
+    lse = signal_query.new_empty((batch, signals + groups, tokens), dtype=torch.float32)
     if signal_query.numel() == 0:
         return out, raw, lse, lse.new_full((groups, ratio + 1), -torch.inf)
     tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
     num_tiles = triton.cdiv(tokens, tiles.queries)
-    largest = lse.new_empty((batch, groups, ratio + 1, num_tiles))
+    largest = lse.new_empty((batch, signals + groups, num_tiles))
     first, last, has_intervals, interval_stride = _intervals(first, last, lse)
     with torch.cuda.device_of(key):
         for noise in (True, False):
@@ -156,12 +161,25 @@ def forward(
             forward_kernels.forward_kernel[(batch * groups * num_tiles * query.shape[3],)](
                 query, key, value, lambda_, weight, first, last, raw, out, lse, largest,
                 *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
-                tokens, key.shape[1], groups, interval_stride, raw_heads, scaling * LOG2_E, eps, out_scale,
+                tokens, key.shape[1], groups, interval_stride, raw_signals, scaling * LOG2_E, eps, out_scale,
                 RATIO=ratio, NOISE=noise, SAVE_RAW=training, HAS_INTERVALS=has_intervals, DIM=dim,
                 BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=_precision(query),
                 num_warps=tiles.warps,
             )  # fmt: skip
-    return out, raw, lse, largest.amax(dim=(0, 3)) / LOG2_E
+    largest = largest.amax(dim=(0, 2)) / LOG2_E
+    return out, raw, lse, torch.cat((largest[:signals].view(groups, ratio), largest[signals:, None]), dim=1)
+
+
+def finish(raw, lambda_, weight, eps, out_scale, groups):
+    """out (B, T, G, r, 2D) from raw outputs (B, T, H, 2D): the epilogue alone."""
+    batch, tokens, heads, width = raw.shape
+    ratio = heads // groups - 1
+    out = raw.new_empty((batch, tokens, groups, ratio, width))
+    forward_kernels.finish_kernel[(triton.cdiv(tokens, EPILOGUE_ROWS), batch * groups)](
+        raw, lambda_, weight, out, tokens, groups, eps, out_scale,
+        RATIO=ratio, DIM=width // 2, BLOCK=EPILOGUE_ROWS, num_warps=EPILOGUE_WARPS,
+    )  # fmt: skip
+    return out
 
 
 def epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_rocm_1f7543e
+ops = torch.ops._gda_attention_rocm_90a6b93
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_rocm_1f7543e::{op_name}"
+    return f"_gda_attention_rocm_90a6b93::{op_name}"

@@ -1,7 +1,8 @@
 """Triton kernel of the forward: one pass over the scores for a value twice as wide as the key, epilogue included.
 
 The same kernel runs twice: first the noise heads, whose outputs are stored, then the signal heads, which subtract
-lambda times those and norm the difference.
+lambda times those and norm the difference. Raw outputs and statistics have H = G * (r + 1) heads, the signal heads of
+all groups first, then the noise heads.
 
 Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, M queries and N keys of a tile.
 Logits are in base 2. Sums have a fixed order: results repeat bit for bit.
@@ -48,14 +49,14 @@ def forward_kernel(
     query_ptr, key_ptr, value_ptr, lambda_ptr, weight_ptr, first_ptr, last_ptr, raw_ptr, out_ptr, lse_ptr, largest_ptr,
     query_row, query_token, query_group, query_head,
     key_row, key_token, key_group, key_half, value_row, value_token, value_group, value_half,
-    num_queries, num_keys, num_groups, interval_stride, raw_heads, log2_scale, eps, out_scale,
+    num_queries, num_keys, num_groups, interval_stride, raw_signals, log2_scale, eps, out_scale,
     RATIO: tl.constexpr, NOISE: tl.constexpr, SAVE_RAW: tl.constexpr, HAS_INTERVALS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """raw (B, T, G, raw_heads, 2D), lse (B, G, r + 1, T), largest (B, G, r + 1, tiles) and out (B, T, G, r, 2D).
+    """raw (B, T, raw_signals + G, 2D), lse (B, H, T), largest (B, H, tiles) and out (B, T, G, r, 2D).
 
-    Grid: (B * G * tiles * heads,), a group's heads next to each other, its longest tile first. `raw` keeps the noise
-    head's output last; `NOISE` runs those heads alone and leaves `out`, the other run reads them.
+    Grid: (B * G * tiles * heads,), a group's heads next to each other, its longest tile first. `NOISE` runs the noise
+    heads alone and leaves `out`, the other run reads them; it stores its own raw outputs, G * r heads, if `SAVE_RAW`.
     """
     HEADS: tl.constexpr = 1 if NOISE else RATIO
     tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -95,8 +96,8 @@ def forward_kernel(
         middle_end, end, first, last, num_keys, log2_scale, DIM, BLOCK_N, STAGES, PRECISION, True,
     )  # fmt: skip
 
-    HEAD_OF_ALL = RATIO if NOISE else head
-    head_row = row_and_group.to(tl.int64) * (RATIO + 1) + HEAD_OF_ALL
+    place = num_groups * RATIO + group if NOISE else group * RATIO + head
+    head_row = row * num_groups * (RATIO + 1) + place
     inside = queries < num_queries
     lse = tl.where(total > 0, largest + tl.log2(total), float("inf"))
     tl.store(lse_ptr + head_row * num_queries + queries, lse, mask=inside)
@@ -105,16 +106,17 @@ def forward_kernel(
     low *= inverse[:, None]
     high *= inverse[:, None]
 
-    raw_token = num_groups * raw_heads * 2 * DIM
-    raw_ptr += row * num_queries * raw_token + group * raw_heads * 2 * DIM
-    noise_ptr = raw_ptr + (raw_heads - 1) * 2 * DIM
+    raw_token = (raw_signals + num_groups) * 2 * DIM
+    raw_ptr += row * num_queries * raw_token
+    noise_ptr = raw_ptr + (raw_signals + group) * 2 * DIM
     if NOISE:
         store_rows(noise_ptr, low, queries, raw_token, num_queries, DIM)
         store_rows(noise_ptr + DIM, high, queries, raw_token, num_queries, DIM)
     else:
         if SAVE_RAW:
-            store_rows(raw_ptr + head * 2 * DIM, low, queries, raw_token, num_queries, DIM)
-            store_rows(raw_ptr + head * 2 * DIM + DIM, high, queries, raw_token, num_queries, DIM)
+            signal_ptr = raw_ptr + place * 2 * DIM
+            store_rows(signal_ptr, low, queries, raw_token, num_queries, DIM)
+            store_rows(signal_ptr + DIM, high, queries, raw_token, num_queries, DIM)
         noise_weight = tl.load(lambda_ptr).to(tl.float32)
         low -= noise_weight * load_rows(noise_ptr, queries, raw_token, num_queries, DIM, True).to(tl.float32)
         high -= noise_weight * load_rows(noise_ptr + DIM, queries, raw_token, num_queries, DIM, True).to(tl.float32)
@@ -127,3 +129,28 @@ def forward_kernel(
         out_ptr += row * num_queries * out_token + (group * RATIO + head) * 2 * DIM
         store_rows(out_ptr, low, queries, out_token, num_queries, DIM)
         store_rows(out_ptr + DIM, high, queries, out_token, num_queries, DIM)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def finish_kernel(
+    raw_ptr, lambda_ptr, weight_ptr, out_ptr, num_queries, num_groups, eps, out_scale,
+    RATIO: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (B, T, G, r, 2D) from raw (B, T, H, 2D): the epilogue alone. Grid: (blocks of T, B * G)."""
+    WIDTH: tl.constexpr = 2 * DIM
+    row = (tl.program_id(1) // num_groups).to(tl.int64)
+    group = (tl.program_id(1) % num_groups).to(tl.int64)
+    queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    raw_token, out_token = num_groups * (RATIO + 1) * WIDTH, num_groups * RATIO * WIDTH
+    raw_ptr += row * num_queries * raw_token
+    out_ptr += row * num_queries * out_token
+    noise_weight = tl.load(lambda_ptr).to(tl.float32)
+    weight = (tl.load(weight_ptr + tl.arange(0, WIDTH)).to(tl.float32) * out_scale)[None, :]
+    noise_ptr = raw_ptr + (num_groups * RATIO + group) * WIDTH
+    noise = load_rows(noise_ptr, queries, raw_token, num_queries, WIDTH, True).to(tl.float32)
+    for head in tl.static_range(RATIO):
+        place = (group * RATIO + head) * WIDTH
+        signal = load_rows(raw_ptr + place, queries, raw_token, num_queries, WIDTH, True).to(tl.float32)
+        difference = signal - noise_weight * noise
+        inverse_rms = tl.rsqrt(tl.sum(difference * difference, 1) / WIDTH + eps)[:, None]
+        store_rows(out_ptr + place, difference * inverse_rms * weight, queries, out_token, num_queries, WIDTH)

@@ -38,74 +38,84 @@ def _probabilities(logits, lse) -> torch.Tensor:
     return torch.exp2(logits - lse[..., None])
 
 
-def _difference(raw, lambda_):
-    """Signal outputs minus lambda times the noise's, (B, T, G, r, 2D), from raw outputs whose last head is noise."""
-    return _wide(raw[:, :, :, :-1]) - _wide(lambda_) * _wide(raw[:, :, :, -1:])
+def _difference(raw, lambda_, groups: int):
+    """Signal outputs minus lambda times the noise's, (B, T, G, r, 2D), and the noise's (B, T, G, 1, 2D)."""
+    signal, noise = _wide(raw[:, :, :-groups]).unflatten(2, (groups, -1)), _wide(raw[:, :, -groups:, None])
+    return signal - _wide(lambda_) * noise, signal, noise
+
+
+def finish(raw, lambda_, weight, eps, out_scale, groups):
+    """out (B, T, G, r, 2D) from raw outputs (B, T, H, 2D): the epilogue alone."""
+    difference, _, _ = _difference(raw, lambda_, groups)
+    normed = difference * torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
+    return (normed * (weight.to(normed.dtype) * out_scale)).to(raw.dtype)
 
 
 def forward(signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training):
-    """out (B, T, G, r, 2D), raw (B, T, G, r + 1 or 1, 2D), lse (B, G, r + 1, T) and max_logits (G, r + 1)."""
+    """out (B, T, G, r, 2D), raw (B, T, H or G, 2D), lse (B, H, T) in base 2, max_logits (G, r + 1).
+
+    The H = G * (r + 1) heads are the signal heads of all groups, then the noise heads; without `training` raw is of
+    these alone.
+    """
     batch, tokens, groups, ratio, dim = signal_query.shape
     seen = visible(first, last, tokens, key.shape[1], key.device)
     wide = _wide(signal_query).dtype
-    raw = signal_query.new_empty((batch, tokens, groups, ratio + 1, 2 * dim), dtype=wide)
-    lse = torch.empty((batch, groups, ratio + 1, tokens), dtype=wide, device=key.device)
+    raw = signal_query.new_empty((batch, tokens, groups * (ratio + 1), 2 * dim), dtype=wide)
+    lse = torch.empty((batch, groups * (ratio + 1), tokens), dtype=wide, device=key.device)
     largest = torch.empty((groups, ratio + 1), dtype=torch.float32, device=key.device)
     for group in range(groups):
+        heads = _heads(group, groups, ratio)
         logits = _logits(signal_query, noise_query, key, group, seen, scaling)
         total = torch.logsumexp(logits / LOG2_E, dim=-1) * LOG2_E
-        lse[:, group] = total.masked_fill(total == -torch.inf, torch.inf)
+        lse[:, heads] = total.masked_fill(total == -torch.inf, torch.inf)
         wide_value = _wide(value[:, :, group]).flatten(2)  # (B, S, 2D)
-        maps = _probabilities(logits, lse[:, group])
-        raw[:, :, group] = torch.einsum("bhts,bsv->bthv", maps, wide_value)
+        raw[:, :, heads] = torch.einsum("bhts,bsv->bthv", _probabilities(logits, lse[:, heads]), wide_value)
         largest[group] = logits.amax(dim=(0, 2, 3)).float() / LOG2_E if logits.numel() else -torch.inf
-    difference = _difference(raw, lambda_)
-    normed = difference * torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
-    out = (normed * (weight.to(normed.dtype) * out_scale)).to(signal_query.dtype)
-    kept = raw if training else raw[:, :, :, -1:]
+    out = finish(raw, lambda_, weight, eps, out_scale, groups).to(signal_query.dtype)
+    kept = raw if training else raw[:, :, -groups:]
     return out, kept.to(signal_query.dtype).contiguous(), lse, largest
 
 
+def _heads(group: int, groups: int, ratio: int) -> list[int]:
+    """Places of a group's heads among all: its signal heads, then its noise head."""
+    return [*range(group * ratio, (group + 1) * ratio), groups * ratio + group]
+
+
 def epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
-    """draw (B, T, H, 2D), delta (B, H, T), dlambda, dweight; H: all groups' signal heads, then the noise heads."""
-    ratio = dout.shape[3]
-    difference = _difference(raw, lambda_)
+    """draw (B, T, H, 2D), delta (B, H, T), dlambda, dweight."""
+    difference, signal, noise = _difference(raw, lambda_, dout.shape[2])
     inverse_rms = torch.rsqrt(difference.square().mean(-1, keepdim=True) + eps)
     normed = difference * inverse_rms
     dnormed = _wide(dout) * (weight.to(normed.dtype) * out_scale)
     ddifference = inverse_rms * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
     dweight = (_wide(dout) * normed).sum((0, 1, 2, 3)) * out_scale
-    noise = _wide(raw[:, :, :, ratio:])
     dlambda = -(ddifference * noise).sum()
     dnoise = -_wide(lambda_) * ddifference.sum(3, keepdim=True)
-    delta = [
-        (each * out).sum(-1).flatten(2) for each, out in ((ddifference, _wide(raw[:, :, :, :ratio])), (dnoise, noise))
-    ]
+    delta = torch.cat([(each * out).sum(-1).flatten(2) for each, out in ((ddifference, signal), (dnoise, noise))], 2)
     draw = torch.cat((ddifference.flatten(2, 3), dnoise.flatten(2, 3)), dim=2)
-    return draw, torch.cat(delta, dim=2).transpose(1, 2), dlambda, dweight
+    return draw, delta.transpose(1, 2), dlambda, dweight
 
 
 def backward(
     dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
 ):
     """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs."""
-    tokens, groups, dim = signal_query.shape[1], signal_query.shape[2], signal_query.shape[4]
-    ratio = signal_query.shape[3]
+    tokens, groups, ratio = signal_query.shape[1:4]
+    dim = signal_query.shape[4]
     draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
-    heads = [[*range(group * ratio, (group + 1) * ratio), groups * ratio + group] for group in range(groups)]
-
     seen = visible(first, last, tokens, key.shape[1], key.device)
     dsignal = torch.empty_like(signal_query, memory_format=torch.contiguous_format)
     dnoise = torch.empty_like(noise_query, memory_format=torch.contiguous_format)
     dkey = torch.empty_like(key, memory_format=torch.contiguous_format)
     dvalue = torch.empty_like(value, memory_format=torch.contiguous_format)
     for group in range(groups):
+        heads = _heads(group, groups, ratio)
         logits = _logits(signal_query, noise_query, key, group, seen, scaling)
-        maps = _probabilities(logits, lse[:, group])  # (B, r + 1, T, S)
+        maps = _probabilities(logits, lse[:, heads])  # (B, r + 1, T, S)
         wide_value = _wide(value[:, :, group]).flatten(2)
-        dvalue[:, :, group] = torch.einsum("bhts,bthv->bsv", maps, draw[:, :, heads[group]]).unflatten(-1, (2, dim))
-        dmaps = torch.einsum("bthv,bsv->bhts", draw[:, :, heads[group]], wide_value)
-        dlogits = maps * (dmaps - delta[:, heads[group], :, None]) * scaling
+        dvalue[:, :, group] = torch.einsum("bhts,bthv->bsv", maps, draw[:, :, heads]).unflatten(-1, (2, dim))
+        dmaps = torch.einsum("bthv,bsv->bhts", draw[:, :, heads], wide_value)
+        dlogits = maps * (dmaps - delta[:, heads, :, None]) * scaling
         wide_key = _wide(key[:, :, group])
         dsignal[:, :, group] = torch.einsum("bhts,bsd->bthd", dlogits[:, :-1], wide_key[:, :, 0])
         dnoise[:, :, group] = torch.einsum("bts,bsd->btd", dlogits[:, -1], wide_key[:, :, 1])

@@ -1,17 +1,20 @@
-"""The backward by FlashAttention-4's kernel for Hopper, where that package is installed, on what our forward saved.
+"""Forward and backward by FlashAttention-4's kernels for Hopper, where that package is installed.
 
-The package's kernel can hold a value wider than the key, but with D of 128 and a value of 256 the package picks a tile
-that no multiprocessor holds, and refuses query heads that share a key. Here the kernel's class is compiled with a tile
-that fits; so a backward needs 7 units of work where four of the package's own calls spend 10. Our epilogue gives what
-the package would prepare: the logits' log-sum-exp in base 2, and delta. Causal order only.
+The package's kernels can hold a value wider than the key, but with D of 128 and a value of 256 the package picks tiles
+that no multiprocessor holds, and its backward refuses query heads that share a key. Here the forward is asked for a
+tile that fits, and the backward's class is compiled with one: 3 and 7 units of work where four of the package's own
+calls spend 4 and 10. Our epilogues stand around them; that of the backward also gives what the package would prepare,
+the logits' log-sum-exp in base 2 and delta, so it serves our own forward as well. Causal order only.
 
-Sums over tiles of keys (of queries' gradients) and over heads that share a key are made in float32 by the copy engine,
-in no fixed order: results differ in their last bits between two runs.
+The forward gives no largest logits. In the backward, sums over tiles of keys (of queries' gradients) and over heads
+that share a key are made in float32 by the copy engine, in no fixed order: results differ in their last bits between
+two runs.
 
 Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dimension, H heads of one launch.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -20,7 +23,9 @@ from torch import nn
 
 PACKAGE = "flash_attn.cute.flash_bwd_sm90"
 DIM = 128  # assumption: the one size whose tile was measured
-QUERIES, KEYS = 64, 96  # a tile
+FORWARD_TILE = (128, 112)  # queries, keys
+QUERIES, KEYS = 64, 96  # a tile of the backward
+LOG2_E = math.log2(math.e)
 WARPGROUPS = 2
 # Operands whose roles are swapped, and how the warpgroups share each product, as the package's `BwdConfig` names them.
 LAYOUT = {
@@ -44,7 +49,7 @@ def _fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def available(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this backward can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
+    """Whether these kernels can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
     return _installed() and _fits(dim, dtype, device)
 
 
@@ -152,6 +157,55 @@ def _differentiate(query, key, value, draw, lse, delta, scaling: float, dquery, 
         _convert(gradients[1], dvalue, 1.0, False)
 
 
+def _attend(query, key, value, scaling: float, out, lse) -> None:
+    """Writes attention's output (B, T, H, 2D) and the log-sum-exp (B, H, T) of all heads of one kind."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    _flash_attn_fwd(
+        *(_aligned(each) for each in (query, key, value)),
+        softmax_scale=scaling, causal=True, tile_mn=FORWARD_TILE, pack_gqa=False, out=out, lse=lse,
+    )  # fmt: skip
+
+
+def forward(
+    finish, signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training
+):
+    """out (B, T, G, r, 2D), raw (B, T, H, 2D), lse (B, H, T) in base 2, and max_logits (G, r + 1), which are NaN.
+
+    Args:
+        finish: `launch`'s or `reference`'s.
+        signal_query: and the rest as in `launch.forward`; intervals must be None, every query must see a key.
+
+    Raises:
+        ValueError: there are intervals, or more queries than keys.
+    """
+    _check(first, signal_query, key)
+    batch, tokens, groups, ratio, dim = signal_query.shape
+    signals = groups * ratio
+    raw = signal_query.new_empty((batch, tokens, signals + groups, 2 * dim))
+    lse = signal_query.new_empty((batch, signals + groups, tokens), dtype=torch.float32)
+    largest = lse.new_full((groups, ratio + 1), torch.nan)
+    if signal_query.numel() == 0:
+        return signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim)), raw, lse, largest
+    wide_value = value.flatten(3)  # (B, S, G, 2D)
+    with torch.cuda.device_of(key):
+        heads = signal_query.flatten(2, 3)
+        _attend(heads, key[:, :, :, 0], wide_value, scaling, raw[:, :, :signals], lse[:, :signals])
+        _attend(noise_query, key[:, :, :, 1], wide_value, scaling, raw[:, :, signals:], lse[:, signals:])
+        lse *= LOG2_E
+        return finish(raw, lambda_, weight, eps, out_scale, groups), raw, lse, largest
+
+
+def _check(first, signal_query, key) -> None:
+    if first is not None:
+        raise ValueError('flash takes causal order only: use forward="own" and backward="own" with first and last')
+    if signal_query.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"flash takes no query that sees no key, got {signal_query.shape[1]} queries of {key.shape[1]} keys: use "
+            'forward="own" and backward="own"'
+        )
+
+
 def backward(
     epilogue_backward, dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling,
     eps, out_scale,
@@ -163,10 +217,9 @@ def backward(
         dout: and the rest as in `launch.backward`; intervals must be None.
 
     Raises:
-        ValueError: there are intervals.
+        ValueError: there are intervals, or more queries than keys.
     """
-    if first is not None:
-        raise ValueError('the flash backward takes causal order only: use backward="own" with first and last')
+    _check(first, signal_query, key)
     groups, ratio = signal_query.shape[2:4]
     dsignal, dnoise, dkey, dvalue = gradients = [
         torch.empty(each.shape, dtype=each.dtype, device=each.device)
@@ -180,11 +233,11 @@ def backward(
         draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
         _differentiate(
             signal_query.flatten(2, 3), key[:, :, :, 0], wide_value, draw[:, :, :signals],
-            lse[:, :, :ratio].flatten(1, 2), delta[:, :signals], scaling,
+            lse[:, :signals], delta[:, :signals], scaling,
             dsignal.flatten(2, 3), dkey[:, :, :, 0], dvalue.flatten(3),
         )  # fmt: skip
         _differentiate(
-            noise_query, key[:, :, :, 1], wide_value, draw[:, :, signals:], lse[:, :, ratio], delta[:, signals:],
+            noise_query, key[:, :, :, 1], wide_value, draw[:, :, signals:], lse[:, signals:], delta[:, signals:],
             scaling, dnoise, dkey[:, :, :, 1], dvalue_of_noise.flatten(3),
         )  # fmt: skip
         dvalue += dvalue_of_noise
