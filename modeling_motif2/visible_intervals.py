@@ -7,12 +7,15 @@ Shapes: B batch, T query tokens, S key tokens.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
+
+_one_run = ContextVar("_one_run", default=False)
 
 
 def visible_intervals(
@@ -51,13 +54,14 @@ def visible_intervals(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-    if use_vmap or (padding is not None and (is_tracing(padding) or not _is_one_run(padding))):
+    known = _one_run.get()
+    if use_vmap or (padding is not None and (is_tracing(padding) or not (known or _is_one_run(padding)))):
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
             allow_is_causal_skip=allow_is_causal_skip, **kwargs,
         )  # fmt: skip
-    if padding is not None and padding.all():
+    if padding is not None and not known and padding.all():
         padding = None
     is_causal = mask_function is causal_mask_function
     if padding is None and is_causal and allow_is_causal_skip and isinstance(q_offset, int):
@@ -74,6 +78,31 @@ def visible_intervals(
         is_token = padding.gather(1, last.clamp(max=kv_length - 1))  # (B, T)
         first = torch.where(is_token, torch.maximum(first, start), last + 1)
     return torch.stack((first, last)).to(torch.int32)
+
+
+def with_growing_padding(make: Callable[[], Any], cache: Any, attention_mask: Any, tokens: int) -> Any:
+    """Makes the masks of a generation's step; that padding has no holes is asked of the device at its start only.
+
+    Asking waits for the device. Between the steps of one generation a mask only grows, by the new token.
+
+    Args:
+        make: gives the masks.
+        cache: of the generation; it remembers how many columns of the mask are known to be one run a row.
+        attention_mask: (B, positions), or what is no padding.
+        tokens: T of this step.
+    """
+    two_dimensional = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    columns = attention_mask.shape[1] if two_dimensional else None
+    known = tokens == 1 and two_dimensional and getattr(cache, "columns_in_one_run", None) == columns - 1
+    token = _one_run.set(known)
+    try:
+        made = make()
+    finally:
+        _one_run.reset(token)
+    masks = list(made.values()) if isinstance(made, dict) else [made]
+    if cache is not None:
+        cache.columns_in_one_run = columns if all(map(is_intervals, masks)) else None
+    return made
 
 
 def _is_one_run(padding: torch.Tensor) -> bool:
