@@ -123,14 +123,16 @@ class TrainStep:
         with fast_attention():  # over the backward too, which may recompute the forward
             sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        measured = self._measure(sums, whole(grad_norm))
+        numbers = self._numbers(sums, whole(grad_norm))
+        self._spoil_gradients(numbers)
+        self.optimizer.step()  # leaves the update out, on all ranks, where a gradient is not finite
+        measured = self._read(numbers)
         loss, grad_norm = sum(measured.losses) / batch.predicted_tokens, measured.grad_norm
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         clipped_heads = 0
         if skipped:
             reset_max_logits(self.model)
         else:
-            self.optimizer.step()
             clipped_heads = int(self.optimizer.optimizer.clip_report()["clipped_heads"])
         self.optimizer.zero_grad()
         counted = zip(self.domains, measured.losses, measured.counts, strict=True)
@@ -220,8 +222,9 @@ class TrainStep:
         return total / count
 
     @torch.no_grad()
-    def _measure(self, sums: torch.Tensor, grad_norm: torch.Tensor) -> "_Measured":
-        """Bring a step's numbers to the host at once, before the update: sums over ranks, maxima over ranks."""
+    def _numbers(self, sums: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """A step's numbers before the update, over all ranks, on the device: sums of losses and counts (N each),
+        gradient norm, lambdas and largest logits by layer."""
         tracked = [attention.max_logits for attention in self.attentions if attention.max_logits is not None]
         largest = torch.stack([logits.amax() for logits in tracked]) if tracked else sums.new_empty(0)
         if tracked and self.accelerator.num_processes > 1:
@@ -229,8 +232,21 @@ class TrainStep:
         lambdas = [whole(attention.lambda_value()) for attention in self.attentions]
         sums = self.accelerator.reduce(sums, "sum")
         parts = [sums.flatten(), grad_norm.reshape(1), torch.stack(lambdas), largest]
-        values = torch.cat([part.float() for part in parts]).tolist()
-        ends = [*itertools.accumulate([len(self.domains), len(self.domains), 1, len(lambdas)])]
+        return torch.cat([part.float() for part in parts])
+
+    @torch.no_grad()
+    def _spoil_gradients(self, numbers: torch.Tensor) -> None:
+        """Make a gradient NaN where a loss or the norm is not finite, without waiting for the device to know."""
+        spoilt = 0 * numbers[: 2 * len(self.domains) + 1].sum()
+        gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        local = next((part for part in map(local_part, gradients) if part.numel()), None)
+        if local is not None:
+            local += spoilt.to(local.dtype)
+
+    def _read(self, numbers: torch.Tensor) -> "_Measured":
+        """Bring a step's numbers to the host at once."""
+        values = numbers.tolist()
+        ends = [*itertools.accumulate([len(self.domains), len(self.domains), 1, len(self.attentions)])]
         losses, counts, (norm,), lambda_values, max_logits = (
             values[start:stop] for start, stop in zip([0, *ends], [*ends, None], strict=True)
         )
@@ -259,6 +275,10 @@ def summed_parameters(model: nn.Module) -> list[nn.Parameter]:
         if model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name)) == "replicated_with_grad_allreduce"
         for parameter in module.parameters(recurse=False)
     ]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """One step on several layouts of ranks: FSDP2, HSDP and tensor parallelism, by torch's own functions on gloo."""
 
 import contextlib
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -241,3 +242,27 @@ print("imported")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "imported", done.stderr
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_changes_no_weight_even_with_finite_gradients(monkeypatch, loss):
+    step = make_step("one")
+    step.run(batch(step, 0), 1.0)
+    before = [parameter.detach().clone() for parameter in step.model.parameters()]
+    original = TrainStep.token_losses
+
+    def spoilt(self, *arguments):
+        losses, counted = original(self, *arguments)
+        return losses + loss, counted  # a constant: the gradients stay as they are
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "token_losses", spoilt)
+        outcome = step.run(batch(step, 1), 1.0)
+    assert outcome.skipped
+    assert not math.isfinite(outcome.loss)
+    assert math.isfinite(outcome.grad_norm)
+    assert outcome.clipped_heads == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, step.model.parameters(), strict=True))
+    after = step.run(batch(step, 1), 1.0)
+    assert not after.skipped
+    assert all(math.isfinite(logit) for logit in after.max_logits)
