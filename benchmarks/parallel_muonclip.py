@@ -264,6 +264,7 @@ def time_table(bench: Bench, table: dict[str, dict]) -> None:
         times, extra = bench.measure(optimizer.step)
         chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
         bench.report(row, chunk, options["method"], times, extra)
+        bench.save()
         optimizer.state.clear()
         bench.clean()
 
