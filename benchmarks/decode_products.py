@@ -3,7 +3,8 @@
     python benchmarks/decode_products.py [--sweep] [--output DIR] [--tiny]
 
 Every way is checked against float64 first. Times are those of a CUDA graph over copies of the weights that no cache
-holds; "share" is that of a copy's bandwidth in the same run, by the weights' bytes. `--sweep` tries tiles too.
+holds; "share" is that of a copy's bandwidth in the same run, by the weights' bytes. `--sweep` tries tiles too, and
+those of attention to 1,024 and 16,384 cached tokens.
 
 Shapes: K features in, N features out of all weights together.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from attention_cases import ROOT, Report, copy_bandwidth, milliseconds, relative
+from attention_cases import OUT_SCALE, ROOT, Report, copy_bandwidth, load_kernel, make_inputs, milliseconds, relative
 from torch.nn.functional import linear
 
 import kernels_hub
@@ -31,6 +32,7 @@ SHAPES = {
 }
 TINY = {"q, k, v": ((40, 16, 16), 64, True, False), "down": ((32,), 128, False, True)}
 SWEEP = [(2, 1024, 4), (4, 512, 2), (4, 1024, 4), (4, 2048, 8), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (16, 256, 4)]
+SPLITS = [(64, 8), (64, 16), (32, 16), (32, 32), (32, 64), (16, 32), (16, 64), (64, 32)]  # keys a tile, splits
 LIMIT = 1e-2  # relative error in bfloat16
 WORKING_BYTES = 6e8  # of all copies of a weight together (assumption: far more than the L2)
 EPS = 1e-6
@@ -99,6 +101,33 @@ def ways(package, sizes: tuple, features: int, sweep: bool) -> dict[str, Callabl
     return found
 
 
+def time_attention(report: Report, device: torch.device, dtype: torch.dtype, bandwidth: float, sweep: bool) -> None:
+    """One token's attention to a static cache, by tiles and splits."""
+    tiny = device.type == "cpu"
+    kernel = load_kernel()
+    groups, ratio, dim = (2, 2, 16) if tiny else (8, 4, 128)
+    for length, seen in ((40, 21),) if tiny else ((1184, 1025), (16544, 16385)):
+        last = torch.full((1, 1), seen - 1, dtype=torch.int32, device=device)
+        bounds = {"first": torch.zeros_like(last), "last": last}
+        sets = []
+        for _ in range(2 if tiny else max(4, round(WORKING_BYTES / (length * groups * dim * 8)))):
+            one = make_inputs(1, 1, length, groups, ratio, dim, dtype, device, False)
+            one[2:4] = [each.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for each in one[2:4]]
+            sets.append(one)  # caches are (B, heads, S, D)
+        wanted = kernel.gda_decode(*sets[0], out_scale=OUT_SCALE, **bounds)
+        found = {"as it is": lambda one, b=bounds: kernel.gda_decode(*one, out_scale=OUT_SCALE, **b)}
+        for tile, splits in SPLITS if sweep and not tiny else ():
+            tiles = kernel.ops.launch.Tiles(16, tile, 4, 3)
+            constants = (*bounds.values(), dim**-0.5, 1e-5, OUT_SCALE, tiles, splits)
+            found[f"{tile} keys, {splits} splits"] = lambda one, c=constants: kernel.ops.launch.decode(*one, *c)
+        for way, function in found.items():
+            error = relative(function(sets[0]), wanted)
+            times = graph_milliseconds(function, sets, device)
+            share = seen * groups * 4 * dim * dtype.itemsize / bandwidth / times["value"] * 1e3
+            report.add("attention", way, f"S{seen}", "step", times.pop("value"), "ms", share=share,
+                       note=f"error {error:.1e}", **times)  # fmt: skip
+
+
 def main() -> int:
     """Checks and times every shape; 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -143,6 +172,7 @@ def main() -> int:
     for shape, case in (TINY if options.tiny else SHAPES).items():
         report.section(shape, lambda shape=shape, case=case: time_shape(shape, *case))
     report.section("poly_norm", poly_norm)
+    report.section("attention", lambda: time_attention(report, device, dtype, bandwidth, options.sweep))
     return report.finish()
 
 
