@@ -126,6 +126,7 @@ class TrainStep:
         numbers = self._numbers(sums, whole(grad_norm))
         self._spoil_gradients(numbers)
         self.optimizer.step()  # leaves the update out, on all ranks, where a gradient is not finite
+        self.optimizer.zero_grad()
         measured = self._read(numbers)
         loss, grad_norm = sum(measured.losses) / batch.predicted_tokens, measured.grad_norm
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
@@ -134,7 +135,6 @@ class TrainStep:
             reset_max_logits(self.model)
         else:
             clipped_heads = int(self.optimizer.optimizer.clip_report()["clipped_heads"])
-        self.optimizer.zero_grad()
         counted = zip(self.domains, measured.losses, measured.counts, strict=True)
         by_domain = {name: total / count for name, total, count in counted if count}
         return StepOutcome(loss, by_domain, grad_norm, measured.max_logits, measured.lambdas, clipped_heads, skipped)
