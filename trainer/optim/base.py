@@ -71,7 +71,7 @@ def check_qk_clip(threshold: float, rule: str, attentions: Iterable[nn.Module], 
         ValueError: a threshold that is no positive number, an unknown rule, or a module that cannot be clipped.
     """
     if not (isinstance(threshold, Real) and threshold > 0):
-        raise ValueError(f"qk_clip_threshold is {threshold!r}: give a positive logit, such as 100, or None for none")
+        raise ValueError(f"qk_clip_threshold is {threshold!r}: give a positive logit, or None for no clip")
     if rule not in QK_CLIP_RULES:
         raise ValueError(f"qk_clip_rule is {rule!r}: choose one of {QK_CLIP_RULES}")
     optimised = {id(parameter) for group in groups for parameter in group["params"]}

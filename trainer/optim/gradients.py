@@ -76,7 +76,7 @@ def names_of(groups: list[dict]) -> list[str]:
     names = []
     for number, group in enumerate(groups):
         shapes = (tuple(parameter.shape) for parameter in group["params"])
-        places = [f"parameter {index} of group {number}, shape {shape}," for index, shape in enumerate(shapes)]
+        places = [f"parameter {index} {shape} of group {number}" for index, shape in enumerate(shapes)]
         known = group.get("names", places)
         names += known if len(known) == len(places) else places
     return names
