@@ -1,9 +1,10 @@
 """Parallel MuonClip on paper: a step of the 12.7B on 2 to 512 ranks, from kernel times and link speeds.
 
-    python benchmarks/muonclip_scaling.py [--milliseconds 5.00 5.00 2.81 0.517 3.42] [--memory 3.8] [--link 300]
+    python benchmarks/muonclip_scaling.py [--milliseconds 4.35 4.35 2.55 0.51 3.05] [--memory 3.8] [--link 220]
 
 The optimizer's own plan is simulated round by round: a gather waits for the network and for every rank to have packed,
-a rank's products wait for its gather, a scatter for the slowest owner. Eight ranks share a node. The first table holds
+a rank's products wait for its gather, a scatter for the slowest owner, and beside traffic products are slower. Eight
+ranks share a node. The first table holds
 what parallel_muonclip.py measures on fewer ranks: 10 layers on 2, 20 and 40 on 4.
 """
 
@@ -21,14 +22,17 @@ from trainer.optim.layout import Layout, _read_placements
 from trainer.optim.plan import assign_owners, cut_rounds
 
 NUM_LAYERS, RANKS_A_NODE = 40, 8
-# matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200 (quack's symmetric products)
+# matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200
 SHAPES = (((16384, 4096), 2), ((4096, 16384), 1), ((5120, 4096), 1), ((2048, 4096), 2), ((4096, 8192), 1))
-MILLISECONDS = (5.00, 5.00, 2.81, 0.517, 3.42)
+MILLISECONDS = (4.35, 4.35, 2.55, 0.51, 3.05)
+CHUNK_SIZE = 1
 NETWORK_BYTES_PER_MS = 45e6  # assumption: one 400 Gbit/s adapter a rank, each way
 PEER_MS = 0.003  # assumption: cost of each peer in an all-to-all
 WIRE_BYTES = 2
 ELEMENTWISE_BYTES = 4 + 14 + 10  # float32: finiteness check, momentum and direction, decay and update
-OWNER_BYTES = 4 + 4  # from the received buffer to whole matrices, and from updates to the sent one
+OWNER_BYTES = 4 + 4  # from the received buffer to whole matrices, and from updates to the sent one, if not just one
+FIXED_MS = 1.5  # agreement beside its bytes, and the host's launches before the first product; measured on two H200s
+LOST_BESIDE = 0.28  # of the time that the network takes, what products beside it lose; measured there too
 
 
 @dataclass(frozen=True)
@@ -70,20 +74,23 @@ def simulate(
     rounds = cut_rounds(layouts, owners, costs, chunk_size, True)
     compute = [[sum(costs[n] for n in owned) for owned in owned_by] for owned_by in rounds]
     traffic = [transfer_ms(layouts, owned_by, shards, together, machine.link) for owned_by in rounds]
-    elements = sum(rows * columns for rows, columns in shapes)
-    local_ms = elements * (ELEMENTWISE_BYTES / shards + OWNER_BYTES / mesh.numel()) / (1e9 * machine.memory)
+    sizes = [rows * columns for rows, columns in shapes]
+    copied = sum(sizes[n] for owned_by in rounds for owned in owned_by if len(owned) > 1 for n in owned)
+    local_bytes = sum(sizes) * ELEMENTWISE_BYTES / shards + copied * OWNER_BYTES / mesh.numel()
+    local_ms = local_bytes / (1e9 * machine.memory) + FIXED_MS
     totals = [sum(per_round) for per_round in zip(*compute, strict=True)]
-    largest = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for n in owned) for o in rounds for owned in o)
-    shard = max(sum(layouts[n].shape[0] * layouts[n].shape[1] for owned in o for n in owned) for o in rounds) / shards
-    # gather: sent and received; products: batch and working copy; scatter: sent (to every copy) and received
-    memory = WIRE_BYTES * (shard / together + largest + 2.5 * largest + together * largest + shard)
+    largest = max(sum(sizes[n] for n in owned) for owned_by in rounds for owned in owned_by)
+    shard = max(sum(sizes[n] for owned in owned_by for n in owned) for owned_by in rounds) / shards
+    squares = 5 * max(min(shape) for shape in shapes) ** 2
+    # gather ahead: sent, received; products: batch, working copy of one more, squares; scatter behind: sent, received
+    held = shard / together + largest + largest + (largest + max(sizes)) + squares + together * largest + shard
     in_turn = sum(max(costs) + sum(both) for costs, both in zip(compute, traffic, strict=True))
     return {
         "step_ms": (pipeline_ms(compute, traffic) if pipelined else in_turn) + local_ms,
         "compute_ms": max(totals),
         "balance": sum(totals) / len(totals) / max(totals),
         "network_ms": sum(gather + scatter for gather, scatter in traffic),
-        "memory_gb": memory / 1e9,
+        "memory_gb": WIRE_BYTES * held / 1e9,
     }
 
 
@@ -111,10 +118,11 @@ def pipeline_ms(compute: list[list[float]], traffic: list[tuple[float, float]]) 
     network = gathered = traffic[0][0]
     scattered = 0.0
     for index, costs in enumerate(compute):
-        arrived = gathered
+        arrived, lost = gathered, LOST_BESIDE * traffic[index - 1][1] if index else 0.0
         if index + 1 < len(compute):
             network = gathered = max(network, max(stream)) + traffic[index + 1][0]
-        stream = [max(free, arrived) + cost for free, cost in zip(stream, costs, strict=True)]
+            lost += LOST_BESIDE * traffic[index + 1][0]
+        stream = [max(free, arrived) + cost + lost for free, cost in zip(stream, costs, strict=True)]
         stream = [max(free, scattered) for free in stream]  # the round before is applied
         network = scattered = max(network, max(stream)) + traffic[index][1]
     return scattered
@@ -126,7 +134,7 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, nargs=5, default=MILLISECONDS, metavar="MS",
                         help=f"Newton-Schulz of {[shape for shape, _ in SHAPES]}")  # fmt: skip
     parser.add_argument("--memory", type=float, default=3.8, help="TB/s of a copy; an H200's")
-    parser.add_argument("--link", type=float, default=300.0, help="GB/s of an all-to-all in a node (assumption)")
+    parser.add_argument("--link", type=float, default=220.0, help="GB/s of an all-to-all in a node")
     arguments = parser.parse_args()
     times = {shape: value for (shape, _), value in zip(SHAPES, arguments.milliseconds, strict=True)}
     machine = Machine(times, arguments.memory, arguments.link)
@@ -138,13 +146,13 @@ def main() -> None:
     header = ("layout", "ranks", "shards", "together", "step ms", "products ms", "balance", "network ms", "memory GB")
     print("| layers | " + " | ".join(header) + " | not pipelined ms |\n" + "|---" * (len(header) + 2) + "|")
     for name, shards, copies, together, layers in small:
-        result = simulate(shards, together, 2, machine, layers)
-        in_turn = simulate(shards, together, 2, machine, layers, pipelined=False)["step_ms"]
+        result = simulate(shards, together, CHUNK_SIZE, machine, layers)
+        in_turn = simulate(shards, together, CHUNK_SIZE, machine, layers, pipelined=False)["step_ms"]
         values = f"{name} | {shards * copies} | {shards} | {together} | {figures(result)}"
         print(f"| {layers} | {values} | {in_turn:.1f} |")
     print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name, shards, copies, together in rows:
-        result = simulate(shards, together, 2 if shards * together <= 32 else 1, machine)
+        result = simulate(shards, together, CHUNK_SIZE, machine)
         print(f"| {name} | {shards * copies} | {shards} | {together} | {figures(result)} |")
 
 
