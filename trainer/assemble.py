@@ -35,7 +35,8 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     kept = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     for name in config.trackers:
         if name not in kept:  # accelerate leaves it out without a word
-            raise ValueError(f"tracker {name!r} is not installed: pip install {name}, or take it out of trackers")
+            mend = "name each" if name == "all" else f"pip install {name}, or take it out of trackers"
+            raise ValueError(f"tracker {name!r} is not installed: {mend}")
     ranks, kind = accelerator.num_processes, accelerator.distributed_type
     if config.tensor_parallel > 1 and (config.tensor_parallel != ranks or kind == DistributedType.FSDP):
         raise ValueError(
@@ -86,6 +87,12 @@ def split_layers(config: PretrainConfig, accelerator: Accelerator, model: nn.Mod
             f"tensor_parallel is {ranks}, and attention has {model.config.num_groups} groups, which stay whole: use "
             "a number of ranks that divides them"
         )
+    words = model.config.vocab_size
+    if words % ranks:
+        raise ValueError(
+            f"tensor_parallel is {ranks}, and vocab_size {words}, which it does not divide: set vocab_size "
+            f"{-(-words // ranks) * ranks}"
+        )
     model = apply_tensor_parallelism(model, init_device_mesh(accelerator.device.type, (ranks,)))
     if model.config.tie_word_embeddings:  # it splits either by words, and unties them
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -131,11 +138,17 @@ def open_loader(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> 
     """
     ranks = accelerator.num_processes // config.tensor_parallel  # those of a row's matrices have the same rows
     plan = config.batch_plan()
-    if plan.shape(0)[1] % ranks or (config.batch_tokens_end and config.batch_rows_multiple % ranks):
+    if config.batch_tokens_end is not None and config.batch_rows_multiple % ranks:
         raise ValueError(
-            f"a step of {plan.shape(0)[1]} rows cannot be shared evenly by {ranks} ranks: set batch_tokens or "
-            "batch_rows_multiple so that the number of ranks divides the rows"
+            f"batch_rows_multiple is {config.batch_rows_multiple} for {ranks} ranks and a growing batch: set a "
+            "multiple of the ranks, or they cannot share the rows evenly"
         )
+    for length, rows in (plan.shape(tokens) for tokens in (0, *config.sequence_length_stages)):
+        if rows % ranks:
+            raise ValueError(
+                f"a step of {rows} rows cannot be shared evenly by {ranks} ranks (rows of {length} tokens): set "
+                "batch_tokens or batch_rows_multiple so that the number of ranks divides the rows"
+            )
     verify = config.verify_checksums and accelerator.is_main_process
     corpora = {name: TokenCorpus(config.data_dir, name, verify=verify) for name in config.domains}
     pad, rank = pad_token_id(tokenizer), accelerator.process_index // config.tensor_parallel

@@ -1,7 +1,9 @@
 """Settings of a pre-training run: one flat dataclass, filled from a recipe and the command line."""
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import yaml
 
@@ -20,6 +22,21 @@ MODEL_FIELDS = (
     "rope_theta",
     "max_position_embeddings",
     "tie_word_embeddings",
+)
+
+ABOVE_ZERO = (  # where None is the default, it is off
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "rope_theta"),
+    *("learning_rate", "adamw_learning_rate", "max_grad_norm", "qk_clip_threshold", "muon_chunk_size"),
+    *("sequence_length", "batch_tokens", "batch_tokens_end", "batch_rows_multiple", "shard_tokens", "data_workers"),
+    *("gradient_checkpointing_every", "tensor_parallel", "keep_last", "log_steps", "eval_tokens", "peak_tflops"),
+    *("spike_deviations", "spike_patience_steps", "timeout_seconds", "reasoning_cap"),
+    *("dry_run_gpus", "dry_run_shards", "dry_run_mfu"),
+)
+AT_LEAST_ZERO = (
+    *("weight_decay", "momentum", "max_skipped_steps", "batch_ramp_tokens", "fp8_skip_edge_layers"),
+    *("checkpoint_steps", "keep_every_steps", "average_every_tokens", "eval_steps", "exact_logit_steps", "norm_steps"),
+    *("spike_window_steps", "spike_min_rise", "max_rewinds"),
+    *("warn_noise_share", "warn_memory_rise", "warn_stall_steps", "warn_stall_drop"),
 )
 
 
@@ -195,16 +212,19 @@ class PretrainConfig:
     def __post_init__(self):
         self.domains = _mapping("domains", self.domains)
         stages = _mapping("sequence_length_stages", self.sequence_length_stages)
-        self.sequence_length_stages = {int(start): int(length) for start, length in stages.items()}
+        try:
+            self.sequence_length_stages = {int(start): int(length) for start, length in stages.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"sequence_length_stages is {stages}: write whole numbers, tokens seen to row length"
+            ) from error
         self._check_required()
+        self._check_numbers()
         self._check_ranges()
         check_reasoning(self.shares(), self.reasoning_domains, self.reasoning_cap)
         self.mixture()
         self.batch_plan()
         self.learning_rate_schedule()
-        for domain in self.domains.values():
-            for source in domain.get("sources", ()):
-                Source.parse(source)
 
     def shares(self) -> dict[str, DomainShare]:
         """The scheduled share of each domain."""
@@ -247,47 +267,44 @@ class PretrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give it in the recipe or as --{name}")
         for name, domain in self.domains.items():
-            unknown = sorted(set(domain) - {"start", "end", "anneal", "sources"})
-            if unknown or not {"start", "end"} <= set(domain):
+            _check_domain(name, domain)
+            if "anneal" in domain and not self.annealing_tokens:
                 raise ValueError(
-                    f"domain {name!r} needs start and end, may have anneal and sources; unknown: {unknown}"
+                    f"domain {name!r} has an anneal share, and annealing_tokens is 0: set it, or drop anneal"
                 )
 
-    def _check_ranges(self) -> None:
-        for name in (
-            "learning_rate",
-            "sequence_length",
-            "batch_rows_multiple",
-            "shard_tokens",
-            "keep_last",
-            "log_steps",
-            "gradient_checkpointing_every",
-            "data_workers",
-            "average_checkpoints",
-            "tensor_parallel",
-            "spike_deviations",
-            "spike_patience_steps",
-            "timeout_seconds",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a value above 0")
-        for name in (
-            "checkpoint_steps",
-            "eval_steps",
-            "max_skipped_steps",
-            "batch_ramp_tokens",
-            "fp8_skip_edge_layers",
-            "keep_every_steps",
-            "average_every_tokens",
-            "spike_window_steps",
-            "spike_min_rise",
-            "max_rewinds",
-            "exact_logit_steps",
-            "norm_steps",
-            "warn_stall_steps",
-        ):
+    def _check_numbers(self) -> None:
+        """Each number by itself."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} is {value}: use a finite number")
+        for name in ABOVE_ZERO:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                optional = ", or null" if type(None) in get_args(self.__annotations__[name]) else ""
+                raise ValueError(f"{name} is {value}: use a value above 0{optional}")
+        for name in AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum is {self.momentum}: use a value from 0 to below 1")
+        if self.dry_run_mfu > 1:
+            raise ValueError(f"dry_run_mfu is {self.dry_run_mfu}: use a share above 0, at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: use one from 0 to 2**32 - 1")
+
+    def _check_ranges(self) -> None:
+        if self.dry_run_shards is not None and self.dry_run_gpus % self.dry_run_shards:
+            raise ValueError(
+                f"dry_run_shards is {self.dry_run_shards} of dry_run_gpus {self.dry_run_gpus}: use a number that "
+                "divides it"
+            )
+        if self.checkpoint_steps and self.keep_every_steps % self.checkpoint_steps:
+            raise ValueError(
+                f"keep_every_steps is {self.keep_every_steps}, when no checkpoint is taken: use a multiple of "
+                f"checkpoint_steps {self.checkpoint_steps}"
+            )
         if not 0 <= self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction is {self.heldout_fraction}: use a share from 0 to below 1")
         if not 0 <= self.annealing_tokens < self.total_tokens:
@@ -299,10 +316,11 @@ class PretrainConfig:
             raise ValueError(
                 f"rows of {longest} tokens exceed max_position_embeddings {self.max_position_embeddings}: raise it"
             )
-        if self.muon_chunk_size is not None and self.muon_chunk_size < 1:
-            raise ValueError(f"muon_chunk_size is {self.muon_chunk_size}: use 1 or more, or null for all at once")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < longest:
-            raise ValueError(f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens")
+            raise ValueError(
+                f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens: raise it, "
+                "or set null to take all rows at once"
+            )
         if self.fp8 == "rowwise" and self.compile_layers and not self.fp8_emulate:
             raise ValueError(
                 "fp8 is 'rowwise' with compile_layers: compiled so, torchao 0.18 gave wrong gradients on an H100 "
@@ -327,6 +345,11 @@ class PretrainConfig:
             )
         if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
             raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
+        if self.average_checkpoints < 2:
+            raise ValueError(
+                f"average_checkpoints is {self.average_checkpoints}, the current weights included: use 2 or more, or "
+                "average_every_tokens 0 to average nothing"
+            )
         if self.average_every_tokens and not (
             self.checkpoint_steps and self.keep_last >= self.average_checkpoints - 1
         ):
@@ -334,6 +357,22 @@ class PretrainConfig:
                 f"a mean of {self.average_checkpoints} checkpoints needs checkpoint_steps above 0 and keep_last of "
                 f"{self.average_checkpoints - 1} or more, got {self.checkpoint_steps} and {self.keep_last}: raise them"
             )
+
+
+def _check_domain(name: str, domain: dict) -> None:
+    if not isinstance(name, str) or Path(name).name != name:  # a folder of data_dir
+        raise ValueError(f"domain {name!r} is no name for a folder: use letters, digits and _")
+    if not isinstance(domain, dict) or not {"start", "end"} <= domain.keys() <= {"start", "end", "anneal", "sources"}:
+        raise ValueError(f"domain {name!r} needs start and end, may have anneal and sources, and is {domain!r}")
+    for key in domain.keys() - {"sources"}:
+        share = domain[key]
+        if not isinstance(share, int | float) or not math.isfinite(share):
+            raise ValueError(f"{key} of domain {name!r} is {share!r}: write a share from 0 to 1")
+    sources = domain.get("sources", [])
+    if not isinstance(sources, list):
+        raise ValueError(f"sources of domain {name!r} are {sources!r}: write a list, as in [{{path: file.jsonl}}]")
+    for source in sources:
+        Source.parse(source)
 
 
 def _mapping(name: str, value: dict | str | None) -> dict:

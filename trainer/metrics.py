@@ -110,7 +110,7 @@ def step_line(entry: dict) -> str:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the last line of a killed run may be cut
+    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
         return math.inf
 
 

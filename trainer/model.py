@@ -42,7 +42,13 @@ def model_config(config: PretrainConfig, tokenizer=None) -> Motif2Config:
         ValueError: the tokenizer has more entries than the embedding has rows, or the shape is inconsistent.
     """
     if config.model_name_or_path is not None:
-        architecture = AutoConfig.from_pretrained(config.model_name_or_path)
+        try:
+            architecture = AutoConfig.from_pretrained(config.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no model can be loaded from model_name_or_path {config.model_name_or_path!r}: {error}; give a "
+                "folder or Hub name with one"
+            ) from error
     else:
         settings = config.model_settings()
         theta = settings.pop("rope_theta")

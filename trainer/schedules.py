@@ -89,9 +89,10 @@ class BatchPlan:
         if 0 not in self.lengths or min(self.lengths.values()) < 2:
             raise ValueError(f"sequence lengths are {dict(self.lengths)}: give one of at least 2 from token 0 on")
         longest = max(self.lengths.values())
-        if min(self.batch_tokens, self.batch_tokens_end or self.batch_tokens) < longest * self.rows_multiple:
+        ends = [self.batch_tokens] + ([] if self.batch_tokens_end is None else [self.batch_tokens_end])
+        if min(ends) < longest * self.rows_multiple:
             raise ValueError(
-                f"a batch of {self.batch_tokens} tokens holds fewer than {self.rows_multiple} rows of {longest} "
+                f"a batch of {min(ends)} tokens holds fewer than {self.rows_multiple} rows of {longest} "
                 "tokens: raise batch_tokens or lower the sequence length"
             )
 

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer.loop
 from tests.distributed import run_distributed
+from trainer.assemble import open_loader, split_layers
 from trainer.checkpoint_files import complete_checkpoints
 from trainer.loop import NonFiniteLossError, run_pretraining
+from trainer.model import model_config
 from trainer.step import TrainStep
 
 CURVE = ("step", "tokens", "loss", "loss_by_domain", "learning_rate", "mixture", "realised", "grad_norm", "max_logits")
@@ -77,7 +80,7 @@ def test_resume_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             run_pretraining(cut)
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')
+        file.write('{}\n{"step": 7, "lo')
     assert [path.name for path in complete_checkpoints(tmp_path / "cut/checkpoints")] == ["step_00000004"]
     run_pretraining(cut)
     assert curve(cut.output_dir) == curve(whole.output_dir)
@@ -224,6 +227,31 @@ def test_uneven_ranks_are_refused(make_config, monkeypatch):
     config = make_config(batch_tokens=96)
     with pytest.raises(RuntimeError, match="3 rows cannot be shared evenly by 2 ranks"):
         run_distributed(lambda rank: run_pretraining(config), 2, timeout_seconds=60)
+
+
+def test_ranks_that_cannot_share_a_later_stages_rows_are_refused_at_the_start(make_config):
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    ranks = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    stages = {"batch_tokens": 64, "sequence_length_stages": {512: 64}}
+    with pytest.raises(ValueError, match=r"1 rows cannot be shared evenly by 2 ranks \(rows of 64 tokens\)"):
+        open_loader(make_config(**stages), tokenizer, ranks)
+    growing = {"batch_tokens_end": 256, "batch_ramp_tokens": 512}
+    with pytest.raises(ValueError, match="batch_rows_multiple is 1 for 2 ranks and a growing batch"):
+        open_loader(make_config(**growing), tokenizer, ranks)
+    open_loader(make_config(**growing, batch_rows_multiple=2), tokenizer, ranks).close()
+
+
+def test_a_model_that_is_not_there_is_named_with_its_setting(make_config):
+    with pytest.raises(ValueError, match="loaded from model_name_or_path '/nowhere'"):
+        model_config(make_config(model_name_or_path="/nowhere"))
+
+
+def test_words_that_ranks_cannot_share_are_refused(make_config):
+    config = make_config(tensor_parallel=2, vocab_size=51)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(config))
+    with pytest.raises(ValueError, match="vocab_size 51, which it does not divide: set vocab_size 52"):
+        split_layers(config, None, model)
 
 
 def test_another_tokenizer_is_refused(make_config, tmp_path):

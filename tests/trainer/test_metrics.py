@@ -95,6 +95,8 @@ def test_a_tracker_that_is_missing_is_named(make_config, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="tracker 'wandb' is not installed: pip install wandb"):
         make_accelerator(make_config(trackers=["wandb"]))
+    with pytest.raises(ValueError, match="'all' is not installed: name each"):
+        make_accelerator(make_config(trackers=["all"]))
 
 
 def test_a_step_is_one_line():

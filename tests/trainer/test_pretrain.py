@@ -65,7 +65,7 @@ def test_the_launch_lines_name_files_that_fit(capsys):
         (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
         assert config.batch_rows_multiple % ranks == 0
         assert config.batch_plan().shape(0)[1] % ranks == 0
-        assert config.dry_run_gpus == (400 if path.stem == "motif2_12b7" else ranks)
+        assert config.dry_run_gpus == ranks
         data_dirs.add(config.data_dir)
     assert len(accelerate_files) == 2
     assert len(data_dirs) == len(RECIPES)  # shards of a domain with other sources are refused

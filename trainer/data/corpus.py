@@ -30,17 +30,29 @@ class Source:
     max_documents: int | None = None
     streaming: bool = True
 
+    def __post_init__(self):
+        for name in ("path", "name", "split", "text_field", "license"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name not in ("name", "license")):
+                raise ValueError(f"{name} of source {self.path!r} is {value!r}: write text")
+        if self.max_documents is not None and (type(self.max_documents) is not int or self.max_documents < 1):
+            raise ValueError(
+                f"max_documents of source {self.path!r} is {self.max_documents!r}: use 1 or more, or null"
+            )
+
     @classmethod
     def parse(cls, source: "Source | str | dict") -> "Source":
         """A `Source` from a path or from a recipe's mapping.
 
         Raises:
-            ValueError: a key is unknown, or `path` is missing.
+            ValueError: a key is unknown, `path` is missing, or a value is of another type.
         """
         if isinstance(source, Source):
             return source
         if isinstance(source, str):
             return cls(path=source)
+        if not isinstance(source, dict):
+            raise ValueError(f"source {source!r} is neither a path nor a mapping with `path`")
         known = [field.name for field in fields(cls)]
         unknown = set(source) - set(known)
         if unknown or "path" not in source:
@@ -69,7 +81,10 @@ def read_documents(source: Source) -> Iterator[dict]:
                 f"document {count} of {source.path} has no text in field {source.text_field!r}; "
                 f"its fields are {sorted(document)}: set `text_field`"
             )
-        yield {**document, "text": text, "license": document.get("license") or source.license}
+        license = document.get("license") or source.license
+        if isinstance(license, list):
+            license = ", ".join(map(str, license))
+        yield {**document, "text": text, "license": license}
 
 
 def chain_documents(sources: Iterable[Source]) -> Iterator[dict]:
@@ -147,4 +162,12 @@ def _hub_documents(source: Source) -> Iterator[dict]:
             f"{source.path!r} is neither a local file or folder nor a dataset that can be opened ({error}); "
             "correct `path`, or download the data and give its local path"
         ) from error
-    yield from dataset
+    number = 0
+    try:
+        for document in dataset:
+            yield document
+            number += 1
+    except Exception as error:  # of the network or of the hub's files, by any of several libraries
+        raise ValueError(
+            f"{source.path!r} cannot be read on after {number} documents ({error}): start the same command again"
+        ) from error

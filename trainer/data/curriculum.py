@@ -91,9 +91,15 @@ def check_reasoning(shares: Mapping[str, DomainShare], reasoning: Iterable[str],
             raise ValueError(
                 f"reasoning data has a {knot} share of {total:.4g}, more than reasoning_cap {cap}: lower it"
             )
-    math, code = (sum(shares[name].final for name in reasoning if kind in name) for kind in ("math", "code"))
-    if code and math <= code:
-        raise ValueError(f"reasoning ends with math at {math:.4g} and code at {code:.4g}: math must outweigh code")
+    for knot in ("end", "final"):  # between them, in annealing, shares are linear
+        math, code = (
+            sum(getattr(shares[name], knot) for name in reasoning if kind in name) for kind in ("math", "code")
+        )
+        if code and (math < code or (knot == "final" and math == code)):
+            when = "begins annealing" if knot == "end" else "ends"
+            raise ValueError(
+                f"reasoning {when} with math at {math:.4g} and code at {code:.4g}: math must outweigh code"
+            )
 
 
 class DomainAllocator:

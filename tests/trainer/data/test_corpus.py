@@ -69,6 +69,23 @@ def test_unknown_source_keys_are_refused():
         Source.parse({"path": "x", "textfield": "y"})
 
 
+def test_several_licences_of_a_document_are_one_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "license": ["MIT", "ISC"]}\n')
+    assert [document["license"] for document in read_documents(Source(str(tmp_path / "a.jsonl")))] == ["MIT, ISC"]
+
+
+def test_a_stream_that_breaks_off_is_named(monkeypatch):
+    import datasets
+
+    def broken():
+        yield from DOCUMENTS
+        raise RuntimeError("the network is gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: broken())
+    with pytest.raises(ValueError, match=r"'some/thing' cannot be read on after 5 documents \(the network is gone\)"):
+        list(read_documents(Source("some/thing")))
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hub_datasets_are_read_streaming_or_not(monkeypatch, streaming):
     import datasets

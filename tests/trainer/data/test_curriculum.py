@@ -70,5 +70,11 @@ def test_reasoning_is_capped_and_led_by_math():
     }
     with pytest.raises(ValueError, match="math must outweigh code"):
         check_reasoning(swapped, names, cap=0.1)
+    late = shares | {
+        "reasoning_math": DomainShare(0.05, 0.02, 0.06),
+        "reasoning_code": DomainShare(0.05, 0.08, 0.04),
+    }
+    with pytest.raises(ValueError, match=r"begins annealing with math at 0.02 and code at 0.08"):
+        check_reasoning(late, names, cap=0.1)
     with pytest.raises(ValueError, match="not among"):
         check_reasoning(shares, ["reasoning"], cap=0.1)
