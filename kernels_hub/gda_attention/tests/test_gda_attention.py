@@ -161,6 +161,67 @@ def test_a_cache_of_which_a_part_is_filled(kernel, device, poisoned):
     assert_matches(kernel, inputs, torch.zeros_like(last), last)
 
 
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture
+def launches(kernel, monkeypatch):
+    """Which passes' launches were made, by module."""
+    made = []
+    for module in (kernel.ops.launch.passes, kernel.ops.launch.hopper_passes):
+
+        class Noted(module.Passes):
+            name = module.__name__.rpartition(".")[2]
+
+            def value_sum(self):
+                made.append(self.name)
+                super().value_sum()
+
+        monkeypatch.setattr(module, "Passes", Noted)
+    return made
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("by_hand", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("head_first", [False, True], ids=["tokens first", "heads first"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "ratio"), [(1, 2), (65, 4), (128, 1), (1357, 4), (2049, 3)])
+def test_passes_for_hopper(kernel, device, poisoned, launches, monkeypatch, dtype, tokens, ratio, head_first, by_hand):
+    if not by_hand:
+        monkeypatch.setattr(kernel.ops.launch.hopper_passes, "suits", lambda *_: False)
+    assert_matches(kernel, make(2, tokens, tokens, 2, ratio, 128, dtype, device, head_first=head_first))
+    assert launches == ["hopper_passes" if by_hand else "passes"]
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("rows", [1, 2, 3, 40], ids="{} rows of blocks".format)
+@pytest.mark.parametrize("by_hand", [True, False], ids=["gluon", "triton"])
+def test_a_backward_in_parts_on_hopper(kernel, device, poisoned, launches, monkeypatch, rows, by_hand):
+    launch = kernel.ops.launch
+    if not by_hand:
+        monkeypatch.setattr(launch.hopper_passes, "suits", lambda *_: False)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * 7 * 128 * 128 * 4 * 2)
+    assert_matches(kernel, make(2, 850, 850, 2, 3, 128, torch.bfloat16, device))
+    assert launches == ["hopper_passes" if by_hand else "passes"]
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("case", ["padded", "more keys", "narrow", "single", "uneven"])
+def test_other_inputs_go_through_triton_on_hopper(kernel, device, launches, case):
+    dim, dtype = 64 if case == "narrow" else 128, torch.float32 if case == "single" else torch.bfloat16
+    inputs = make(2, 150, 160 if case == "more keys" else 150, 2, 2, dim, dtype, device)
+    if case == "uneven":
+        inputs = inputs._replace(key=uneven(inputs.key))
+    assert_matches(kernel, inputs, *(padded((150, 20), 150, "left", device) if case == "padded" else (None, None)))
+    assert launches == ["passes"]
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch has no launches")
+def test_outside_hopper_the_passes_are_tritons(kernel, device, launches):
+    assert_matches(kernel, make(1, 17, 17, 1, 2, 16, torch.float32, device))
+    assert launches == ["passes"]
+
+
 @pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="the backward in plain torch keeps no maps")
 @pytest.mark.parametrize("rows", [1, 2, 40], ids="{} rows of blocks".format)
 @pytest.mark.parametrize("case", ["causal", "more keys", "padded"])
@@ -212,8 +273,8 @@ def test_what_no_descriptor_takes_is_read_by_pointers(kernel, device, poisoned, 
         **{name: uneven(getattr(inputs, name)) for name in ("signal_query", "noise_query", "key", "value")}
     )
     launch = kernel.ops.launch
-    assert launch._describable(*inputs[:4])
-    assert not any(launch._describable(each) for each in changed[:4])
+    assert launch.passes.describable(*inputs[:4])
+    assert not any(launch.passes.describable(each) for each in changed[:4])
     assert_matches(kernel, changed)
 
 

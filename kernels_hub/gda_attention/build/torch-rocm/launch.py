@@ -10,12 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # a Triton without descriptors
-    TensorDescriptor = None
-
-from . import backward_kernels, decode_kernels, forward_kernels
+from . import backward_kernels, decode_kernels, forward_kernels, hopper_passes, passes
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = math.log2(math.e)
@@ -64,9 +59,9 @@ HOPPER = Plan(
 MODEST = Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(16, 32, 4, 2))
 # For wide heads of 32-bit elements.
 NARROW = Plan(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1))
-# Scratch of a backward: groups go together up to the first (more was hardly faster on an H100), a group is cut beyond
-# the second (assumption: 5% of a large GPU's memory).
-TOGETHER_BYTES, SCRATCH_BYTES = 3 * 2**29, 4 * 2**30
+# Scratch of a backward: groups go together up to the first, a group is cut beyond the second (assumption: 5% of a
+# large GPU's memory).
+TOGETHER_BYTES, SCRATCH_BYTES = 4 * 2**30, 4 * 2**30
 
 
 @cache
@@ -98,32 +93,9 @@ def num_splits(rows_and_groups: int, num_keys: int, tile: int, device: torch.dev
     return min(64, 2 ** int(math.log2(min(wanted, possible))))
 
 
-def _precision(tensor: torch.Tensor) -> str:
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
-
-
 def _unit_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors with unit stride along their last dimension; copies only where it is not."""
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-
-
-def _describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine takes these tensors: addresses and strides are multiples of 16 bytes."""
-    return TensorDescriptor is not None and all(
-        tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-
-
-def _sources(wanted: bool, rows: int, *tensors: torch.Tensor):
-    """Whether there are descriptors of `rows` tokens of tensors (B, T, places, heads, D), and these or the tensors."""
-    if not (wanted and _describable(*tensors)):
-        return False, tensors
-    return True, [
-        TensorDescriptor(each, list(each.shape), list(each.stride()), [1, rows, 1, 1, each.shape[-1]])
-        for each in tensors
-    ]
 
 
 def _intervals(first, last, fill: torch.Tensor):
@@ -163,7 +135,7 @@ def forward(
                 *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
                 tokens, key.shape[1], groups, interval_stride, raw_signals, scaling * LOG2_E, eps, out_scale,
                 RATIO=ratio, NOISE=noise, SAVE_RAW=training, HAS_INTERVALS=has_intervals, DIM=dim,
-                BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=_precision(query),
+                BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=passes.precision(query),
                 num_warps=tiles.warps,
             )  # fmt: skip
     largest = largest.amax(dim=(0, 2)) / LOG2_E
@@ -199,17 +171,6 @@ def epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale):
         tokens, groups, eps, out_scale, RATIO=ratio, DIM=width // 2, BLOCK=EPILOGUE_ROWS, num_warps=EPILOGUE_WARPS,
     )  # fmt: skip
     return draw, delta, dlambda.sum(), dweight.sum(0)
-
-
-def _runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> torch.Tensor:
-    """Which queries see any key of a tile: the first, and the one after the last; (B or 1, 2, tiles)."""
-    starts = torch.arange(0, num_keys, tile, device=first.device, dtype=torch.int32).expand(first.shape[0], -1)
-    ends = (starts + tile).clamp(max=num_keys) - 1
-    bounds = (
-        torch.searchsorted(last, starts.contiguous(), out_int32=True),
-        torch.searchsorted(first, ends.contiguous(), right=True, out_int32=True),
-    )
-    return torch.stack(bounds, dim=1)
 
 
 class Part(NamedTuple):
@@ -270,61 +231,33 @@ def backward(
     batch, tokens, groups, ratio, dim = signal_query.shape
     num_keys = key.shape[1]
     signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
-    gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (
-        signal_query, noise_query, key, value)]  # fmt: skip
-    dsignal, dnoise, dkey, dvalue = gradients
+    states = signal_query, noise_query, key, value
+    gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in states]
     if dout.numel() == 0:
         return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
     tiles = tiles or plan(dim, key.element_size(), key.device)
-    first, last, has_intervals, interval_stride = _intervals(first, last, lse)
     edge = tiles.query.queries
     blocks = triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge)
-    triangular = not has_intervals and tokens == num_keys
+    triangular = first is None and tokens == num_keys
     block_bytes = edge * edge * (ratio + 1) * key.element_size()
     limits = TOGETHER_BYTES // block_bytes, SCRATCH_BYTES // block_bytes
     cut = parts(batch * groups, *blocks, triangular, *limits)
-    in_ranges = cut[0].blocks < blocks[0]
+    in_ranges, dkey = cut[0].blocks < blocks[0], gradients[2]
     dkey_sum = dkey.new_empty(dkey.shape, dtype=torch.float32) if in_ranges else dkey
     dmaps = key.new_empty((max(part.groups * part.size for part in cut) * (ratio + 1) * edge, edge))
-    states = (*signal_query.stride()[:4], *noise_query.stride()[:3])
-    constants = {"RATIO": ratio, "HAS_INTERVALS": has_intervals, "DIM": dim, "PRECISION": _precision(key)}
     with torch.cuda.device_of(key):
         draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
-        runs = _runs(first, last, num_keys, edge) if has_intervals else lse
-        described_keys, keys_and_values = _sources(tiles.query.descriptors, tiles.query.keys, key, value)
-        stored = dmaps
-        if described_keys:
-            stored = TensorDescriptor(dmaps, list(dmaps.shape), [edge, 1], [edge, tiles.query.keys])
+        arguments = (*states, draw, lse, delta, dmaps, gradients, scaling)
+        if triangular and edge == hopper_passes.BLOCK and hopper_passes.suits(*states):
+            chosen = hopper_passes.Passes(*arguments)
+        else:
+            chosen = passes.Passes(*arguments, _intervals(first, last, lse), tiles, triangular)
         for part in cut:
             base = part.first_block * (part.first_block + 1) // 2 if triangular else part.first_block * blocks[1]
             where = (*part[:4], base, part.size)
-            chosen = tiles.query
-            backward_kernels.query_kernel[(part.blocks * part.groups * (ratio + 1),)](
-                signal_query, noise_query, *keys_and_values, draw, lse, delta, first, last, stored, dsignal, dnoise,
-                *states, *key.stride()[:4], *value.stride()[:4],
-                tokens, num_keys, groups, interval_stride, *where, scaling * LOG2_E, scaling,
-                TRIANGULAR=triangular, DESCRIPTORS=described_keys, BLOCK_M=edge, BLOCK_N=chosen.keys,
-                STAGES=chosen.stages, num_warps=chosen.warps, **constants,
-            )  # fmt: skip
-            chosen = tiles.key
-            backward_kernels.key_kernel[(2 * blocks[1] * part.groups,)](
-                dmaps, signal_query, noise_query, runs, dkey_sum, *states,
-                tokens, num_keys, groups, interval_stride, *where, scaling,
-                TRIANGULAR=triangular, ADD=part.first_block > 0, EDGE=edge, BLOCK_M=chosen.queries,
-                STAGES=chosen.stages, num_warps=chosen.warps, **constants,
-            )  # fmt: skip
-        chosen = tiles.value
-        if has_intervals and chosen.keys != edge:
-            runs = _runs(first, last, num_keys, chosen.keys)
-        described, sources = _sources(
-            chosen.descriptors, chosen.queries, signal_query, noise_query[:, :, :, None], draw.unflatten(-1, (2, dim))
-        )  # fmt: skip
-        backward_kernels.value_kernel[(triton.cdiv(num_keys, chosen.keys) * batch * groups,)](
-            *sources[:2], key, sources[2], lse, first, last, runs, dvalue, *states, *key.stride()[:4],
-            tokens, num_keys, groups, batch * groups, interval_stride, scaling * LOG2_E,
-            DESCRIPTORS=described, BLOCK_M=chosen.queries, BLOCK_N=chosen.keys, STAGES=chosen.stages,
-            num_warps=chosen.warps, **constants,
-        )  # fmt: skip
+            chosen.query(where)
+            chosen.key_sum(where, dkey_sum, part.first_block > 0)
+        chosen.value_sum()
     if in_ranges:
         dkey.copy_(dkey_sum)
     return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
@@ -354,7 +287,7 @@ def decode(
             *key.stride()[:4], *value.stride()[:4],
             num_keys, groups, int(has_intervals and first.shape[0] > 1), scaling * LOG2_E,
             RATIO=ratio, HAS_INTERVALS=has_intervals, SPLITS=splits, ROWS=rows, DIM=dim, BLOCK_N=tiles.keys,
-            STAGES=tiles.stages, PRECISION=_precision(key), num_warps=tiles.warps,
+            STAGES=tiles.stages, PRECISION=passes.precision(key), num_warps=tiles.warps,
         )  # fmt: skip
         decode_kernels.join_kernel[(ratio, groups, batch)](
             partial, largest, total, lambda_, weight, out, groups, eps, out_scale,

@@ -30,7 +30,7 @@ WARPGROUPS = 2
 # Operands whose roles are swapped, and how the warpgroups share each product, as the package's `BwdConfig` names them.
 LAYOUT = {
     "Q_stage": 2, "dO_stage": 2, "PdS_stage": 1, "SdP_swapAB": False, "dKV_swapAB": True, "dQ_swapAB": False,
-    "AtomLayoutMSdP": 1, "AtomLayoutNdKV": 1, "AtomLayoutMdQ": 1,
+    "AtomLayoutMSdP": 1, "AtomLayoutNdKV": 1, "AtomLayoutMdQ": 1, "dQ_single_wg": True,
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _convert(sums: torch.Tensor, out: torch.Tensor, factor: float, of_queries: b
 
     interface._bwd_postprocess_convert(
         sums, out, factor, None, None, 90, interface.torch2cute_dtype_map[out.dtype], out.shape[-1],
-        QUERIES if of_queries else KEYS, WARPGROUPS * 128,
+        QUERIES if of_queries else KEYS, 128 if of_queries and LAYOUT["dQ_single_wg"] else WARPGROUPS * 128,
         LAYOUT["AtomLayoutMdQ" if of_queries else "AtomLayoutNdKV"],
         LAYOUT["dQ_swapAB" if of_queries else "dKV_swapAB"],
         hdim_multiple_of=64, fake_mode=False,

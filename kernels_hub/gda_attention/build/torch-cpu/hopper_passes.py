@@ -1,0 +1,96 @@
+"""Launches of the backward's passes written for Hopper, and when they can run.
+
+Shapes: B rows, T queries and keys, G groups, r signal heads a group, D head dimension, H = G * (r + 1) heads.
+"""
+
+import math
+
+import torch
+import triton
+
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import hopper_kernels
+except ImportError:  # a Triton without Gluon
+    hopper_kernels = None
+
+LOG2_E = math.log2(math.e)
+BLOCK = 128  # queries and keys of a block of dS
+
+
+def suits(signal_query, noise_query, key, value) -> bool:
+    """Whether the passes take these inputs of causal order: heads of 128, 16 bits, as many queries as keys, on Hopper.
+
+    Addresses and strides must be multiples of 16 bytes, for the copy engine.
+    """
+    if hopper_kernels is None or signal_query.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if signal_query.shape[-1] != 128 or signal_query.shape[1] != key.shape[1] or signal_query.element_size() != 2:
+        return False
+    if torch.cuda.get_device_capability(signal_query.device) != (9, 0):
+        return False
+    return value.stride(3) == value.shape[4] and all(
+        each.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in each.stride()[:-1])
+        for each in (signal_query, noise_query, key, value)
+    )
+
+
+def _describe(tensor: torch.Tensor, rows: int, columns: int) -> "TensorDescriptor":
+    """Tiles (1, rows, columns) of a tensor (B, T, ...) seen as (B, T, everything else)."""
+    places = zip(tensor.shape[2:], tensor.stride()[2:], strict=True)
+    width = 1 + sum((size - 1) * stride for size, stride in places)
+    shape, strides = [*tensor.shape[:2], width], [*tensor.stride()[:2], 1]
+    return TensorDescriptor(tensor, shape, strides, [1, rows, columns], hopper_kernels.tile_layout.fn(rows, columns))
+
+
+class Passes:
+    """The three passes over one set of inputs.
+
+    Args:
+        signal_query: (B, T, G, r, D).
+        noise_query: (B, T, G, D).
+        key: (B, T, G, 2, D).
+        value: (B, T, G, 2, D).
+        draw: (B, T, H, 2D), the signal heads of all groups first, then the noise heads.
+        lse: (B, H, T) in base 2, heads like those of `draw`.
+        delta: (B, H, T).
+        dmaps: scratch of blocks of dS, (blocks * 128, 128).
+        gradients: of the first four, contiguous.
+        scaling: of the logits.
+    """
+
+    def __init__(self, signal_query, noise_query, key, value, draw, lse, delta, dmaps, gradients, scaling):
+        self.batch, self.tokens, self.groups, self.ratio = signal_query.shape[:4]
+        self.signal, self.noise = _describe(signal_query, 64, 128), _describe(noise_query, 64, 128)
+        self.key, self.value = _describe(key, 64, 128), _describe(value, 64, 256)
+        self.draw, self.blocks_of_maps = _describe(draw, 64, 256), _describe(dmaps.view(-1, BLOCK, BLOCK), 64, BLOCK)
+        self.dmaps, self.lse, self.delta, self.gradients, self.scaling = dmaps, lse, delta, gradients, scaling
+        self.query_strides = (*signal_query.stride()[2:4], noise_query.stride(2))
+        self.key_strides, self.value_stride = key.stride()[2:4], value.stride(2)
+        self.blocks = triton.cdiv(self.tokens, BLOCK)
+        self.options = {"RATIO": self.ratio, "num_warps": hopper_kernels.WARPS, "maxnreg": hopper_kernels.REGISTERS}
+
+    def query(self, where) -> None:
+        """dQ, and dS of a part; `where`: first group, groups, first block, blocks, base, blocks of a map."""
+        hopper_kernels.query_kernel[(where[3] * where[1] * (self.ratio + 1),)](
+            self.signal, self.noise, self.key, self.value, self.draw, self.lse, self.delta, self.dmaps,
+            *self.gradients[:2], self.tokens, self.groups, *where, self.scaling * LOG2_E, self.scaling,
+            *self.query_strides, *self.key_strides, self.value_stride,
+            BLOCK_N=64, KEY_STAGES=4, VALUE_STAGES=2, **self.options,
+        )  # fmt: skip
+
+    def key_sum(self, where, dkey: torch.Tensor, add: bool) -> None:
+        """dK of a part from its dS, into `dkey` (B, T, G, 2, D) or added to it."""
+        hopper_kernels.key_kernel[(2 * triton.cdiv(self.blocks, 2) * where[1],)](
+            self.signal, self.noise, self.blocks_of_maps, dkey, self.tokens, self.groups, *where, self.scaling,
+            *self.query_strides, ADD=add, STAGES=4, **self.options,
+        )  # fmt: skip
+
+    def value_sum(self) -> None:
+        """dV."""
+        hopper_kernels.value_kernel[(self.blocks * self.batch * self.groups,)](
+            self.signal, self.noise, self.key, self.draw, self.lse, self.gradients[3], self.tokens, self.groups,
+            self.batch * self.groups, self.scaling * LOG2_E, *self.query_strides, *self.key_strides,
+            BLOCK_M=64, STAGES=3, **self.options,
+        )  # fmt: skip
