@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from trainer.checkpoint_files import (
     CHECKSUMS,
+    METADATA,
     MODEL_CONFIG,
     TRAINER_STATE,
     UNFINISHED,
@@ -191,7 +192,7 @@ class Checkpoints:
             write_synced(folder / name, content)
         own = [*small_files, *(path.name for path in folder.glob(f"__{self.accelerator.process_index}_*"))]
         if self.accelerator.is_main_process:
-            own.append(".metadata")
+            own.append(METADATA)
         return {name: file_checksum(folder / name) for name in own}
 
     def _publish(self, checksums: list[dict[str, str]], unfinished: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from trainer.data.shards import file_checksum
 PREFIX = "step_"
 UNFINISHED = ".tmp"
 CHECKSUMS = "checksums.json"
+METADATA = ".metadata"
 TRAINER_STATE = "trainer_state.pt"
 MODEL_CONFIG = "config.json"
 
@@ -63,13 +64,18 @@ def verify_checkpoint(path: Path, rank: int = 0, num_ranks: int = 1) -> None:
     Raises:
         ValueError: a file is missing or corrupted; it is named.
     """
-    if not (path / CHECKSUMS).is_file():
-        raise ValueError(f"{path} is no checkpoint of this trainer (no {CHECKSUMS}): choose another folder")
     mend = f"delete {path} to go on from the one before"
+    if not (path / CHECKSUMS).is_file():
+        raise ValueError(f"{path} is no checkpoint of this trainer, or lost its {CHECKSUMS}: if it is one, {mend}")
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
     except ValueError as error:
         raise ValueError(f"checkpoint file {path / CHECKSUMS} is corrupted ({error}): {mend}") from error
+    needed = {METADATA, TRAINER_STATE, MODEL_CONFIG, *(file.name for file in path.glob("*.distcp"))}
+    needed |= {file.name for file in path.glob("random_*.pt")}
+    if not isinstance(checksums, dict) or not needed <= checksums.keys():
+        unlisted = sorted(needed.difference(checksums if isinstance(checksums, dict) else ()))
+        raise ValueError(f"checkpoint file {path / CHECKSUMS} is corrupted (it lacks {unlisted}): {mend}")
     for name in sorted(checksums)[rank::num_ranks]:
         file = path / name
         if not file.is_file():

@@ -214,6 +214,13 @@ def test_an_interrupted_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch
 
 def test_a_damaged_list_of_checksums_is_named(finished):
     folder, _ = finished
-    (folder / "step_00000008/checksums.json").write_text("{")
-    with pytest.raises(ValueError, match=r"checksums\.json is corrupted"):
+    checksums = folder / "step_00000008/checksums.json"
+    whole = json.loads(checksums.read_text())
+    part = {name: value for name, value in whole.items() if not name.endswith(".distcp")}
+    for content in ("{", "{}", "[]", json.dumps(part)):
+        checksums.write_text(content)
+        with pytest.raises(ValueError, match=r"checksums\.json is corrupted.* delete"):
+            verify_checkpoint(checksums.parent)
+    checksums.unlink()
+    with pytest.raises(ValueError, match=r"lost its checksums\.json: if it is one, delete"):
         verify_checkpoint(folder / "step_00000008")
