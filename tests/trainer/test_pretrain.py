@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,32 @@ def test_accelerate_files_are_understood():
     from accelerate.commands.config.config_args import load_config_from_file
 
     for path in sorted((ROOT / "recipes/accelerate").glob("*.yaml")):
-        if path.stem.startswith("skypilot"):
-            assert "recipes/accelerate/hsdp_nodes.yaml" in yaml.safe_load(path.read_text())["run"]
-        else:
-            assert load_config_from_file(str(path)).num_processes >= 1
+        if not path.stem.startswith("skypilot"):
+            config = load_config_from_file(str(path))
+            ranks = {"cpu": 1, "gpu": 1, "fsdp2_node": 8, "hsdp_nodes": 400}[path.stem]
+            assert (config.num_processes, config.use_cpu) == (ranks, path.stem == "cpu")
+
+
+def test_the_cloud_tasks_share_their_folders_between_nodes():
+    """50 machines need one folder of shards, tokenised before, and one of checkpoints."""
+    tasks = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/accelerate").glob("sky*.yaml")}
+    volume, tokenise, train = (tasks[f"skypilot_{name}"] for name in ("volume", "tokenise", "hsdp"))
+    assert volume["config"]["access_mode"] == "ReadWriteMany"
+    assert train["volumes"] == tokenise["volumes"] == {"/shared": volume["name"]}
+    assert train["secrets"] == tokenise["secrets"] == {"HF_TOKEN": None}
+    launch = "recipes/accelerate/hsdp_nodes.yaml"
+    assert launch in train["run"]
+    assert train["num_nodes"] == yaml.safe_load((ROOT / launch).read_text())["num_machines"]
+    configs = []
+    for task, module in ((tokenise, "trainer.data"), (train, "trainer.pretrain")):
+        words = shlex.split(task["run"].split(f"-m {module} ")[1].replace("\\\n", " "))
+        place = words.index("--config") + 1
+        words[place] = str(ROOT / words[place])
+        (config,) = parse_recipe(PretrainConfig, description="", argv=words)
+        configs.append(config)
+    assert configs[0].data_dir == configs[1].data_dir
+    assert all(folder.startswith("/shared/") for folder in (configs[1].data_dir, configs[1].output_dir))
+    assert configs[0].domains == configs[1].domains
 
 
 def test_the_published_run_is_in_its_recipe(capsys):
