@@ -403,8 +403,7 @@ def main() -> int:
     sections = {"check": suite.check, "operator": suite.operator, "packed": suite.packs}
     sections |= {"sweep": suite.sweep, "layer": suite.layer}
     for name in options.sections.split(","):
-        if not report.section(name, sections[name]) and name == "check":
-            break  # nothing is timed on a red check
+        report.section(name, sections[name])
     return report.finish()
 
 
