@@ -90,20 +90,24 @@ class Metrics:
 
 
 def step_line(entry: dict) -> str:
-    """A step in one line."""
+    """A step in one line; what there is of each layer as its range over the layers."""
     domains = " ".join(f"{name} {loss:.3f}" for name, loss in entry["loss_by_domain"].items())
-    mixture = "/".join(f"{100 * weight:.0f}" for weight in entry["mixture"].values())
+    realised = "/".join(f"{100 * share:.0f}" for share in entry["realised"].values())
     largest = max(entry["max_logits"], default=math.nan)
     logit = f"logit {'' if entry['max_logits_exact'] else '<='}{largest:.1f}"
     speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
     speed += f"  MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
     speed += f"  data wait {100 * entry['data_wait_share']:.1f}%"
     speed += f"  memory {entry['peak_memory_bytes'] / 2**30:.2f} GiB" if "peak_memory_bytes" in entry else ""
-    speed += f"  noise {max(entry['noise_shares']):.2f}" if "noise_shares" in entry else ""
+    state = f"lambda {min(entry['lambdas']):.2f}..{max(entry['lambdas']):.2f}"
+    if "noise_shares" in entry:
+        norms = (f"{min(entry[name]):.3g}..{max(entry[name]):.3g}" for name in ("signal_norms", "noise_norms"))
+        state += "  signal {}  noise {}".format(*norms) + f" (share {max(entry['noise_shares']):.2f})"
+    state += f"  skipped {entry['skipped_steps']}" if entry["skipped_steps"] else ""
     return (
         f"step {entry['step']:>7}  tokens {entry['tokens']:.4g}  loss {entry['loss']:.4f} ({domains})  "
-        f"lr {entry['learning_rate']:.2e}  mixture {mixture}  grad {entry['grad_norm']:.2f}  {logit}  "
-        f"clipped {entry['clipped_heads']}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
+        f"lr {entry['learning_rate']:.2e}  realised {realised}  grad {entry['grad_norm']:.2f}  {logit}  "
+        f"clipped {entry['clipped_heads']}  {state}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
     )
 
 

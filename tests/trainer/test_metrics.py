@@ -102,9 +102,11 @@ def test_a_tracker_that_is_missing_is_named(make_config, monkeypatch):
 def test_a_step_is_one_line():
     entry = json.loads(
         '{"step": 12, "tokens": 1536, "loss": 3.25, "loss_by_domain": {"a": 3.0, "b": 3.5}, "learning_rate": 0.001, '
-        '"mixture": {"a": 0.7, "b": 0.3}, "grad_norm": 0.5, "max_logits": [1.0, 42.0], "clipped_heads": 3, '
+        '"mixture": {"a": 0.7, "b": 0.3}, "realised": {"a": 0.68, "b": 0.32}, "skipped_steps": 2, '
+        '"grad_norm": 0.5, "max_logits": [1.0, 42.0], "clipped_heads": 3, '
         '"max_logits_exact": true, "tokens_per_second": 1000.0, "mfu": 0.5, "data_wait_share": 0.002, '
         '"peak_memory_bytes": 1073741824, '
+        '"lambdas": [0.5, 0.2], "signal_norms": [1.5, 2.5], "noise_norms": [0.5, 0.25], '
         '"noise_shares": [0.2, 0.4], "skipped": true}'
     )
     line = step_line(entry)
@@ -113,13 +115,14 @@ def test_a_step_is_one_line():
         "step      12",
         "tokens 1536",
         "loss 3.2500 (a 3.000 b 3.500)",
-        "mixture 70/30",
+        "realised 68/32",
         "logit 42.0",
         "clipped 3",
     ):
         assert part in line
-    for part in ("MFU 50.0%", "data wait 0.2%", "memory 1.00 GiB", "noise 0.40", "SKIPPED"):
+    for part in ("MFU 50.0%", "data wait 0.2%", "memory 1.00 GiB", "SKIPPED", "skipped 2", "lambda 0.20..0.50"):
         assert part in line
+    assert "signal 1.5..2.5  noise 0.25..0.5 (share 0.40)" in line
 
 
 def test_maximum_logits_are_exact_in_some_steps_and_bounds_in_the_others(make_config, tmp_path):
