@@ -227,7 +227,10 @@ def backward(
     dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale,
     tiles=None,
 ):  # fmt: skip
-    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs."""
+    """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs.
+
+    With `tiles` by the Triton kernels, else on Hopper by those written for it where they suit.
+    """
     batch, tokens, groups, ratio, dim = signal_query.shape
     num_keys = key.shape[1]
     signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
@@ -235,10 +238,11 @@ def backward(
     gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in states]
     if dout.numel() == 0:
         return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
-    tiles = tiles or plan(dim, key.element_size(), key.device)
-    edge = tiles.query.queries
-    blocks = triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge)
     triangular = first is None and tokens == num_keys
+    by_hand = tiles is None and triangular and hopper_passes.suits(*states)
+    tiles = tiles or plan(dim, key.element_size(), key.device)
+    edge = hopper_passes.BLOCK if by_hand else tiles.query.queries
+    blocks = triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge)
     block_bytes = edge * edge * (ratio + 1) * key.element_size()
     limits = TOGETHER_BYTES // block_bytes, SCRATCH_BYTES // block_bytes
     cut = parts(batch * groups, *blocks, triangular, *limits)
@@ -248,7 +252,7 @@ def backward(
     with torch.cuda.device_of(key):
         draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
         arguments = (*states, draw, lse, delta, dmaps, gradients, scaling)
-        if triangular and edge == hopper_passes.BLOCK and hopper_passes.suits(*states):
+        if by_hand:
             chosen = hopper_passes.Passes(*arguments)
         else:
             chosen = passes.Passes(*arguments, _intervals(first, last, lse), tiles, triangular)
