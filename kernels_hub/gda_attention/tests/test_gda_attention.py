@@ -194,6 +194,27 @@ def test_passes_for_hopper(kernel, device, poisoned, launches, monkeypatch, dtyp
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("used", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "ratio"), [(1, 2), (65, 4), (128, 1), (1357, 4), (2049, 3)])
+def test_the_forward_for_hopper(kernel, device, poisoned, monkeypatch, dtype, tokens, ratio, used):
+    module, calls = kernel.ops.launch.hopper_passes, []
+    forward = module.forward
+
+    def noted(*arguments):
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(module, "FORWARD", used)
+    monkeypatch.setattr(module, "forward", noted)
+    inputs = make(2, tokens, tokens, 2, ratio, 128, dtype, device, head_first=ratio == 4)
+    assert_matches(kernel, inputs)
+    with torch.no_grad():
+        kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
+    assert len(calls) == 2 * used
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
 @pytest.mark.parametrize("rows", [1, 2, 3, 40], ids="{} rows of blocks".format)
 @pytest.mark.parametrize("by_hand", [True, False], ids=["gluon", "triton"])
 def test_a_backward_in_parts_on_hopper(kernel, device, poisoned, launches, monkeypatch, rows, by_hand):
