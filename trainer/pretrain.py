@@ -4,6 +4,7 @@ On several accelerators the same command runs under an accelerate file: `acceler
 recipes/accelerate/fsdp2_node.yaml -m trainer.pretrain --config recipes/pretrain/motif2_12b7.yaml`.
 """
 
+import faulthandler
 import os
 
 import torch
@@ -31,6 +32,8 @@ PEAK_TFLOPS_H100 = 989.0
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `motif2-pretrain`."""
+    if not faulthandler.is_enabled():  # a shard that is cut short while it is read kills without an exception
+        faulthandler.enable(file=2)
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
     try:
         if config.dry_run:

@@ -1,5 +1,10 @@
+import faulthandler
+import multiprocessing
+import os
 import re
 import shlex
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +12,7 @@ import yaml
 
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
+from trainer.data.shards import TokenCorpus
 from trainer.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +109,31 @@ def test_the_command_line_trains_and_wins_over_the_recipe(recipe, capsys):
     assert (Path(config.output_dir) / "model/config.json").is_file()
     with pytest.raises(SystemExit, match="finished run"):
         main(["--config", str(path)])
+
+
+def test_a_shard_cut_short_under_the_run_says_where_the_run_died(recipe, tmp_path):
+    path, config = recipe
+    shards = tmp_path / "shards"
+    shutil.copytree(config.data_dir, shards)
+
+    def cut_under_the_run():
+        faulthandler.disable()
+        os.dup2(os.open(tmp_path / "errors", os.O_CREAT | os.O_WRONLY), 2)
+        original = TokenCorpus.tokens
+
+        def tokens(self, *args):
+            for file in shards.glob("*/train_*.tokens.npy"):
+                os.truncate(file, 0)
+            return original(self, *args)
+
+        TokenCorpus.tokens = tokens
+        main(["--config", str(path), "--data_dir", str(shards), "--eval_steps", "0"])
+
+    process = multiprocessing.get_context("fork").Process(target=cut_under_the_run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGBUS
+    assert re.search(r"Bus error.*data/(packing|loader|shards)\.py", (tmp_path / "errors").read_text(), re.DOTALL)
 
 
 def test_help_teaches(capsys):
