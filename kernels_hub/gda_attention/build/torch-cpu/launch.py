@@ -112,34 +112,47 @@ def forward(
     """out (B, T, G, r, 2D), raw (B, T, H or G, 2D), lse (B, H, T) in base 2, max_logits (G, r + 1).
 
     The H = G * (r + 1) heads are the signal heads of all groups, then the noise heads; without `training` raw is of
-    these alone.
+    these alone. With `tiles` by the Triton kernel, else on Hopper by the one written for it where it suits.
     """
     batch, tokens, groups, ratio, dim = signal_query.shape
-    signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
+    states = _unit_rows(signal_query, noise_query, key, value)
     signals = groups * ratio
-    raw_signals = signals if training else 0
     out = signal_query.new_empty((batch, tokens, groups, ratio, 2 * dim))
-    raw = signal_query.new_empty((batch, tokens, raw_signals + groups, 2 * dim))
+    raw = signal_query.new_empty((batch, tokens, (signals if training else 0) + groups, 2 * dim))
     lse = signal_query.new_empty((batch, signals + groups, tokens), dtype=torch.float32)
     if signal_query.numel() == 0:
         return out, raw, lse, lse.new_full((groups, ratio + 1), -torch.inf)
-    tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
-    num_tiles = triton.cdiv(tokens, tiles.queries)
-    largest = lse.new_empty((batch, signals + groups, num_tiles))
-    first, last, has_intervals, interval_stride = _intervals(first, last, lse)
+    arguments = (*states, lambda_, weight, raw, out, lse, scaling, eps, out_scale)
     with torch.cuda.device_of(key):
-        for noise in (True, False):
-            query = noise_query[:, :, :, None] if noise else signal_query
-            forward_kernels.forward_kernel[(batch * groups * num_tiles * query.shape[3],)](
-                query, key, value, lambda_, weight, first, last, raw, out, lse, largest,
-                *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
-                tokens, key.shape[1], groups, interval_stride, raw_signals, scaling * LOG2_E, eps, out_scale,
-                RATIO=ratio, NOISE=noise, SAVE_RAW=training, HAS_INTERVALS=has_intervals, DIM=dim,
-                BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=passes.precision(query),
-                num_warps=tiles.warps,
-            )  # fmt: skip
+        causal = first is None and tokens == key.shape[1]
+        if tiles is None and causal and hopper_passes.FORWARD and hopper_passes.suits(*states):
+            largest = hopper_passes.forward(*arguments)
+        else:
+            tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
+            largest = _forward(*arguments, *_intervals(first, last, lse), tiles)
     largest = largest.amax(dim=(0, 2)) / LOG2_E
     return out, raw, lse, torch.cat((largest[:signals].view(groups, ratio), largest[signals:, None]), dim=1)
+
+
+def _forward(
+    signal_query, noise_query, key, value, lambda_, weight, raw, out, lse, scaling, eps, out_scale,
+    first, last, has_intervals, interval_stride, tiles,
+):  # fmt: skip
+    """Writes raw, out and lse; the largest logits of every tile (B, H, tiles), in base 2."""
+    batch, tokens, groups, ratio, dim = signal_query.shape
+    num_tiles, raw_signals = triton.cdiv(tokens, tiles.queries), raw.shape[2] - groups
+    largest = lse.new_empty((batch, lse.shape[1], num_tiles))
+    for noise in (True, False):
+        query = noise_query[:, :, :, None] if noise else signal_query
+        forward_kernels.forward_kernel[(batch * groups * num_tiles * query.shape[3],)](
+            query, key, value, lambda_, weight, first, last, raw, out, lse, largest,
+            *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
+            tokens, key.shape[1], groups, interval_stride, raw_signals, scaling * LOG2_E, eps, out_scale,
+            RATIO=ratio, NOISE=noise, SAVE_RAW=raw_signals > 0, HAS_INTERVALS=has_intervals, DIM=dim,
+            BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, STAGES=tiles.stages, PRECISION=passes.precision(query),
+            num_warps=tiles.warps,
+        )  # fmt: skip
+    return largest
 
 
 def finish(raw, lambda_, weight, eps, out_scale, groups):

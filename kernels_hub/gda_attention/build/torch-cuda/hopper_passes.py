@@ -1,4 +1,4 @@
-"""Launches of the backward's passes written for Hopper, and when they can run.
+"""Launches of the kernels written for Hopper, forward and backward, and when they can run.
 
 Shapes: B rows, T queries and keys, G groups, r signal heads a group, D head dimension, H = G * (r + 1) heads.
 """
@@ -11,12 +11,14 @@ import triton
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from . import hopper_kernels
+    from . import hopper_forward, hopper_kernels
 except ImportError:  # a Triton without Gluon
     hopper_kernels = None
 
 LOG2_E = math.log2(math.e)
-BLOCK = 128  # queries and keys of a block of dS
+BLOCK = 128  # queries and keys of a block of dS, queries of a tile of the forward
+FORWARD = False  # whether the forward is used: it is right, but not yet timed beside Triton's
+FORWARD_RINGS = {"BLOCK_N": 64, "KEY_STAGES": 3, "VALUE_STAGES": 3, "BY_TILE": True}
 
 
 def suits(signal_query, noise_query, key, value) -> bool:
@@ -44,8 +46,25 @@ def _describe(tensor: torch.Tensor, rows: int, columns: int) -> "TensorDescripto
     return TensorDescriptor(tensor, shape, strides, [1, rows, columns], hopper_kernels.tile_layout.fn(rows, columns))
 
 
+def forward(signal_query, noise_query, key, value, lambda_, weight, raw, out, lse, scaling, eps, out_scale):
+    """Writes raw (B, T, H or G, 2D), out and lse like `launch.forward`; returns largest logits (B, H, 2 * tiles)."""
+    batch, tokens, groups, ratio, dim = signal_query.shape
+    tiles, raw_signals = triton.cdiv(tokens, BLOCK), raw.shape[2] - groups
+    largest = lse.new_empty((batch, lse.shape[1], 2 * tiles))
+    keys, values = _describe(key, 64, dim), _describe(value, 64, 2 * dim)
+    for noise in (True, False):
+        query = noise_query[:, :, :, None] if noise else signal_query
+        hopper_forward.forward_kernel[(batch * groups * tiles * query.shape[3],)](
+            _describe(query, 64, dim), keys, values, lambda_, weight, raw, out, lse, largest,
+            *query.stride()[2:4], *key.stride()[2:4], value.stride(2), tokens, groups, batch * groups, raw_signals,
+            scaling * LOG2_E, eps, out_scale, RATIO=ratio, NOISE=noise, SAVE_RAW=raw_signals > 0, **FORWARD_RINGS,
+            num_warps=hopper_kernels.WARPS, maxnreg=hopper_kernels.REGISTERS,
+        )  # fmt: skip
+    return largest
+
+
 class Passes:
-    """The three passes over one set of inputs.
+    """The backward's three passes over one set of inputs.
 
     Args:
         signal_query: (B, T, G, r, D).

@@ -47,7 +47,7 @@ def _describe(tensor: torch.Tensor, rows: int, columns: int) -> "TensorDescripto
 
 
 def forward(signal_query, noise_query, key, value, lambda_, weight, raw, out, lse, scaling, eps, out_scale):
-    """Writes raw (B, T, H or G, 2D), out and lse like `launch.forward`; returns the largest logits (B, H, 2 * tiles)."""
+    """Writes raw (B, T, H or G, 2D), out and lse like `launch.forward`; returns largest logits (B, H, 2 * tiles)."""
     batch, tokens, groups, ratio, dim = signal_query.shape
     tiles, raw_signals = triton.cdiv(tokens, BLOCK), raw.shape[2] - groups
     largest = lse.new_empty((batch, lse.shape[1], 2 * tiles))
