@@ -327,6 +327,11 @@ class PretrainConfig:
                 "under PyTorch 2.11; set fp8 rowwise_with_gw_hp, or compile_layers false"
             )
         split = self.tensor_parallel > 1
+        if self.dry_run and split and (self.tensor_parallel != self.dry_run_gpus or self.dry_run_shards):
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel} and takes all ranks: reckon with dry_run_gpus "
+                f"{self.tensor_parallel} and no dry_run_shards"
+            )
         if self.merge_projections and self.fp8 != "none":
             raise ValueError(
                 f"merge_projections with fp8 {self.fp8!r}, whose products torchao makes one by one: set one of the two"

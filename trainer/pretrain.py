@@ -14,7 +14,7 @@ from modeling_motif2 import Motif2Config
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
 from trainer.errors import RunStoppedError
-from trainer.flops import BYTES_FLOAT32, count_parameters, flops_per_token, memory_by_rank, run_flops
+from trainer.flops import BYTES_BFLOAT16, BYTES_FLOAT32, count_parameters, flops_per_token, memory_by_rank, run_flops
 from trainer.head_loss import FULL_LOGITS_BYTES
 from trainer.loop import run_pretraining
 from trainer.model import load_tokenizer, model_config
@@ -88,9 +88,9 @@ def _describe_memory(config: PretrainConfig, architecture: Motif2Config) -> str:
     length, rows = plan.shape(config.total_tokens)
     rank_tokens = max(length, rows * length * config.tensor_parallel // gpus)  # those ranks have the same rows
     micro = min(config.micro_batch_tokens or rank_tokens, rank_tokens)
-    chunked = config.loss == "chunked" or (
-        config.loss == "auto" and BYTES_FLOAT32 * micro * architecture.vocab_size > FULL_LOGITS_BYTES
-    )
+    split = config.tensor_parallel > 1  # its ranks hold parts of the words, so that no chunk is whole on any
+    large = BYTES_FLOAT32 * micro * architecture.vocab_size > FULL_LOGITS_BYTES
+    chunked = config.loss == "chunked" or (config.loss == "auto" and large and not split)
     memory = memory_by_rank(
         architecture,
         micro,
@@ -102,6 +102,9 @@ def _describe_memory(config: PretrainConfig, architecture: Motif2Config) -> str:
         accumulates=micro < rank_tokens,
         muon=config.optimizer == "muon_clip",
     )
+    if split:  # nothing is gathered; autocast copies a rank's own part
+        copied = BYTES_BFLOAT16 if config.mixed_precision == "bf16" else 0
+        memory["gathered"] = copied * count_parameters(architecture)["total"] / shards
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
     return (
         f"memory by rank   {sum(memory.values()) / 2**30:.2f} GiB, states over {shards} of {gpus} ranks, "

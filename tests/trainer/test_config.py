@@ -27,6 +27,7 @@ import pytest
         ({"dry_run_mfu": 0.0}, "dry_run_mfu is 0.0"),
         ({"dry_run_mfu": 47.0}, "dry_run_mfu is 47.0"),
         ({"dry_run_shards": 16}, "dry_run_shards is 16 of dry_run_gpus 8"),
+        ({"dry_run": True, "tensor_parallel": 2}, "reckon with dry_run_gpus 2"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0: use a value above 0, or null"),
         ({"qk_clip_threshold": -1.0}, "qk_clip_threshold is -1.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0: use 0 or more"),

@@ -82,6 +82,17 @@ def test_the_published_run_is_in_its_recipe(capsys):
     assert float(hours.replace(",", "")) == pytest.approx(272_000, rel=0.01)
 
 
+def test_tensor_parallelism_is_reckoned_without_gathering_and_chunks(capsys):
+    path = str(ROOT / "recipes/pretrain/motif2_150m.yaml")
+    options = ["--compile_layers", "false", "--micro_batch_tokens", "8192", "--dry_run", "--dry_run_gpus", "2"]
+    printed = []
+    for ranks in ("1", "2"):
+        main(["--config", path, *options, "--tensor_parallel", ranks])
+        printed.append(re.search(r"(chunked|full) loss .*gathered ([\d.]+)", capsys.readouterr().out).groups())
+    assert [kind for kind, _ in printed] == ["chunked", "full"]
+    assert 0 < float(printed[1][1]) < float(printed[0][1])
+
+
 def test_the_launch_lines_name_files_that_fit(capsys):
     """As many ranks as the accelerate file starts share a step's rows evenly, and --dry_run reckons with them."""
     accelerate_files, data_dirs = set(), set()
