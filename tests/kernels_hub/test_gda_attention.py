@@ -98,6 +98,63 @@ def test_the_hopper_kernels_use_its_units_and_fit(kernel, descriptors, tmp_path)
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= LARGEST_SPILL.get((kernel, descriptors), 0), said
 
 
+def compile_gluon(function, constants: dict, boxes: dict[str, tuple[int, int]], options: dict):
+    """A Gluon kernel compiled for compute capability 9.0; arguments as in `compile_for_hopper`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    free = {"T", "num_groups", "rows_and_groups", "raw_signals", "size", "first_group", "groups_here", "first_block"}
+    free |= {"blocks_here", "base"}
+    signature, divisible = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in boxes:
+            signature[name] = f"tensordesc<bf16[1, {boxes[name][0]}, {boxes[name][1]}],{layout!r}>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name.removesuffix("_ptr") in FLOAT32 else "*bf16"
+            divisible[index,] = [["tt.divisibility", 16]]
+        elif name in ("log2_scale", "scale", "eps", "out_scale"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name not in free:
+                divisible[index,] = [["tt.divisibility", 16]]
+    source = GluonASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["value", "query", "key", "forward"])
+def test_the_kernels_written_for_hopper_fit_without_spills(kernel, tmp_path):
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from triton import knobs
+
+    module = kernels_hub.load_local("gda_attention").ops.launch.hopper_passes
+    boxes = {"signal": (64, 128), "noise": (64, 128), "key": (64, 128), "value": (64, 256), "dout": (64, 256)}
+    boxes |= {"dmap": (64, 128), "query": (64, 128)}
+    constants = {
+        "value": {"BLOCK_M": 64, "STAGES": 3},
+        "query": {"BLOCK_N": 64, "KEY_STAGES": 4, "VALUE_STAGES": 2},
+        "key": {"ADD": False, "STAGES": 4},
+        "forward": {"NOISE": False, "SAVE_RAW": True, **module.FORWARD_RINGS},
+    }[kernel] | {"RATIO": 4}
+    source = module.hopper_forward if kernel == "forward" else module.hopper_kernels
+    options = {"num_warps": module.hopper_kernels.WARPS, "maxnreg": module.hopper_kernels.REGISTERS}
+    compiled = compile_gluon(getattr(source, f"{kernel}_kernel"), constants, boxes, options)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "setmaxnreg" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= HOPPER_SHARED_BYTES
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) == 0, said
+    assert "serialized" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["gda_attention.py", "decode.py"])
 def test_the_benchmarks_run_through(script, tmp_path):
