@@ -221,6 +221,7 @@ class PretrainConfig:
         self._check_required()
         self._check_numbers()
         self._check_ranges()
+        self._check_execution()
         check_reasoning(self.shares(), self.reasoning_domains, self.reasoning_cap)
         self.mixture()
         self.batch_plan()
@@ -321,6 +322,22 @@ class PretrainConfig:
                 f"micro_batch_tokens is {self.micro_batch_tokens}, less than one row of {longest} tokens: raise it, "
                 "or set null to take all rows at once"
             )
+        if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
+            raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
+        if self.average_checkpoints < 2:
+            raise ValueError(
+                f"average_checkpoints is {self.average_checkpoints}, the current weights included: use 2 or more, or "
+                "average_every_tokens 0 to average nothing"
+            )
+        if self.average_every_tokens and not (
+            self.checkpoint_steps and self.keep_last >= self.average_checkpoints - 1
+        ):
+            raise ValueError(
+                f"a mean of {self.average_checkpoints} checkpoints needs checkpoint_steps above 0 and keep_last of "
+                f"{self.average_checkpoints - 1} or more, got {self.checkpoint_steps} and {self.keep_last}: raise them"
+            )
+
+    def _check_execution(self) -> None:
         if self.fp8 == "rowwise" and self.compile_layers and not self.fp8_emulate:
             raise ValueError(
                 "fp8 is 'rowwise' with compile_layers: compiled so, torchao 0.18 gave wrong gradients on an H100 "
@@ -348,24 +365,10 @@ class PretrainConfig:
                 f"tensor_parallel is {self.tensor_parallel} with loss chunked, and splits the head's words: set loss "
                 "full or auto"
             )
-        if bool(self.batch_ramp_tokens) != (self.batch_tokens_end is not None):
-            raise ValueError("batch_tokens_end and batch_ramp_tokens belong together: set both or none")
-        if self.average_checkpoints < 2:
-            raise ValueError(
-                f"average_checkpoints is {self.average_checkpoints}, the current weights included: use 2 or more, or "
-                "average_every_tokens 0 to average nothing"
-            )
-        if self.average_every_tokens and not (
-            self.checkpoint_steps and self.keep_last >= self.average_checkpoints - 1
-        ):
-            raise ValueError(
-                f"a mean of {self.average_checkpoints} checkpoints needs checkpoint_steps above 0 and keep_last of "
-                f"{self.average_checkpoints - 1} or more, got {self.checkpoint_steps} and {self.keep_last}: raise them"
-            )
 
 
 def _check_domain(name: str, domain: dict) -> None:
-    if not isinstance(name, str) or Path(name).name != name:  # a folder of data_dir
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):  # a folder of data_dir
         raise ValueError(f"domain {name!r} is no name for a folder: use letters, digits and _")
     if not isinstance(domain, dict) or not {"start", "end"} <= domain.keys() <= {"start", "end", "anneal", "sources"}:
         raise ValueError(f"domain {name!r} needs start and end, may have anneal and sources, and is {domain!r}")

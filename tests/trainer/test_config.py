@@ -43,6 +43,7 @@ import pytest
         ({"sequence_length_stages": {"abc": 64}}, "sequence_length_stages is {'abc': 64}"),
         ({"domains": {"a": 1}}, "'a' needs start and end.* and is 1"),
         ({"domains": {"../a": {"start": 1, "end": 1}}}, "'../a' is no name for a folder"),
+        ({"domains": {"..": {"start": 1, "end": 1}}}, "'..' is no name for a folder"),
         ({"domains": {"a": {"start": "x", "end": 1}}}, "start of domain 'a' is 'x'"),
         ({"domains": {"a": {"start": 1, "end": float("nan")}}}, "end of domain 'a' is nan"),
         ({"domains": {"a": {"start": 1, "end": 1, "anneal": 1}}}, "annealing_tokens is 0: set it"),

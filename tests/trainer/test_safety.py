@@ -62,7 +62,7 @@ def test_the_others_end_when_a_rank_is_lost(make_config, tmp_path, how, timeout)
         lost = time.monotonic()
         ranks[0].join(timeout + 60)
         assert ranks[0].exitcode == 1, "the other rank still waits"
-        assert time.monotonic() - lost < timeout + 60
+        assert time.monotonic() - lost < timeout + (60 if how == signal.SIGSTOP else 0)  # a dead one is seen at once
         message = (tmp_path / "0.txt").read_text()
         assert message.startswith(f"{LostRankError.__name__}: rank 0 lost another rank at step ")
         last = complete_checkpoints(tmp_path / "run/checkpoints")[-1]
