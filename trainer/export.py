@@ -83,7 +83,10 @@ def _tokenizer_of_run(checkpoint: Path) -> str:
     settings = checkpoint.absolute().parent.parent / CONFIG
     if not settings.is_file():
         raise ValueError(f"{checkpoint} is in no run's folder ({settings} is missing): give --tokenizer")
-    return yaml.safe_load(settings.read_text())["tokenizer"]
+    try:
+        return yaml.safe_load(settings.read_text())["tokenizer"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{settings} is not the settings of a run: give --tokenizer") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,6 +47,11 @@ def test_what_cannot_be_exported_is_named(trained_run, tmp_path):
     shutil.copytree(trained_run / "checkpoints/step_00000008", moved)
     with pytest.raises(SystemExit, match="give --tokenizer"):
         main(["--checkpoint", str(moved), "--output", str(tmp_path / "model")])
+    broken = tmp_path / "run/checkpoints/step_00000008"
+    shutil.copytree(moved, broken)
+    (tmp_path / "run/config.yaml").write_text("")
+    with pytest.raises(SystemExit, match="is not the settings of a run: give --tokenizer"):
+        main(["--checkpoint", str(broken), "--output", str(tmp_path / "model")])
     with pytest.raises(ValueError, match="exists: choose another output"):
         export_checkpoints([moved], tmp_path)
     (moved / "__0_0.distcp").write_bytes(b"")

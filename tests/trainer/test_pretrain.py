@@ -37,7 +37,9 @@ def test_every_recipe_loads_and_says_what_it_would_do(path, capsys):
     assert re.search(r"days on \d+ x 989 TFLOP/s", printed)
     assert float(re.search(r"memory by rank   ([\d.]+) GiB", printed)[1]) < 70  # of the 80 of an H100
     (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
-    assert all(domain["sources"] for domain in config.domains.values())
+    sources = [source for domain in config.domains.values() for source in domain["sources"]]
+    assert len(sources) >= len(config.domains)
+    assert all(source["license"] for source in sources)
 
 
 def test_accelerate_files_are_understood():
