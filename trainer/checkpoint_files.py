@@ -48,9 +48,9 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def prune(folder: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the first from each `keep_every_steps`-th step on (0: none).
+    """Delete all checkpoints but the newest `keep_last` and those of every `keep_every_steps`-th step (0: none).
 
-    A checkpoint that was put off because the loss was high counts for the step it was due at.
+    A checkpoint that was put off because the loss was high counts for the step it was due at: the first one since.
     """
     before = 0
     for path in complete_checkpoints(folder)[:-keep_last]:
