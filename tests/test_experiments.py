@@ -241,6 +241,24 @@ def test_report_pairs_runs_by_seed_and_fills_the_page(tmp_path):
     assert (tmp_path / "example.png").stat().st_size > 1000
 
 
+def test_report_takes_the_best_rate_once_it_has_all_seeds_and_keeps_the_other(tmp_path):
+    arms = {"a": {"label": "A"}, "b": {"label": "B", "settings": {"weight_decay": 0.0}}}
+    recipe = make_recipe(arms=arms, seeds=[0, 1])
+    results = Results(tmp_path)
+    for arm, shift in (("a", 0.0), ("b", 0.5)):
+        for seed in (0, 1):
+            results.add(record(recipe, arm, 0, seed, 3.0 + shift))
+        results.add(record(recipe, arm, 1, 0, 2.0 + 2 * shift))
+    before = report(recipe, results, tmp_path)
+    assert "| B | A | loss, mean | 2 | +0.5000 |" in before
+    assert "The same at" not in before
+    for arm, shift in (("a", 0.0), ("b", 0.5)):
+        results.add(record(recipe, arm, 1, 1, 2.0 + 2 * shift))
+    best, other = report(recipe, results, tmp_path).split("The same at learning rate 1 for these arms:")
+    assert "| B | A | loss, mean | 2 | +1.0000 |" in best
+    assert "| B | A | loss, mean | 2 | +0.5000 |" in other
+
+
 def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_path):
     recipe = make_recipe(sweep=[{"learning_rate": 1.0}], seeds=[0, 1])
     results = Results(tmp_path)

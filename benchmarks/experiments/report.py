@@ -65,7 +65,7 @@ def comparison_lines(
     lines += [*table(recipe, chosen), ""]
     lines += [*differences(recipe, chosen, results), ""]
     if any(len(recipe.points(arm)) > 1 for arm in recipe.arms):
-        lines += [*sweep_table(recipe, records), ""]
+        lines += [*sweep_table(recipe, records), "", *other_rates(recipe, records, chosen, results)]
     return lines
 
 
@@ -100,10 +100,32 @@ def _evaluations(points: list[tuple[int, str, float]]) -> dict[int, dict[str, fl
 
 
 def chosen_runs(recipe: Recipe, records: Mapping[str, dict], arm: str) -> dict[int, dict]:
-    """An arm's finished runs at its best learning rate by seed; while the sweep goes on, at its first one."""
-    point = recipe.best_point(arm, records) or 0
+    """An arm's finished runs by seed, at its best learning rate unless another one has more seeds."""
+    by_point = [runs_at(recipe, records, arm, point) for point in range(len(recipe.points(arm)))]
+    best = by_point[recipe.best_point(arm, records) or 0]
+    return max([best, *by_point], key=len)
+
+
+def runs_at(recipe: Recipe, records: Mapping[str, dict], arm: str, point: int) -> dict[int, dict]:
+    """An arm's finished runs at one of its learning rates, by seed."""
     keys = {seed: recipe.run(arm, point, seed).key for seed in recipe.seeds}
     return {seed: records[key] for seed, key in keys.items() if key in records}
+
+
+def other_rates(
+    recipe: Recipe, records: Mapping[str, dict], chosen: Mapping[str, dict], results: Results
+) -> list[str]:
+    """Tables at learning rates that are not every arm's best, but have several arms with all seeds."""
+    lines = []
+    for point, settings in enumerate(recipe.sweep):
+        runs = {arm: runs_at(recipe, records, arm, point) for arm in recipe.arms if recipe.arms[arm].sweep is None}
+        runs = {arm: found for arm, found in runs.items() if len(found) == len(recipe.seeds)}
+        if len(runs) < 2 or all(found == chosen[arm] for arm, found in runs.items()):
+            continue
+        runs = {arm: runs.get(arm, {}) for arm in recipe.arms}
+        lines += [f"The same at learning rate {settings['learning_rate']:g} for these arms:", ""]
+        lines += [*table(recipe, runs), "", *differences(recipe, runs, results), ""]
+    return lines
 
 
 def values_of(records: Mapping[int, dict], measure: str) -> dict[int, float]:
