@@ -1,11 +1,11 @@
 """Decoding and prefill on one GPU: our kernel's step beside SDPA, Motif-2 beside Llama and DiffLlama, and the 12.7B.
 
-    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size,generate] [--output DIR] [--tiny]
+    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size,one_token] [--output DIR] [--tiny]
 
 Steps run from a static cache as a captured CUDA graph, with a mask made before, as `generate` does it. "share" is that
 of a copy's bandwidth in the same run, by the bytes a step must read: the cache (keys of both maps and values, once)
-and, for models, the weights but the embedding. "compiled" is the step as one graph of Inductor's, "products" with
-`kernels_hub.use_decode_products`; both must give the eager step's logits first. Weights are random.
+and, for models, the weights but the embedding. "compiled" is the step as one graph of Inductor's, which must be as
+near to float32 as the eager step first, "products" with `kernels_hub.use_decode_products`. Weights are random.
 `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
 Shapes: B rows, S keys (the context), G groups, r signal heads a group, D head dimension.
@@ -52,9 +52,10 @@ CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
 LARGEST_RATIO = 1.5  # of a compiled step's error against float32 to the eager step's (assumption)
 CACHE_BYTES = 40 * 2**30  # larger caches are left out (assumption: what an 80 GB GPU has beside the weights)
-# With coordinate descent a product with one row becomes a sum that Inductor tiles itself; combo kernels put small
-# kernels that do not depend on each other into one launch.
-INDUCTOR = {"coordinate_descent_tuning": True, "combo_kernels": True}
+# Combo kernels put small kernels that do not depend on each other into one launch; with coordinate descent Inductor
+# makes and tiles a product with one row itself, else cuBLAS does.
+COMBO = {"combo_kernels": True}
+TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}
 COMPILED = ("llama sdpa", "motif2 gda_kernel")
 # A model of 1.3B parameters without embeddings, as for the training table.
 SIZES = {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 8192, "vocab_size": 32000}
@@ -211,10 +212,12 @@ class Suite:
         """Bytes of one token's keys and values in all layers."""
         return 2 * config.num_key_value_heads * config.head_dim * self.dtype.itemsize * config.num_hidden_layers
 
-    def compiled(self, section: str, name: str, model, step: Callable, cache: StaticCache, context: int) -> Callable:
+    def compiled(
+        self, section: str, name: str, model, step: Callable, cache: StaticCache, context: int, options: dict
+    ) -> Callable:
         """The step as one graph of Inductor's, once its logits are as near to float32's as the eager step's."""
         torch._dynamo.reset()
-        options = INDUCTOR if self.device.type == "cuda" else {}
+        options = options if self.device.type == "cuda" else {}
         function = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
         def logits(each: Callable) -> torch.Tensor:
@@ -233,8 +236,10 @@ class Suite:
             raise AssertionError(f"compiled logits are {error:.1e} from float32, the eager step's {eager:.1e}")
         return function
 
-    def decode_steps(self, section: str, name: str, model, batch: int, context: int, compiled: bool = False) -> None:
-        """Times a model's step; what is too large for the GPU, or fails, is left out."""
+    def decode_steps(
+        self, section: str, name: str, model, batch: int, context: int, options: dict | None = None
+    ) -> None:
+        """Times a model's step, with `options` for Inductor compiled; what is too large, or fails, is left out."""
         shape = f"B{batch} S{context}"
         cache_bytes = batch * (context + 10 * self.new_tokens) * self.cache_bytes(model.config)
         if cache_bytes > CACHE_BYTES:
@@ -246,9 +251,9 @@ class Suite:
         try:
             with torch.no_grad():
                 step, read, cache = self.one_step(model, batch, context)
-                if compiled:
+                if options is not None:
                     name = f"{name} compiled"
-                    step = self.compiled(section, name, model, step, cache, context)
+                    step = self.compiled(section, name, model, step, cache, context, options)
                 self.step(section, name, shape, step, read, batch)
         except Exception as error:
             print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
@@ -262,7 +267,7 @@ class Suite:
             with torch.no_grad():
                 context = self.contexts[0]
                 step, _, cache = self.one_step(model, 1, context)
-                compiled = self.compiled("profile", f"{name} compiled", model, step, cache, context)
+                compiled = self.compiled("profile", f"{name} compiled", model, step, cache, context, TUNED)
                 for suffix, function in (("", step), (" compiled", compiled)):
                     for _ in range(3):
                         function()
@@ -288,10 +293,10 @@ class Suite:
             model = self.made(name, make)
             parameters = sum(parameter.numel() for parameter in model.parameters())
             self.report.add("models", name, "", "size", parameters / 1e9, "B parameters")
-            cases = [(*each, False) for each in itertools.product(self.batches, self.contexts)]
-            cases += [(1, self.contexts[0], True)] if name in COMPILED else []
-            for batch, context, compiled in cases:
-                self.decode_steps("models", name, model, batch, context, compiled)
+            for batch, context in itertools.product(self.batches, self.contexts):
+                self.decode_steps("models", name, model, batch, context)
+            if name in COMPILED:
+                self.decode_steps("models", name, model, 1, self.contexts[0], TUNED)
             del model
 
     def makers(self) -> dict[str, Callable]:
@@ -340,40 +345,46 @@ class Suite:
             torch.set_default_dtype(torch.float32)
 
     def full_size(self) -> None:
-        """Motif-2-12.7B in bfloat16: one token at batch 1 first, then batches, prefill, and SDPA."""
+        """Motif-2-12.7B in bfloat16, eager: batches and prefill, ours and SDPA."""
         model = self.full_size_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B")
-        self.prepare(model, "gda_kernel")
-        short, long = self.contexts[:2]
-        self.decode_steps("full_size", "gda_kernel", model, 1, short)
-        kernels_hub.use_decode_products(model, "local")
-        for context in (short, long):
-            self.decode_steps("full_size", "gda_kernel products", model, 1, context, compiled=True)
-        kernels_hub.use_decode_products(model, "torch")
-        self.decode_steps("full_size", "gda_kernel", model, 1, short, compiled=True)
         for attention in ("gda_kernel", "sdpa"):
             self.prepare(model, attention)
-            for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), (short, long)):
-                if attention == "sdpa" or (batch, context) != (1, short):
-                    self.decode_steps("full_size", attention, model, batch, context)
+            for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), self.contexts[:2]):
+                self.decode_steps("full_size", attention, model, batch, context)
             for batch, tokens in ((1, 30),) if self.tiny else ((1, 4096), (1, 16384), (4, 4096)):
                 try:
                     self.prefill(model, attention, batch, tokens)
                 except Exception as error:
                     print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
 
-    def generate(self) -> None:
-        """Tokens a second of transformers' `generate` with the 12.7B, as a user calls it: static cache, compiled."""
+    def one_token(self) -> None:
+        """The 12.7B at batch 1 as fast as it goes: the compiled step, `generate`, and the step without the products."""
         model = self.full_size_model()
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local")
+        short, long = self.contexts[:2]
+        self.decode_steps("one_token", "products", model, 1, short, COMBO)
+        try:
+            self.generate(model)
+        except Exception as error:
+            print(f"one_token generate: {type(error).__name__}: {str(error)[:400]}")
+        kernels_hub.use_decode_products(model, "torch")
+        self.decode_steps("one_token", "cublas", model, 1, short, COMBO)
+        kernels_hub.use_decode_products(model, "local")
+        self.decode_steps("one_token", "products", model, 1, long, COMBO)
+        kernels_hub.use_decode_products(model, "torch")
+        self.decode_steps("one_token", "inductor", model, 1, short, TUNED)
+
+    def generate(self, model) -> None:
+        """Time of a token in transformers' `generate` as a user calls it: static cache, compiled, CUDA graphs."""
         prompt, few, many = (8, 3, 5) if self.tiny else (1024, 32, 160)
         ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=self.device)
-        on_gpu = self.device.type == "cuda"
-        options = INDUCTOR | {"triton.cudagraphs": True} if on_gpu else {}
+        options = COMBO | {"triton.cudagraphs": True} if self.device.type == "cuda" else {}
         compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
         compile_config._compile_all_devices = True
+        torch._dynamo.reset()
         cache = StaticCache(config=model.config, max_cache_len=prompt + many)
         seconds = {}
         for tokens in (few, few, many):  # the first compiles
@@ -387,11 +398,11 @@ class Suite:
             written.sum().item()  # waits for the device
             seconds.setdefault(tokens, []).append(time.perf_counter() - started)
         value = 1e3 * (seconds[many][-1] - seconds[few][-1]) / (many - few)
-        read = parameters_read(model) + (prompt + many) * self.cache_bytes(model.config)
+        read = parameters_read(model) + (prompt + (few + many) // 2) * self.cache_bytes(model.config)
         note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s"
         share = read / self.bandwidth / value * 1e3
         shape = f"B1 S{prompt}"
-        self.report.add("generate", "gda_kernel products", shape, "step", value, "ms", share=share, note=note)
+        self.report.add("one_token", "products generate", shape, "step", value, "ms", share=share, note=note)
 
     def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
         """Tokens a second of a prompt without a cache, logits of the last token only."""
@@ -416,7 +427,7 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,kernel,profile,models,full_size,generate")
+    parser.add_argument("--sections", default="check,kernel,profile,models,full_size,one_token")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
@@ -427,7 +438,7 @@ def main() -> int:
     suite = Suite(report, device, options.tiny)
     sections = {"check": suite.check, "kernel": suite.time_kernel}
     sections |= {"profile": suite.profile, "models": suite.models}
-    sections |= {"full_size": suite.full_size, "generate": suite.generate}
+    sections |= {"full_size": suite.full_size, "one_token": suite.one_token}
     for name in options.sections.split(","):
         if not report.section(name, sections[name]) and name == "check":
             break  # nothing is timed on a red check

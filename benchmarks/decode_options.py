@@ -87,8 +87,7 @@ def one(name: str, counts: list[int], report: Report, suite: decode.Suite) -> No
         with torch.no_grad():
             step, read, cache = suite.one_step(model, 1, context)
             if options is not None:
-                decode.INDUCTOR = options
-                step = suite.compiled("options", name, model, step, cache, context)
+                step = suite.compiled("options", name, model, step, cache, context, options)
             found = graph_milliseconds(step, suite.new_tokens, suite.device)
             times[layers] = found["value"]
             shape = f"{layers} layers"
