@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.experiments import sharing
 from benchmarks.experiments.curves import summarise
+from benchmarks.experiments.figure import arm_curves
 from benchmarks.experiments.grown import undo_compensation
 from benchmarks.experiments.pool import Pool, Worker
 from benchmarks.experiments.recall import measure_recall, recall_documents
 from benchmarks.experiments.recipe import CUT, DIVERGED, Growing, Recipe
-from benchmarks.experiments.report import crossing, interval, report, spent_to_equal
+from benchmarks.experiments.report import chosen_runs, crossing, interval, report, spent_to_equal
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
 from benchmarks.experiments.training import softmax_flops
@@ -257,6 +258,17 @@ def test_report_takes_the_best_rate_once_it_has_all_seeds_and_keeps_the_other(tm
     best, other = report(recipe, results, tmp_path).split("The same at learning rate 1 for these arms:")
     assert "| B | A | loss, mean | 2 | +1.0000 |" in best
     assert "| B | A | loss, mean | 2 | +0.5000 |" in other
+
+
+def test_curves_of_differences_are_paired_by_seed(tmp_path):
+    recipe = make_recipe(sweep=[{"learning_rate": 1.0}])
+    results = Results(tmp_path)
+    for arm, seeds in (("a", (0, 1)), ("b", (0, 1, 2))):
+        for seed in seeds:
+            results.add(record(recipe, arm, 0, seed, 2.0 + seed * (1 if arm == "a" else 3)))
+    chosen = {arm: chosen_runs(recipe, results.finished, arm) for arm in recipe.arms}
+    curves = arm_curves(recipe, results, chosen, "b", "heldout_mean", difference=True)
+    assert curves == [{0: 0.0, 500: 0.0, 1000: 0.0}, {0: 0.0, 500: 2.0, 1000: 2.0}]
 
 
 def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_path):
