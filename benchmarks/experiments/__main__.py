@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments --recipe recipes/experiments/attention.yaml --tiny
         every part in a minute on a CPU, too short to learn anything
-    python -m benchmarks.experiments --recipe recipes/experiments/{attention,optimizer}.yaml --gpus 4 --workers_per_gpu 6
+    python -m benchmarks.experiments --recipe recipes/experiments/{attention,optimizer}.yaml --gpus 4 --workers_per_gpu 10
         all runs of these recipes, those of the first one first; the same command again makes only what is missing
     python -m benchmarks.experiments --recipe recipes/experiments/attention.yaml --report
         tables, verdicts and figure from the results, into the recipe's page
