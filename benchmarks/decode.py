@@ -360,7 +360,7 @@ class Suite:
                     print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
 
     def one_token(self) -> None:
-        """The 12.7B at batch 1 as fast as it goes: the compiled step, `generate`, and the step without the products."""
+        """The 12.7B at batch 1 as fast as it goes: the compiled step, `generate`, and the step without products."""
         model = self.full_size_model()
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local")
