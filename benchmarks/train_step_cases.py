@@ -109,6 +109,7 @@ class Variant:
     chunk_size: int | None = 2
     loss: str = "auto"
     packed: bool = False
+    rows: int | None = None  # of a step, where not the shape's
     micro_rows: int | None = None
 
 
@@ -204,7 +205,7 @@ class OurRun:
     """
 
     def __init__(self, shape: Shape, variant: Variant, backend: str | None = None):
-        self.shape = replace(shape, micro_rows=variant.micro_rows or shape.micro_rows)
+        self.shape = replace(shape, rows=variant.rows or shape.rows, micro_rows=variant.micro_rows or shape.micro_rows)
         self.accelerator = make_accelerator("bf16")
         torch.manual_seed(0)
         self.config = self.shape.motif()
@@ -376,4 +377,4 @@ def peak_bytes() -> int | None:
 
 def describe(variant: Variant) -> dict:
     """A variant's columns in the table."""
-    return {name: value for name, value in asdict(variant).items() if name not in ("name", "micro_rows")}
+    return {name: value for name, value in asdict(variant).items() if name not in ("name", "rows", "micro_rows")}
