@@ -22,7 +22,7 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from trainer.data.loader import Batch
 from trainer.optim import build_muon_clip
-from trainer.step import TrainStep
+from trainer.step import TrainStep, local_part
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, LENGTH, STEPS = 8, 16, 3
@@ -244,25 +244,35 @@ print("imported")
     assert done.stdout.strip() == "imported", done.stderr
 
 
-@pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_a_loss_that_is_not_finite_changes_no_weight_even_with_finite_gradients(monkeypatch, loss):
-    step = make_step("one")
+def assert_step_is_left_out(step: TrainStep, spoilt: float) -> None:
+    """A step whose losses have `spoilt` added, a constant: its gradients are finite."""
     step.run(batch(step, 0), 1.0)
-    before = [parameter.detach().clone() for parameter in step.model.parameters()]
-    original = TrainStep.token_losses
+    before = [local_part(parameter).detach().clone() for parameter in step.model.parameters()]
+    original = step.token_losses
 
-    def spoilt(self, *arguments):
-        losses, counted = original(self, *arguments)
-        return losses + loss, counted  # a constant: the gradients stay as they are
+    def token_losses(*arguments):
+        losses, counted = original(*arguments)
+        return losses + spoilt, counted
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "token_losses", spoilt)
-        outcome = step.run(batch(step, 1), 1.0)
+    step.token_losses = token_losses
+    outcome = step.run(batch(step, 1), 1.0)
     assert outcome.skipped
     assert not math.isfinite(outcome.loss)
     assert math.isfinite(outcome.grad_norm)
     assert outcome.clipped_heads == 0
-    assert all(torch.equal(one, other) for one, other in zip(before, step.model.parameters(), strict=True))
-    after = step.run(batch(step, 1), 1.0)
-    assert not after.skipped
-    assert all(math.isfinite(logit) for logit in after.max_logits)
+    after = (local_part(parameter) for parameter in step.model.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    step.token_losses = original
+    next_outcome = step.run(batch(step, 1), 1.0)
+    assert not next_outcome.skipped
+    assert all(math.isfinite(logit) for logit in next_outcome.max_logits)
+
+
+@pytest.mark.parametrize("spoilt", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_changes_no_weight_even_with_finite_gradients(spoilt):
+    assert_step_is_left_out(make_step("one"), spoilt)
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_on_one_rank_stops_the_update_on_all():
+    run_distributed(lambda rank: assert_step_is_left_out(make_step("fsdp"), math.inf if rank else 0.0), 2)
