@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-CANDIDATES = (Tile(8, 512, 4), Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(4, 2048, 8), Tile(8, 1024, 8))
+CANDIDATES = (Tile(8, 512, 4), Tile(4, 1024, 4), Tile(16, 512, 8), Tile(4, 2048, 8), Tile(8, 1024, 8))
 _chosen: dict[tuple, Tile] = {}
 
 
