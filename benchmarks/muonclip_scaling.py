@@ -1,6 +1,6 @@
 """Parallel MuonClip on paper: a step of the 12.7B on 2 to 512 ranks, from kernel times and link speeds.
 
-    python benchmarks/muonclip_scaling.py [--milliseconds 4.35 4.35 2.55 0.51 3.05] [--memory 3.8] [--link 220]
+    python benchmarks/muonclip_scaling.py [--milliseconds 4.40 4.40 2.58 0.515 3.08] [--memory 3.8] [--link 264]
 
 The optimizer's own plan is simulated round by round: a gather waits for the network and for every rank to have packed,
 a rank's products wait for its gather, a scatter for the slowest owner, and beside traffic products are slower. Eight
@@ -24,7 +24,7 @@ from trainer.optim.plan import assign_owners, cut_rounds
 NUM_LAYERS, RANKS_A_NODE = 40, 8
 # matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200
 SHAPES = (((16384, 4096), 2), ((4096, 16384), 1), ((5120, 4096), 1), ((2048, 4096), 2), ((4096, 8192), 1))
-MILLISECONDS = (4.35, 4.35, 2.55, 0.51, 3.05)
+MILLISECONDS = (4.40, 4.40, 2.58, 0.515, 3.08)
 CHUNK_SIZE = 1
 NETWORK_BYTES_PER_MS = 45e6  # assumption: one 400 Gbit/s adapter a rank, each way
 PEER_MS = 0.003  # assumption: cost of each peer in an all-to-all
@@ -134,12 +134,12 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, nargs=5, default=MILLISECONDS, metavar="MS",
                         help=f"Newton-Schulz of {[shape for shape, _ in SHAPES]}")  # fmt: skip
     parser.add_argument("--memory", type=float, default=3.8, help="TB/s of a copy; an H200's")
-    parser.add_argument("--link", type=float, default=220.0, help="GB/s of an all-to-all in a node")
+    parser.add_argument("--link", type=float, default=264.0, help="GB/s of an all-to-all in a node")
     arguments = parser.parse_args()
     times = {shape: value for (shape, _), value in zip(SHAPES, arguments.milliseconds, strict=True)}
     machine = Machine(times, arguments.memory, arguments.link)
     small = [("FSDP", 2, 1, 1, 10), ("FSDP", 4, 1, 1, 20), ("FSDP", 4, 1, 1, 40), ("HSDP", 2, 2, 2, 20),
-             ("HSDP", 2, 2, 1, 20)]  # fmt: skip
+             ("HSDP", 2, 2, 1, 20), ("HSDP", 2, 2, 2, 40)]  # fmt: skip
     rows = [("FSDP", ranks, 1, 1) for ranks in (8, 16, 32, 64, 128, 256, 512)]
     rows += [("HSDP", 8, copies, together) for copies, together in ((2, 2), (8, 1), (8, 2), (8, 8), (64, 1), (64, 2))]
     rows += [("HSDP", 64, 8, together) for together in (1, 2, 8)]
