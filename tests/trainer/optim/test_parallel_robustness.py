@@ -354,3 +354,16 @@ def test_bad_settings_raise(options, message):
 def test_a_backend_that_cannot_run_here_raises(backend):
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot run on cpu"):
         ParallelMuonClip(groups_of(Bag()), lr=0.1, backend=backend)
+
+
+@pytest.mark.distributed
+def test_a_team_connects_all_its_ranks_when_it_is_made(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+
+    def run(rank):
+        team = Team([0, 1, 2], 60.0, torch.device("cpu"))
+        team._connect(torch.device("cpu"))
+        return len(given_back)
+
+    assert run_distributed(run, 3) == [1, 1, 1]
