@@ -75,7 +75,7 @@ PROFILED = ("Parallel, pipelined, balanced", "Gram, not pipelined", "Gram, chunk
 KINDS = {  # kernels by words in their names; the first match wins
     "symmetric products": ("symmetric_product_kernel",),
     "network": ("nccl",),
-    "other products": ("gemm", "nvjet", "cutlass", "product_kernel"),
+    "other products": ("gemm", "nvjet", "cutlass"),
     "normalisation": ("square_sums_kernel", "normalise_kernel"),
     "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
     "looking for bad gradients": ("_mark_not_finite_kernel",),
