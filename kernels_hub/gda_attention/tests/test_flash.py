@@ -115,7 +115,7 @@ class WithFlash:
 WAYS = [("own", "flash"), ("flash", "flash"), ("flash", "own")]
 
 
-@pytest.mark.parametrize(("forward", "backward"), WAYS, ids=" ".join)
+@pytest.mark.parametrize(("forward", "backward"), WAYS)
 @pytest.mark.parametrize(("tokens", "keys", "ratio"), [(37, 37, 2), (1, 1, 3), (64, 64, 1), (20, 37, 4), (97, 100, 2)])
 def test_gradients_are_the_definition(kernel, device, poisoned, package, tokens, keys, ratio, forward, backward):
     dtype, dim = (torch.bfloat16, 128) if ON_HOPPER else (torch.float32, 16)
@@ -124,7 +124,7 @@ def test_gradients_are_the_definition(kernel, device, poisoned, package, tokens,
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="the tiles that a GPU takes")
-@pytest.mark.parametrize(("forward", "backward"), WAYS, ids=" ".join)
+@pytest.mark.parametrize(("forward", "backward"), WAYS)
 @pytest.mark.parametrize("head_first", [False, True], ids=["tokens first", "heads first"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "ratio"), [(100, 4), (700, 1), (1357, 4), (2049, 3)])
@@ -185,7 +185,7 @@ def test_what_the_package_does_not_do_is_refused(kernel, device, package, part):
             kernel.gda_attention(*inputs, out_scale=OUT_SCALE, **{part: "flash"}, **bounds)
 
 
-@pytest.mark.parametrize(("forward", "backward"), [("flash", "flash")], ids=" ".join)
+@pytest.mark.parametrize(("forward", "backward"), [("flash", "flash")])
 def test_compiled_code_keeps_the_way(kernel, device, package, forward, backward):
     dtype, dim = toy()
     inputs = make(1, 21, 21, 2, 2, dim, dtype, device)

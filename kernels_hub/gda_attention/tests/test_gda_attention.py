@@ -183,13 +183,18 @@ def launches(kernel, monkeypatch):
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
 @pytest.mark.parametrize("by_hand", [True, False], ids=["gluon", "triton"])
-@pytest.mark.parametrize("head_first", [False, True], ids=["tokens first", "heads first"])
+@pytest.mark.parametrize("views", [False, True], ids=["tensors", "views of one projection"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "ratio"), [(1, 2), (65, 4), (128, 1), (1357, 4), (2049, 3)])
-def test_passes_for_hopper(kernel, device, poisoned, launches, monkeypatch, dtype, tokens, ratio, head_first, by_hand):
+def test_passes_for_hopper(kernel, device, poisoned, launches, monkeypatch, dtype, tokens, ratio, views, by_hand):
     if not by_hand:
         monkeypatch.setattr(kernel.ops.launch.hopper_passes, "suits", lambda *_: False)
-    assert_matches(kernel, make(2, tokens, tokens, 2, ratio, 128, dtype, device, head_first=head_first))
+    inputs = make(2, tokens, tokens, 2, ratio, 128, dtype, device)
+    if views:
+        joined = torch.cat((inputs.signal_query, inputs.noise_query[:, :, :, None]), dim=3).detach()
+        signal, noise = joined[:, :, :, :-1], joined[:, :, :, -1]
+        inputs = inputs._replace(signal_query=signal.requires_grad_(), noise_query=noise.requires_grad_())
+    assert_matches(kernel, inputs)
     assert launches == ["hopper_passes" if by_hand else "passes"]
 
 
@@ -207,7 +212,7 @@ def test_the_forward_for_hopper(kernel, device, poisoned, monkeypatch, dtype, to
 
     monkeypatch.setattr(module, "FORWARD", used)
     monkeypatch.setattr(module, "forward", noted)
-    inputs = make(2, tokens, tokens, 2, ratio, 128, dtype, device, head_first=ratio == 4)
+    inputs = make(2, tokens, tokens, 2, ratio, 128, dtype, device)
     assert_matches(kernel, inputs)
     with torch.no_grad():
         kernel.gda_attention(*inputs, out_scale=OUT_SCALE)
@@ -227,10 +232,11 @@ def test_a_backward_in_parts_on_hopper(kernel, device, poisoned, launches, monke
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
-@pytest.mark.parametrize("case", ["padded", "more keys", "narrow", "single", "uneven"])
+@pytest.mark.parametrize("case", ["padded", "more keys", "narrow", "single", "uneven", "heads first"])
 def test_other_inputs_go_through_triton_on_hopper(kernel, device, launches, case):
     dim, dtype = 64 if case == "narrow" else 128, torch.float32 if case == "single" else torch.bfloat16
-    inputs = make(2, 150, 160 if case == "more keys" else 150, 2, 2, dim, dtype, device)
+    keys = 160 if case == "more keys" else 150
+    inputs = make(2, 150, keys, 2, 2, dim, dtype, device, head_first=case == "heads first")
     if case == "uneven":
         inputs = inputs._replace(key=uneven(inputs.key))
     assert_matches(kernel, inputs, *(padded((150, 20), 150, "left", device) if case == "padded" else (None, None)))

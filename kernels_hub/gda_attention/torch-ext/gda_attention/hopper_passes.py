@@ -17,14 +17,15 @@ except ImportError:  # a Triton without Gluon
 
 LOG2_E = math.log2(math.e)
 BLOCK = 128  # queries and keys of a block of dS, queries of a tile of the forward
-FORWARD = False  # whether the forward is used: it is right, but not yet timed beside Triton's
+FORWARD = False  # whether the forward is used: not before it has been timed beside Triton's
 FORWARD_RINGS = {"BLOCK_N": 64, "KEY_STAGES": 3, "VALUE_STAGES": 3, "BY_TILE": True}
 
 
 def suits(signal_query, noise_query, key, value) -> bool:
     """Whether the passes take these inputs of causal order: heads of 128, 16 bits, as many queries as keys, on Hopper.
 
-    Addresses and strides must be multiples of 16 bytes, for the copy engine.
+    Addresses and strides must be multiples of 16 bytes, for the copy engine, and a token's heads lie within its stride
+    (as projections leave them; not heads before tokens, as caches keep them).
     """
     if hopper_kernels is None or signal_query.device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -33,16 +34,22 @@ def suits(signal_query, noise_query, key, value) -> bool:
     if torch.cuda.get_device_capability(signal_query.device) != (9, 0):
         return False
     return value.stride(3) == value.shape[4] and all(
-        each.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in each.stride()[:-1])
+        each.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in each.stride()[:-1])
+        and each.stride(1) >= _width(each)
         for each in (signal_query, noise_query, key, value)
     )
 
 
+def _width(tensor: torch.Tensor) -> int:
+    """Elements from the first of a token of (B, T, ...) to its last."""
+    places = zip(tensor.shape[2:], tensor.stride()[2:], strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in places)
+
+
 def _describe(tensor: torch.Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """Tiles (1, rows, columns) of a tensor (B, T, ...) seen as (B, T, everything else)."""
-    places = zip(tensor.shape[2:], tensor.stride()[2:], strict=True)
-    width = 1 + sum((size - 1) * stride for size, stride in places)
-    shape, strides = [*tensor.shape[:2], width], [*tensor.stride()[:2], 1]
+    shape, strides = [*tensor.shape[:2], _width(tensor)], [*tensor.stride()[:2], 1]
     return TensorDescriptor(tensor, shape, strides, [1, rows, columns], hopper_kernels.tile_layout.fn(rows, columns))
 
 
