@@ -9,10 +9,12 @@ import torch
 import triton
 
 try:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ImportError("Gluon before Triton 3.6 has other functions")
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from . import hopper_forward, hopper_kernels
-except ImportError:  # a Triton without Gluon
+except ImportError:
     hopper_kernels = None
 
 LOG2_E = math.log2(math.e)
