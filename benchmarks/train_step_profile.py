@@ -20,9 +20,14 @@ TRITON_KERNELS = {
         "long_backward_kernel",
         "sum_partials_kernel",
     ),
-    "Newton-Schulz": ("symmetric_product_kernel", "product_kernel", "square_sums_kernel", "normalise_kernel"),
+    "Newton-Schulz": ("symmetric_product_kernel", "square_sums_kernel", "normalise_kernel"),
     "maximum logits": ("_kernel",),
-    "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
+    "momentum and update": (
+        "_nesterov_kernel",
+        "_apply_update_kernel",
+        "_scale_rows_kernel",
+        "_mark_not_finite_kernel",
+    ),
 }
 KINDS = {  # other kernels, by words in their name in lower case; the first match wins
     "fused by the compiler": ("triton_",),

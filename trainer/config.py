@@ -127,7 +127,7 @@ class PretrainConfig:
     qk_clip_threshold: float | None = setting(100.0, "attention logit above which a head is scaled down; null is off")
     qk_clip_rule: Literal["official", "q_only", "compensated"] = setting("official", "how QK-clip scales shared keys")
     muon_chunk_size: int | None = setting(
-        2, "large matrices that a rank orthogonalises at once; more takes memory and fewer launches, null takes all"
+        1, "large matrices that a rank orthogonalises at once; more takes memory and fewer launches, null takes all"
     )
     max_grad_norm: float | None = setting(1.0, "gradient norm is clipped to this; null is off")
     max_skipped_steps: int = setting(
