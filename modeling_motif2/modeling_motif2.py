@@ -554,7 +554,8 @@ class Motif2DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """Returns the block's output (B, T, C); `kwargs` are those of `Motif2Attention.forward`."""
-        if self.products is not None and takes_one_token(self, hidden_states, kwargs):
+        own_classes = (Motif2Attention, Motif2MLP, Motif2RMSNorm, Motif2PolyNormMul)
+        if self.products is not None and takes_one_token(self, hidden_states, own_classes):
             return one_token(self, hidden_states, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended

@@ -7,10 +7,13 @@ states and the products are rounded to the weights' type less often than the lay
 Shapes: C hidden size, F intermediate size, G groups, r signal heads a group, D head dimension.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
+
+
+def _is_quiet(module: nn.Module) -> bool:
+    """Whether nobody hooked on to a module that would not be called (transformers' recording of attentions does)."""
+    return not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _is_plain(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -21,26 +24,29 @@ def _is_plain(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
         and linear.bias is None
         and linear.weight.dtype == hidden_states.dtype
         and linear.weight.device == hidden_states.device
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
+        and linear.weight.is_contiguous()
+        and _is_quiet(linear)
     )
 
 
-def takes_one_token(layer: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether this call of a layer can go through `one_token`.
+def takes_one_token(layer: nn.Module, hidden_states: torch.Tensor, classes: tuple[type, ...]) -> bool:
+    """Whether this call of a layer can go through `one_token`, which calls none of its modules.
 
     Args:
         layer: the `Motif2DecoderLayer`, with products.
         hidden_states: (B, T, C).
-        kwargs: of the layer's forward.
+        classes: what attention, MLP, norms and activation must be: the model's own.
     """
     if hidden_states.shape[0] * hidden_states.shape[1] != 1 or torch.is_grad_enabled():
         return False
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return False
     attention, mlp = layer.self_attn, layer.mlp
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return (
-        not kwargs.get("output_attentions")
+        all(type(module) in classes and _is_quiet(module) for module in (attention, mlp, *norms, mlp.act_fn))
         and mlp.gate_proj.out_features == mlp.intermediate_size
         and all(_is_plain(linear, hidden_states) for linear in linears)
         and all(

@@ -1,7 +1,5 @@
 """One token's products in the model: the same logits, in one graph, and the layer's own code where they do not fit."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -82,12 +80,15 @@ def replaced(model):
     class Other(nn.Linear):
         pass
 
-    attention = model.model.layers[0].self_attn
-    attention.o_proj = copy.deepcopy(attention.o_proj)
-    attention.o_proj.__class__ = Other
+    model.model.layers[0].self_attn.o_proj.__class__ = Other
 
 
-@pytest.mark.parametrize("change", [hooked, biased, replaced])
+def transposed(model):
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+@pytest.mark.parametrize("change", [hooked, biased, replaced, transposed])
 def test_a_projection_that_is_more_than_its_weight_runs_itself(change):
     model, called = with_products(layers=1)
     ids = random_ids(1, 1)
@@ -97,6 +98,33 @@ def test_a_projection_that_is_more_than_its_weight_runs_itself(change):
         change(model)
         torch.testing.assert_close(model(ids).logits, wanted)
     assert len(called) == 4
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"])
+def test_a_hook_is_called_and_another_class_runs(name):
+    model, called = with_products(layers=1)
+    layer, ids = model.model.layers[0], random_ids(1, 1)
+    module = layer.get_submodule(name)
+    zeros = module.register_forward_hook(
+        lambda module, inputs, out: (out[0] * 0, out[1]) if isinstance(out, tuple) else out * 0
+    )
+    with torch.no_grad():
+        hooked = model(ids).logits
+        kernels_hub.use_decode_products(model, "torch")
+        torch.testing.assert_close(model(ids).logits, hooked)
+        zeros.remove()
+        kernels_hub.use_decode_products(model)
+        module.__class__ = type("Other", (type(module),), {"forward": lambda self, *_, **__: 1 / 0})
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+    assert called == []
+
+
+def test_under_autocast_the_layer_runs_itself():
+    model, called = with_products(layers=1, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(random_ids(1, 1)).logits.dtype == torch.bfloat16
+    assert called == []
 
 
 def test_several_tokens_gradients_and_maps_run_the_layers_own_code():

@@ -46,6 +46,13 @@ def test_products(kernel, device, poisoned, sizes, features, add, norm, dtype):
     assert relative_error(out, define(x, weights, norm_weight, residual, 1e-5)) <= LIMITS[dtype]
 
 
+def test_autocast_changes_nothing(kernel, device):
+    x, weights, norm_weight, residual = make((16,), 64, torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        out = kernel.product(x, weights, norm_weight=norm_weight, residual=residual)
+    assert relative_error(out, define(x, weights, norm_weight, residual, 1e-6)) <= LIMITS[torch.float32]
+
+
 def test_the_norm_is_of_the_whole_row_and_eps_counts(kernel, device):
     x, weights, norm_weight, _ = make((16,), 128, torch.float32, device)
     out = kernel.product(1e-3 * x, weights, norm_weight=norm_weight, eps=1e-4)

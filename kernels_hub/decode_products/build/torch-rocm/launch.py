@@ -85,7 +85,8 @@ def product(x, weights, norm_weight, eps, residual, chosen=None):
         chosen = candidates[0]
         if len(candidates) > 1 and x.is_cuda and sum(sizes) * num_features * x.element_size() >= MEASURED_BYTES:
             key = (x.device, x.dtype, sizes, num_features, norm_weight is None, residual is None)
-            chosen = _fastest(key, candidates, lambda each: product(x, weights, norm_weight, eps, residual, each))
+            with torch.cuda.device_of(x):
+                chosen = _fastest(key, candidates, lambda each: product(x, weights, norm_weight, eps, residual, each))
     out = x.new_empty((*x.shape[:-1], sum(sizes)))
     pointers = [*weights, *[weights[-1]] * (3 - len(weights))]
     with torch.cuda.device_of(x):

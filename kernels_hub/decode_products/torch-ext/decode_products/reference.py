@@ -16,7 +16,8 @@ def product(x, weights, norm_weight, eps, residual):
     wide = _wide(x)
     if norm_weight is not None:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide.dtype)
-    out = torch.cat([linear(wide, weight.to(wide.dtype)) for weight in weights], dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        out = torch.cat([linear(wide, weight.to(wide.dtype)) for weight in weights], dim=-1)
     return (out if residual is None else out + residual).to(x.dtype)
 
 
