@@ -48,6 +48,7 @@ def test_generate_compiles_the_step_as_one_graph():
     model = small_model(ratio=3, layers=1)
     namespace = kernels_hub.use_decode_products(model)
     kernels_hub.use_gda_attention(model, attn_implementation="gda_kernel")
+    kernels_hub.use_polynorm(model, "local", training=False)
     graphs = []
 
     def note(graph, inputs):
