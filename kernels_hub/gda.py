@@ -85,6 +85,13 @@ def use_gda_attention(
             refused.append(f"{candidate}: {error}")
             continue
         names = ("gda_attention", "gda_decode", "supports", "supports_flash", "__name__")
+        lacking = [name for name in names if not hasattr(package, name)]
+        if lacking:
+            error = KernelUnavailable(f"{package.__name__} is too old, it has no {', '.join(lacking)}")
+            if source != "auto":
+                raise error
+            refused.append(f"{candidate}: {error}")
+            continue
         functions = KernelFunctions(*(getattr(package, name) for name in names))
         break
     if functions is None and source == "auto":

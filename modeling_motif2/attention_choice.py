@@ -16,9 +16,12 @@ import copy
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +136,18 @@ class Situation:
         sizes = f"{self.heads} B{self.rows} T{self.queries} S{self.keys}"
         direction = "training" if self.training else "inference"
         names = ", ".join(way.name for way in ways)
-        software = f"torch {torch.__version__} {namespace}".strip()
+        software = f"torch {torch.__version__} {_libraries()} {namespace}".strip()
         return f"{self.device} | {software} | {self.dtype} {sizes} {self.kind} {direction} | {names}"
+
+
+@cache
+def _libraries() -> str:
+    """Names and versions of what the ways are made of, as far as installed."""
+    found = []
+    for name in ("transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return " ".join(found)
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,7 @@ def forget_choices() -> None:
     """Forgets every choice, and deletes the file."""
     _choices.clear()
     _latest.clear()
+    _read_from.clear()
     cache_path().unlink(missing_ok=True)
 
 
@@ -199,14 +213,18 @@ def choose(
     ways = possible_ways(attention, query, key, mask, kind)
     if name == "gda_kernel" or query.device.type == "cpu" or len(ways) == 1:
         return KERNEL if name == "gda_kernel" and KERNEL in ways else SDPA
-    training = torch.is_grad_enabled() and query.requires_grad
-    if torch.compiler.is_compiling():
+    training = _is_training(query, key)
+    if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
         latest = WAYS.get(_latest.get((kind, training), ""))
         if latest in ways:
             return latest
         return KERNEL if KERNEL in ways else SDPA
     situation = _situation(query, key, kind, training)
     return WAYS[_measured(attention, situation, ways, query, key, mask, kwargs).name]
+
+
+def _is_training(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
 
 
 def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kind: str) -> list[Way]:
@@ -232,9 +250,8 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
         and kernel.supports(query.shape[3], query.dtype, ratio, query.device)
         and (mask is None or is_intervals(mask))
         and attention.output_norms is None  # the norms are of the two maps' own outputs
-        and (
-            groups == attention.num_groups or not query.requires_grad
-        )  # a rank's share: the norm's gradient is summed
+        # A rank's share: the norm's gradient is summed.
+        and (groups == attention.num_groups or not query.requires_grad)
     ):
         ways.append(KERNEL)
         if kind == "causal" and kernel.supports_flash(query.shape[3], query.dtype, query.device):
@@ -244,7 +261,7 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
 
 def _ways_of_flash(attention: nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[Way]:
     """The ways with FlashAttention-4's passes: its forward gives no largest logits, its backward sums in no order."""
-    training = torch.is_grad_enabled() and query.requires_grad
+    training = _is_training(query, key)
     if not 1 < query.shape[2] <= key.shape[3] or (training and torch.are_deterministic_algorithms_enabled()):
         return []
     return [FLASH_BACKWARD] * training + [FLASH] * (not keeps_max_logits(attention))
@@ -271,7 +288,37 @@ def _measured(attention, situation: Situation, ways: list[Way], query, key, mask
 
 
 def _measure(attention, ways: list[Way], query, key, mask, training: bool, kwargs) -> Choice:
-    """Runs every way on random numbers of these shapes; the layer's diagnostics are off meanwhile."""
+    """Runs every way on random numbers of these shapes; the layer's diagnostics are off meanwhile.
+
+    The first way that runs, SDPA where it can, is what the others are compared with. Hooks on saved tensors, such as a
+    checkpointed layer's, do not see the measurement.
+    """
+    tracked = attention.max_logits, attention.output_norms
+    attention.max_logits = attention.output_norms = None
+    times, refused, wanted = {}, {}, None
+    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(training), torch.cuda.device_of(query), unhooked:
+            run = _trial(attention, query, key, mask, training, kwargs)
+            for way in ways:
+                try:
+                    found = run(way)
+                    wanted = found if wanted is None else wanted
+                    _check(found, wanted)
+                    del found
+                    times[way.name] = _milliseconds(lambda way=way: run(way), query.device)
+                except Exception as error:  # whatever a library raises, another way does the work
+                    said = str(error).splitlines()[0][:200] if str(error) else ""
+                    refused[way.name] = f"{type(error).__name__}: {said}"
+    finally:
+        attention.max_logits, attention.output_norms = tracked
+    if not times:
+        print(f"no attention could be measured, so SDPA runs: {refused}", file=sys.stderr)
+    return Choice(min(times, key=times.get, default=SDPA.name), times, refused)
+
+
+def _trial(attention, query, key, mask, training: bool, kwargs) -> Callable[[Way], list[torch.Tensor]]:
+    """Returns what runs a way on random numbers and gives its output and gradients; padding's are zeros."""
     generator = torch.Generator(query.device).manual_seed(0)
     batch, heads, tokens, dim = query.shape
     groups, keys = key.shape[1], key.shape[3]
@@ -280,33 +327,19 @@ def _measure(attention, ways: list[Way], query, key, mask, training: bool, kwarg
         drawn = torch.randn(shape[0], shape[-2], *shape[1:-2], shape[-1], generator=generator, device=query.device)
         return drawn.to(query.dtype).movedim(1, -2).requires_grad_(training)
 
-    tracked = attention.max_logits, attention.output_norms
-    attention.max_logits = attention.output_norms = None
-    times, refused = {}, {}
-    try:
-        with torch.inference_mode(False), torch.set_grad_enabled(training):
-            inputs = [random(batch, heads, tokens, dim), random(batch, groups, tokens, dim)]
-            inputs += [random(batch, groups, 2, keys, dim) for _ in range(2)]
-            gradient = torch.randn(
-                batch, tokens, groups, heads // groups, 2 * dim, generator=generator, device=query.device
-            ).to(query.dtype)
+    inputs = [random(batch, heads, tokens, dim), random(batch, groups, tokens, dim)]
+    inputs += [random(batch, groups, 2, keys, dim) for _ in range(2)]
+    shape = (batch, tokens, groups, heads // groups, 2 * dim)
+    counted = torch.ones((), device=query.device, dtype=query.dtype)
+    if is_intervals(mask):  # what a query that sees nothing gives is nobody's matter, and differs from way to way
+        counted = (mask[0] <= mask[1]).to(query.dtype)[:, :, None, None, None]  # (B, T, 1, 1, 1)
+    gradient = torch.randn(shape, generator=generator, device=query.device).to(query.dtype) * counted
 
-            def run(way: Way) -> list[torch.Tensor]:
-                out, _ = attention.attend(way, *inputs, mask, **kwargs)
-                return [out.detach(), *(torch.autograd.grad(out, inputs, gradient) if training else ())]
+    def run(way: Way) -> list[torch.Tensor]:
+        out, _ = attention.attend(way, *inputs, mask, **kwargs)
+        return [out.detach() * counted, *(torch.autograd.grad(out, inputs, gradient) if training else ())]
 
-            wanted = run(SDPA)
-            for way in ways:
-                try:
-                    _check(run(way), wanted)
-                    times[way.name] = _milliseconds(lambda way=way: run(way), query.device)
-                except Exception as error:  # whatever a library raises, another way does the work
-                    refused[way.name] = (
-                        f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-                    )
-    finally:
-        attention.max_logits, attention.output_norms = tracked
-    return Choice(min(times, key=times.get), times, refused)
+    return run
 
 
 def _check(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -314,7 +347,7 @@ def _check(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
         limit = LARGEST_DIFFERENCE.get(theirs.dtype, 1e-3)
         if not difference <= limit:
-            raise ValueError(f"differs from SDPA by {float(difference):.1e}, more than {limit:.0e}")
+            raise ValueError(f"differs from the first way by {float(difference):.1e}, more than {limit:.0e}")
 
 
 def _milliseconds(function: Callable, device: torch.device) -> float:
@@ -342,18 +375,27 @@ def _read() -> None:
     if path in _read_from or not path.is_file():
         return
     _read_from.add(path)
-    for name, entry in json.loads(path.read_text()).items():
-        if entry.get("name") in WAYS:
+    for name, entry in _kept(path).items():
+        if entry["name"] in WAYS:
             _choices.setdefault(name, Choice(**entry))
 
 
+def _kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the file's entries that are whole; a file that is cut or of another version has none."""
+    fields = {"name", "milliseconds", "refused"}
+    try:
+        entries = json.loads(path.read_text())
+        return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.keys() == fields}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def _write() -> None:
-    """Adds what is known to the file; a folder that cannot be written to only costs measuring again."""
+    """Adds what was measured to the file; a folder that cannot be written to only costs measuring again."""
     path = cache_path()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        kept |= {name: vars(choice) for name, choice in _choices.items()}
+        kept = _kept(path) | {name: vars(choice) for name, choice in _choices.items() if choice.milliseconds}
         fresh = path.with_name(f"{path.name}.{os.getpid()}")
         fresh.write_text(json.dumps(kept, indent=1))
         os.replace(fresh, path)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
-from modeling_motif2 import attention_choice
+from modeling_motif2 import attention_choice, modeling_motif2
 from modeling_motif2.attention_choice import (
     FLASH,
     FLASH_BACKWARD,
@@ -351,13 +351,102 @@ def test_passes_that_fail_leave_the_kernel(monkeypatch):
     assert choice.refused == {"kernel, flash backward": refusal, "kernel, flash": refusal}
 
 
+def test_measuring_inside_a_checkpointed_layer(monkeypatch):
+    model = with_kernel("gda_fastest")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain = small_model(dtype=torch.float64, ratio=3)
+    ids, names = random_ids(2, 9), []
+    plain(ids, labels=ids, use_cache=False).loss.backward()
+
+    def choose(attention, query, key, mask, kwargs):
+        training = attention_choice._is_training(query, key)
+        situation = attention_choice._situation(query, key, "causal", training)
+        choice = attention_choice._measured(attention, situation, [SDPA, KERNEL], query, key, mask, kwargs)
+        names.append(sorted(choice.milliseconds))
+        return WAYS[choice.name]
+
+    monkeypatch.setattr(modeling_motif2, "choose", choose)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert names[0] == ["kernel", "sdpa"]
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_does_not_speak_against_the_kernel(monkeypatch, training):
+    ways = ["sdpa", "kernel"]
+    layer, measured, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ways)
+    query, key = states(wanted=training)
+    last = torch.arange(6)[None]
+    mask = torch.stack((torch.full((1, 6), 2), last)).int()  # the first two tokens are padding
+    situation = attention_choice._situation(query, key, "masked", training)
+    choice = attention_choice._measured(layer, situation, [SDPA, KERNEL], query, key, mask, {})
+    assert (choice.name, choice.refused, measured) == ("kernel", {}, ways)
+
+
+def test_sdpa_may_fail(monkeypatch):
+    layer, _, _ = measuring(monkeypatch, {"kernel": 1.0}, ("kernel",))
+    attend = layer.attend
+
+    def without_sdpa(way, *arguments, **kwargs):
+        if way is SDPA:
+            raise torch.OutOfMemoryError("out of memory")
+        return attend(way, *arguments, **kwargs)
+
+    layer.attend = without_sdpa
+    choice = measure(layer)
+    assert (choice.name, choice.refused) == ("kernel", {"sdpa": "OutOfMemoryError: out of memory"})
+
+
+def test_nothing_runs(monkeypatch, capsys):
+    layer, _, _ = measuring(monkeypatch, {}, ())
+
+    def fails(*_, **__):
+        raise RuntimeError("no")
+
+    layer.attend = fails
+    choice = measure(layer)
+    assert (choice.name, choice.milliseconds) == ("sdpa", {})
+    assert "SDPA runs" in capsys.readouterr().err
+    assert json.loads(attention_choice.cache_path().read_text()) == {}
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "[]", '{"a": 1}', '{"a": {"name": "kernel", "seconds": {}}}'])
+def test_a_spoilt_file_is_no_file(monkeypatch, content):
+    attention_choice.cache_path().parent.mkdir(parents=True)
+    attention_choice.cache_path().write_text(content)
+    assert attention_choice.choices() == {}
+    layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0})
+    assert measure(layer).name == "kernel"
+    assert [entry["name"] for entry in json.loads(attention_choice.cache_path().read_text()).values()] == ["kernel"]
+
+
+def test_libraries_of_other_versions_are_measured_anew(monkeypatch):
+    situation = Situation("H100", torch.bfloat16, (8, 4, 128), 2, 4096, 4096, "causal", True)
+    names = set()
+    for version in ("1", "2"):
+        attention_choice._libraries.cache_clear()
+        monkeypatch.setattr(attention_choice.metadata, "version", lambda name, version=version: version)
+        names.add(situation.key([SDPA, KERNEL], ""))
+    attention_choice._libraries.cache_clear()
+    assert len(names) == 2
+
+
+def test_keys_alone_may_want_gradients():
+    layer = attention_modules(with_kernel("gda_fastest"))[0]
+    with_flash(layer)
+    query, key = states(wanted=False)
+    assert FLASH_BACKWARD in possible_ways(layer, query, key.requires_grad_(), None, "causal")
+
+
 def test_a_way_that_fails_or_disagrees_is_refused(monkeypatch):
     layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ways=("sdpa",))
     functions = layer.kernel
     layer.kernel = functions._replace(attend=lambda *a, **k: (2 * functions.attend(*a, **k)[0], None))
     choice = measure(layer)
     assert choice.name == "sdpa"
-    assert choice.refused["kernel"].startswith("ValueError: differs from SDPA by 1.0e+00")
+    assert choice.refused["kernel"].startswith("ValueError: differs from the first way by 1.0e+00")
 
 
 def test_a_way_that_raises_is_refused(monkeypatch):

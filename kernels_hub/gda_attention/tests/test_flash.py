@@ -202,5 +202,21 @@ def test_compiled_code_keeps_the_way(kernel, device, package, forward, backward)
         torch.testing.assert_close(mine, theirs, rtol=1e-3 if ON_HOPPER else None, atol=1e-3 if ON_HOPPER else None)
 
 
-def test_without_the_package_it_is_not_offered(kernel):
-    assert not kernel.supports_flash(128, torch.bfloat16, torch.device("cpu"))
+@pytest.mark.parametrize("package", ["flash_attn_4_of_nobody", "flash_attn_4_of_nobody.cute"])
+def test_without_the_package_it_is_not_offered(kernel, monkeypatch, package):
+    module = kernel.ops.flash
+    monkeypatch.setattr(module, "_fits", lambda *_: True)
+    monkeypatch.setattr(module, "PACKAGE", "torch")
+    assert kernel.supports_flash(128, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(module, "PACKAGE", package)
+    assert not kernel.supports_flash(128, torch.bfloat16, torch.device("cuda"))
+
+
+def test_a_package_that_cannot_be_imported_is_none(kernel, monkeypatch, tmp_path):
+    (tmp_path / "flash_of_another_version").mkdir()
+    (tmp_path / "flash_of_another_version" / "__init__.py").write_text("raise AttributeError('cutlass')")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = kernel.ops.flash
+    monkeypatch.setattr(module, "_fits", lambda *_: True)
+    monkeypatch.setattr(module, "PACKAGE", "flash_of_another_version.cute")
+    assert not kernel.supports_flash(128, torch.bfloat16, torch.device("cuda"))

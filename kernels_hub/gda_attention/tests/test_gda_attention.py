@@ -431,6 +431,29 @@ def test_wrong_inputs_are_named(kernel, change, message):
         kernel.gda_attention(**arguments, out_scale=OUT_SCALE)
 
 
+def test_rows_too_long_for_32_bits_are_refused(kernel, monkeypatch):
+    monkeypatch.setattr(kernel.ops, "_implementation", lambda _: kernel.ops.launch)
+    whole = torch.empty(1, 2**20, 4, 2, 128, dtype=torch.float16, device="meta")
+    arguments = (whole, whole[:, :, :, 0], whole, whole, torch.empty(()), torch.empty(256), None, None)
+    with pytest.raises(ValueError, match="counts to 2"):
+        kernel.ops._check(*arguments)
+    kernel.ops._check(*(each[:, : 2**18] if each.dim() > 2 else each for each in arguments[:6]), None, None)
+
+
+def test_autocast_changes_nothing(kernel, device):
+    inputs = make(1, 9, 9, 1, 2, 16, torch.float32, device)
+    dout = torch.randn(1, 9, 1, 2, 32, device=device)
+    wanted, _ = values_and_gradients(lambda leaves: kernel.gda_attention(*leaves, out_scale=OUT_SCALE), inputs, dout)
+    with torch.autocast(device, torch.bfloat16):
+        found, _ = values_and_gradients(
+            lambda leaves: kernel.gda_attention(*leaves, out_scale=OUT_SCALE), inputs, dout
+        )
+        token = [each[:, :1] if index < 2 else each for index, each in enumerate(inputs)]
+        assert kernel.gda_decode(*token, out_scale=OUT_SCALE).dtype == torch.float32
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_the_reference_is_exact_in_float64(kernel):
     if INTERPRETED or ON_GPU:
         pytest.skip("runs where the operators are plain torch")

@@ -54,6 +54,7 @@ def _check(signal_query, noise_query, key, value, lambda_, weight, first, last) 
         )
     if _implementation(key) is launch and (dim not in DIMS or key.dtype not in DTYPES):
         raise ValueError(f"the kernel takes head dimensions {DIMS} in half or single precision, not {dim} {key.dtype}")
+    _check_places(signal_query, noise_query, key, value)
     if (first is None) != (last is None):
         raise ValueError("give both first and last, or neither for causal order")
     for name, bound in (("first", first), ("last", last)):
@@ -61,6 +62,20 @@ def _check(signal_query, noise_query, key, value, lambda_, weight, first, last) 
             raise ValueError(f"{name} must be ({batch} or 1, {tokens}), got {tuple(bound.shape)}")
     if first is not None and first.shape != last.shape:
         raise ValueError(f"first and last differ in shape: {tuple(first.shape)} and {tuple(last.shape)}")
+
+
+def _check_places(signal_query, noise_query, key, value) -> None:
+    """Within a row the kernels count elements in 32 bits."""
+    tokens, groups, ratio, dim = signal_query.shape[1:]
+    largest = max(
+        tokens * groups * (ratio + 1) * 2 * dim,
+        *(each.shape[1] * each.stride(1) for each in (signal_query, noise_query, key, value)),
+    )
+    if _implementation(key) is launch and largest >= 2**31:
+        raise ValueError(
+            f"{tokens} queries and {key.shape[1]} keys make rows of {largest} elements, and the kernel counts to 2^31: "
+            "give the queries in parts, each with the keys so far"
+        )
 
 
 def supports(dim: int, dtype: torch.dtype, ratio: int, device: torch.device) -> bool:
@@ -107,9 +122,10 @@ def _forward(
     function = implementation.forward
     if forward == "flash":
         function = partial(flash.forward, implementation.finish)
-    return function(
-        signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training
-    )
+    with torch.autocast(key.device.type, enabled=False):
+        return function(
+            signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale, training
+        )
 
 
 @_forward.register_fake
@@ -149,9 +165,23 @@ def _backward(
     function = implementation.backward
     if backward == "flash":
         function = partial(flash.backward, implementation.epilogue_backward)
-    return function(
-        dout, signal_query, noise_query, key, value, lambda_, weight, first, last, raw, lse, scaling, eps, out_scale
-    )
+    with torch.autocast(key.device.type, enabled=False):
+        return function(
+            dout,
+            signal_query,
+            noise_query,
+            key,
+            value,
+            lambda_,
+            weight,
+            first,
+            last,
+            raw,
+            lse,
+            scaling,
+            eps,
+            out_scale,
+        )
 
 
 @_backward.register_fake
@@ -173,9 +203,10 @@ def _decode(
     eps: float,
     out_scale: float,
 ) -> torch.Tensor:
-    return _implementation(key).decode(
-        signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale
-    )
+    with torch.autocast(key.device.type, enabled=False):
+        return _implementation(key).decode(
+            signal_query, noise_query, key, value, lambda_, weight, first, last, scaling, eps, out_scale
+        )
 
 
 @_decode.register_fake

@@ -34,12 +34,17 @@ LAYOUT = {
 }  # fmt: skip
 
 
+@cache
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except Exception:  # whatever a package of another version raises on import, it cannot run
+        return False
+
+
 @torch.compiler.assume_constant_result
 def _installed() -> bool:
-    try:
-        return importlib.util.find_spec(PACKAGE) is not None
-    except ImportError:  # no package, or another flash attention of the same name
-        return False
+    return _found(PACKAGE)
 
 
 def _fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,8 +54,8 @@ def _fits(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def available(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these kernels can run: Hopper, half precision, D of 128, and `flash-attn-4` installed."""
-    return _installed() and _fits(dim, dtype, device)
+    """Whether these kernels can run: Hopper, half precision, D of 128, and `flash-attn-4` (4.0.0b36 was tested)."""
+    return _fits(dim, dtype, device) and _installed()
 
 
 @cache
