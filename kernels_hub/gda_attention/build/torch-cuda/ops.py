@@ -73,7 +73,7 @@ def _check_places(signal_query, noise_query, key, value) -> None:
     )
     if _implementation(key) is launch and largest >= 2**31:
         raise ValueError(
-            f"{tokens} queries and {key.shape[1]} keys make rows of {largest} elements, and the kernel counts to 2^31: "
+            f"{tokens} queries and {key.shape[1]} keys make rows of {largest} elements, the kernel counts to 2^31: "
             "give the queries in parts, each with the keys so far"
         )
 
