@@ -46,7 +46,7 @@ from .masks import (
     visible_positions,
 )
 from .one_token import one_token, takes_one_token
-from .visible_intervals import with_growing_padding
+from .visible_intervals import is_intervals, positions_of_intervals, with_growing_padding
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
@@ -421,13 +421,16 @@ class Motif2Attention(nn.Module):
             key: (B, G, 2 or 4, S, D).
             value: (B, G, 2 or 4, S, D).
             mask: as for `forward`.
-            visible: as for `forward`.
+            visible: as for `forward`; made from intervals where these are the mask.
             **kwargs: to the attention backend.
         """
         largest = None
         by_kernel = way is not None and not way.backend
         if by_kernel:
             output, largest = attend_with_kernel(self, signal_query, noise_query, key, value, mask, way)
+        recorded = self.output_norms is not None or (keeps_max_logits(self) and largest is None)
+        if recorded and visible is None and is_intervals(mask):
+            visible = positions_of_intervals(mask, key.shape[3])  # (B, 1, T, S)
         if keeps_max_logits(self) and largest is None:
             update_max_logits(self, signal_query, noise_query, key, visible)
         elif keeps_max_logits(self):
@@ -652,7 +655,9 @@ class Motif2Model(Motif2PreTrainedModel):
         mask_arguments = (self.config, inputs_embeds, attention_mask, past_key_values)
         documents = document_index(*mask_arguments, position_ids, kwargs)
         masks = attention_masks(*mask_arguments, documents)
-        visible = visible_positions(*mask_arguments, documents) if self._is_recording() else {}
+        visible = {}
+        if self._is_recording() and not all(is_intervals(mask) for mask in masks.values()):
+            visible = visible_positions(*mask_arguments, documents)
         if documents is not None and takes_lengths(self.config):
             kwargs |= packed_lengths(documents, attention_mask, past_key_values)
         if position_ids is None:

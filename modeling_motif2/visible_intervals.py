@@ -135,6 +135,13 @@ def boolean_mask(intervals: torch.Tensor, num_keys: int) -> torch.Tensor:
     return (keys >= torch.minimum(first, last)) & (keys <= last)
 
 
+def positions_of_intervals(intervals: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Returns what intervals (2, B, T) show, (B, 1, T, S) boolean; an empty one shows nothing."""
+    first, last = intervals[:, :, None, :, None]  # (B, 1, T, 1) each
+    keys = torch.arange(num_keys, device=intervals.device)
+    return (keys >= first) & (keys <= last)
+
+
 @lru_cache(maxsize=8)
 def causal_block_mask(tokens: int, keys: int, device: torch.device) -> Any:
     """Returns FlexAttention's block mask of causal order, the last query seeing every key."""

@@ -128,6 +128,33 @@ def test_gradients_through_the_kernel():
     assert called == ["attend"] * 2
 
 
+@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_maximum_logits_and_norms_need_no_square_masks(monkeypatch, side, name):
+    model, plain = with_kernel(name), small_model(dtype=torch.float64, ratio=3)
+    ids = random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[:, slice(0, 5) if side == "left" else slice(7, None)] = 0
+    found = []
+    for each in (plain, model):
+        with monkeypatch.context() as patch:
+            if each is model:
+                patch.setattr(modeling_motif2, "visible_positions", refuse_positions)
+            with torch.no_grad(), record_attention(each) as statistics:
+                each(ids, attention_mask=mask)
+            track_max_logits(each)
+            each(ids, attention_mask=mask)
+        logits = torch.stack([layer.max_logits for layer in attention_modules(each)])
+        found.append((logits, torch.tensor([layer.noise_share for layer in statistics])))
+    assert torch.isfinite(found[0][0]).all()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def refuse_positions(*_):
+    raise AssertionError("masks of queries by keys were made")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_kernel_gives_the_maximum_logits(side):
     model = with_kernel()
