@@ -14,7 +14,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from . import hopper_forward, hopper_kernels
-except ImportError:
+except (ImportError, AttributeError):  # no Gluon, or another one
     hopper_kernels = None
 
 LOG2_E = math.log2(math.e)
