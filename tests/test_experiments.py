@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.experiments import __main__ as entry
 from benchmarks.experiments import sharing
 from benchmarks.experiments.curves import summarise
 from benchmarks.experiments.figure import arm_curves
@@ -116,6 +117,8 @@ def test_other_seeds_follow_at_the_best_learning_rate():
     assert names(recipe.runs({})) == [*sweep, ("b", 0, 1), ("b", 0, 2)]
     records = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0))}
     assert names(recipe.runs(records)) == [*sweep, ("a", 1, 1), ("b", 0, 1), ("a", 1, 2), ("b", 0, 2)]
+    both = [*sweep, ("a", 1, 1), ("b", 0, 1), ("a", 1, 2), ("b", 0, 2), ("a", 0, 1), ("a", 0, 2)]
+    assert names(make_recipe(all_rates=True).runs(records)) == both
     diverged = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0, DIVERGED))}
     assert names(recipe.runs(diverged)) == [*sweep, ("a", 0, 1), ("b", 0, 1), ("a", 0, 2), ("b", 0, 2)]
 
@@ -242,6 +245,43 @@ def test_report_pairs_runs_by_seed_and_fills_the_page(tmp_path):
     assert (tmp_path / "example.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("seeds", "answer", "sentence"),
+    [
+        (1, "| one seed | too few seeds |", "-0.5000 on one seed, which shows nothing."),
+        (2, "| too few seeds |", "-0.4950 on 2 seeds, too few to call it a difference (-0.5585 to -0.4315)."),
+        (3, "| yes |", "better by 0.4900 (-0.5148 to -0.4652)."),
+    ],
+)
+def test_fewer_than_three_seeds_are_no_difference_however_narrow_the_interval(tmp_path, seeds, answer, sentence):
+    recipe = make_recipe(sweep=[{"learning_rate": 1.0}])
+    results = Results(tmp_path)
+    for seed in range(seeds):
+        results.add(record(recipe, "a", 0, seed, 2.0 + seed))
+        results.add(record(recipe, "b", 0, seed, 1.5 + 1.01 * seed))
+    text = report(recipe, results, tmp_path)
+    assert answer in text
+    assert f"- **B** against A: loss, mean: {sentence}" in text
+
+
+def test_what_is_made_afresh_wants_a_folder_of_its_own(capsys):
+    recipe = ["--recipe", str(RECIPES[0]), "--afresh"]
+    for folder in ([], ["--results", str(entry.KEPT)]):
+        with pytest.raises(SystemExit):
+            entry.main(recipe + folder)
+        assert "--afresh" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("afresh", [False, True])
+def test_finished_runs_are_taken_over_unless_all_are_made_afresh(tmp_path, monkeypatch, afresh):
+    recipe = make_recipe()
+    for point in (0, 1):
+        Results(tmp_path / "kept" / "other").add(record(recipe, "a", point, 0, 3.0))
+    monkeypatch.setattr(entry, "KEPT", tmp_path / "kept")
+    arguments = entry.parse(["--recipe", "-", "--results", str(tmp_path / "new")] + ["--afresh"] * afresh)
+    assert len(entry.to_adopt(arguments)) == (0 if afresh else 1)
+
+
 def test_report_takes_the_best_rate_once_it_has_all_seeds_and_keeps_the_other(tmp_path):
     arms = {"a": {"label": "A"}, "b": {"label": "B", "settings": {"weight_decay": 0.0}}}
     recipe = make_recipe(arms=arms, seeds=[0, 1])
@@ -280,7 +320,7 @@ def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_pa
         results.add(cut | {"tokens": 500, "curve": [(0, "heldout_mean", 9.0), (500, "heldout_mean", 2.0 + seed)]})
     text = report(recipe, results, tmp_path)
     assert "those after 0.0M tokens" in text
-    assert "| B | A | loss, mean | 2 | -0.5000 | -6.8530 to +5.8530 | no |" in text
+    assert "| B | A | loss, mean | 2 | -0.5000 | -6.8530 to +5.8530 | too few seeds |" in text
     assert [run.arm for run in recipe.runs(results.finished) if run.key not in results.finished] == ["b", "b"]
 
 
@@ -479,7 +519,7 @@ def test_two_workers_make_all_runs_once(tmp_path):
     for arm in ("softmax", "differential", "gda"):
         own = [row for row in rows if row["arm"] == arm]
         first = {row["learning_rate"] for row in own if row["seed"] == "0"}
-        assert (first, len(own)) == ({"0.004", "0.008"}, 3)  # and the second seed at the best rate
+        assert (first, len(own)) == ({"0.004", "0.008"}, 4)  # two seeds at each rate
     assert {row["worker"] for row in rows} == {"0", "1"}
     assert not list((tmp_path / "work" / "runs").iterdir())
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

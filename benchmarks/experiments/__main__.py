@@ -6,9 +6,11 @@
         all runs of these recipes, those of the first one first; the same command again makes only what is missing
     python -m benchmarks.experiments --recipe recipes/experiments/attention.yaml --report
         tables, verdicts and figure from the results, into the recipe's page
+    python -m benchmarks.experiments --recipe recipes/experiments/attention.yaml --afresh --results FOLDER
+        every run again, whatever is in the repository
 
 Results lie in FOLDER/<recipe>/runs.csv and curves.csv, with FOLDER as --results says. A run whose settings are there, or
-in benchmarks/results/experiments, for whichever recipe, is finished; one that was cut by --seconds is there as far as it
+in benchmarks/results/experiments, for whichever recipe, is finished (with --afresh: only what is in FOLDER/<recipe>); one that was cut by --seconds is there as far as it
 came, and made anew by the next call. Small models leave a GPU idle most of the time, so several processes share it, at
 the same time where NVIDIA's MPS runs. A recipe's keys are explained in benchmarks/experiments/recipe.py.
 """  # noqa: E501
@@ -94,12 +96,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="try everything in miniature; results in runs/")
     parser.add_argument("--report", action="store_true", help="make no run: tables, verdicts and figures only")
     parser.add_argument("--merge", metavar="FOLDER", help="make no run: take another machine's results into --results")
+    parser.add_argument(
+        "--afresh", action="store_true", help="take over no finished run from the repository; needs --results"
+    )
     parser.add_argument("--list", action="store_true", help="make no run: name those that are known by now")
     arguments = parser.parse_args(argv)
     if arguments.workers_per_gpu < 1 or arguments.gpus < 0:
         parser.error(
             f"--gpus {arguments.gpus} --workers_per_gpu {arguments.workers_per_gpu}: use 0 or more, 1 or more"
         )
+    if arguments.afresh and not arguments.results:
+        parser.error("--afresh needs --results with a folder of its own")
+    if arguments.afresh and Path(arguments.results).resolve() == KEPT:
+        parser.error(f"--afresh with --results {arguments.results}: its runs are finished, name another folder")
     usual = Path(os.environ["OUT"]) / "experiments" if os.environ.get("OUT") else KEPT
     arguments.results = arguments.results or (TINY_FOLDER if arguments.tiny else usual)
     arguments.work = arguments.work or (TINY_FOLDER if arguments.tiny else ROOT / "runs" / "experiments")
@@ -125,7 +134,7 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
     """Train what is missing."""
     started = time.monotonic()
     results = {recipe.name: Results(folder / recipe.name) for recipe in recipes}
-    others = [*all_results(KEPT), *all_results(folder), *results.values()]
+    others = [*to_adopt(arguments), *results.values()]
     commit = current_commit()
 
     def next_runs() -> list[Run]:
@@ -168,6 +177,11 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
     say(f"{outcome.finished} runs finished, {outcome.cut} cut, {failed} failed, {left} not begun")
     say(f"{tokens / 1e6:.1f}M tokens in all finished runs; results in {folder}")
     return outcome
+
+
+def to_adopt(arguments: argparse.Namespace) -> list[Results]:
+    """Results whose finished runs are taken over."""
+    return [] if arguments.afresh else [*all_results(KEPT), *all_results(Path(arguments.results))]
 
 
 def current_commit() -> str:

@@ -174,6 +174,7 @@ class Recipe:
         arms: by name; the first is the baseline.
         sweep: learning rates, as lists of settings; the one with the lowest held-out loss on the first seed is each
             arm's. Empty: those in `pretrain`.
+        all_rates: every arm has all seeds at every learning rate, not at its best one only.
         measures: rows of the table.
         compared: measures of which differences are shown; the first is what the verdict is about. Empty: the first of
             `measures`.
@@ -198,6 +199,7 @@ class Recipe:
     decay_share: float = 0.3
     annealing_share: float = 0.0
     sweep: list[dict] = field(default_factory=list)
+    all_rates: bool = False
     lower_is_better: bool = True
     compared: list[str] = field(default_factory=list)
     plot: list[str] = field(default_factory=lambda: ["heldout_mean"])
@@ -292,21 +294,20 @@ class Recipe:
         """All runs that are known by now, the most important first.
 
         First every arm on the first seed, at each of its learning rates; once an arm has been tried at all of them,
-        the other seeds at its best one.
+        the other seeds at its best one. Where `all_rates` is set, the other seeds at the other rates follow.
 
         Args:
             records: of finished runs, by key.
         """
-        chosen = {arm: self.best_point(arm, records) if len(self.points(arm)) > 1 else 0 for arm in self.arms}
         tried = max(len(self.points(arm)) for arm in self.arms)
-        sweep = [
-            self.run(arm, point, self.seeds[0])
-            for point in range(tried)
-            for arm in self.arms
-            if point < len(self.points(arm))
+        pairs = [(arm, point) for point in range(tried) for arm in self.arms if point < len(self.points(arm))]
+        best = {arm: self.best_point(arm, records) if len(self.points(arm)) > 1 else 0 for arm in self.arms}
+        chosen = [(arm, point) for arm, point in best.items() if point is not None]
+        others = [pair for pair in pairs if pair not in chosen] if self.all_rates else []
+        first, *later = self.seeds
+        return [self.run(arm, point, first) for arm, point in pairs] + [
+            self.run(arm, point, seed) for wanted in (chosen, others) for seed in later for arm, point in wanted
         ]
-        known = {arm: point for arm, point in chosen.items() if point is not None}
-        return sweep + [self.run(arm, point, seed) for seed in self.seeds[1:] for arm, point in known.items()]
 
     def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
         """Number of the learning rate with the lowest held-out loss on the first seed; None before all are tried."""

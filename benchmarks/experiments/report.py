@@ -17,6 +17,7 @@ from benchmarks.experiments.sharing import MPS, SLICES
 # 97.5% points of Student's t by degrees of freedom: the half width of a 95% interval in standard errors.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 ONE_SEED = "one seed"
+LEAST_SEEDS = 3  # pairs below which nothing is called a difference, whatever the interval
 # Columns that a run has at its end only.
 _MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
@@ -226,17 +227,18 @@ def differences(recipe: Recipe, chosen: Mapping[str, dict[int, dict]], results: 
                 if not pairs:
                     continue
                 mean, half = interval(pairs)
-                shown = not math.isnan(half) and abs(mean) > half
+                enough = len(pairs) >= LEAST_SEEDS
+                shown = enough and abs(mean) > half
                 runs = chosen[arm], chosen[baseline], results
                 shares = [
                     spent_to_equal(*runs, compute) if index == 0 else "" for compute in (False, True)[: 1 + grown]
                 ]
                 bounds = ONE_SEED if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}"
                 names = f"{recipe.arms[arm].label} | {recipe.arms[baseline].label} | {title(measure)}"
-                answer = "yes" if shown else "no"
+                answer = "yes" if shown else "no" if enough else "too few seeds"
                 lines.append(f"| {names} | {len(pairs)} | {mean:+.4f} | {bounds} | {answer} | {' | '.join(shares)} |")
                 if index == 0:
-                    verdicts.append(verdict(recipe, arm, baseline, mean, bounds, shown))
+                    verdicts.append(verdict(recipe, arm, baseline, pairs, bounds, shown))
     return [*lines, "", *(f"- {text}" for text in verdicts)]
 
 
@@ -246,11 +248,14 @@ def paired(records: Mapping[int, dict], baseline: Mapping[int, dict], measure: s
     return [own[seed] - other[seed] for seed in own if seed in other]
 
 
-def verdict(recipe: Recipe, arm: str, baseline: str, mean: float, bounds: str, shown: bool) -> str:
+def verdict(recipe: Recipe, arm: str, baseline: str, pairs: list[float], bounds: str, shown: bool) -> str:
     """One sentence on the first measure compared."""
     names = f"**{recipe.arms[arm].label}** against {recipe.arms[baseline].label}: {title(recipe.compared[0])}"
+    mean = statistics.mean(pairs)
     if bounds == ONE_SEED:
         return f"{names}: {mean:+.4f} on one seed, which shows nothing."
+    if len(pairs) < LEAST_SEEDS:
+        return f"{names}: {mean:+.4f} on {len(pairs)} seeds, too few to call it a difference ({bounds})."
     if not shown:
         return f"{names}: no difference shown ({mean:+.4f}, {bounds})."
     better = (mean < 0) == recipe.lower_is_better
