@@ -147,6 +147,7 @@ class TestMergedProjections:
         for one, other in zip(attention_modules(model), attention_modules(reference), strict=True):
             torch.testing.assert_close(one.max_logits, other.max_logits)
 
+    @pytest.mark.slow
     def test_compiled_layers_have_one_product_for_the_three(self):
         products = []
 

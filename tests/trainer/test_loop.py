@@ -285,6 +285,7 @@ def test_precision_may_differ_between_runs_of_one_process(make_config, tmp_path)
     assert trainer.loop.AcceleratorState._shared_state == {}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_tensor_parallelism_trains_resumes_and_exports_as_one_rank(make_config, tmp_path, monkeypatch):
     """Two ranks share each layer and the same rows; the run is cut after a checkpoint and goes on."""
