@@ -17,9 +17,8 @@ def _fresh_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("backend", "tracked"), [pytest.param("eager", False, marks=pytest.mark.slow), ("sdpa", True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "tracked"), [("eager", False), ("sdpa", True)])
 def test_the_decoder_layer_is_one_graph(backend, tracked):
     model = small_model(attention=backend, ratio=3, layers=1)
     track_max_logits(model, tracked)

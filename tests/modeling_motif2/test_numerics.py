@@ -75,6 +75,7 @@ def train(seed: int, autocast: bool, steps: int = 30) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_float32():
     wide, half = train(0, autocast=False), train(0, autocast=True)
     assert wide[-1] < 0.5 * wide[0]

@@ -33,7 +33,7 @@ def plain_and_streamed_mean(rank: int, num_ranks: int, folder: Path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_streamed_mean_is_the_plain_mean(tmp_path, monkeypatch, num_ranks):
     monkeypatch.setattr(trainer.averaging, "BYTES_AT_ONCE", 5000)  # several portions
     if num_ranks == 1:

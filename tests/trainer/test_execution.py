@@ -230,6 +230,7 @@ class TestCompilation:
         for one, other in zip(attention_modules(model), attention_modules(reference), strict=True):
             torch.testing.assert_close(one.max_logits, other.max_logits)
 
+    @pytest.mark.slow
     def test_layers_with_the_attention_kernel_share_their_code(self):
         model, reference = small_model(4), small_model(4)
         for each in (model, reference):

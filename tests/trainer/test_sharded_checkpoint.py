@@ -152,7 +152,7 @@ def save_and_wait(checkpoints, model, optimizer, step: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_ranks_give_up_a_checkpoint_that_one_cannot_write(tmp_path, asynchronous):
     results = run_distributed(save_while_one_rank_has_no_room, 2, tmp_path, asynchronous)
     for (message, left), blamed in zip(results, ("rank 1: [Errno 28]", "[Errno 28]"), strict=True):

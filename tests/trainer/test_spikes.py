@@ -98,6 +98,7 @@ def test_a_spike_rewinds_and_skips_the_batches(make_config, monkeypatch):
     assert not any("rewinds" in entry for entry in steps[5:])
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_rewind_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
     whole, cut = (make_config(output_dir=str(tmp_path / name), **SPIKY) for name in ("whole", "cut"))
     with monkeypatch.context() as patch:
