@@ -78,7 +78,7 @@ def use_polynorm(
         training: refuse a kernel that has no backward, and check that training runs it, not inference only.
         revision: commit, tag or branch on the Hub for "official" and "hub"; version 1 by default.
         lockfile: file written by `kernels lock`; commit and content of a kernel from the Hub must be those in it.
-            "auto" then takes only what is locked.
+            "auto" then takes only what is locked. None or "" is none.
         trust_remote_code: load kernels from publishers whom the Hub does not list as trusted.
 
     Returns:
@@ -91,7 +91,7 @@ def use_polynorm(
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
-    if lockfile is not None and source == "torch":
+    if lockfile and source == "torch":
         raise ValueError(f"{lockfile} locks kernels, and source is 'torch', which loads none: give no lock file")
     modules = _replaceable_modules(model)
     candidates = [] if source == "torch" else [source]
@@ -102,7 +102,7 @@ def use_polynorm(
             candidates, refused = [], ["no GPU in this process"]
     options = {
         "revision": revision,
-        "lockfile": None if lockfile is None else Path(lockfile),
+        "lockfile": Path(lockfile) if lockfile else None,
         "trust_remote_code": trust_remote_code,
     }
     loaded, chosen = None, "torch"

@@ -163,8 +163,7 @@ def build_reinforce_trainer(
     """TRL's trainer of the method, on arithmetic, with MuonClip and the kernels."""
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
     set_stop_tokens(model, tokenizer)
-    trust = {"lockfile": config.kernels_lock or None, "trust_remote_code": config.trust_kernels}
-    use_polynorm(model, source=config.kernels, training=True, **trust)
+    use_polynorm(model, config.kernels, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
     problems = generate_problems(config.seed, config.num_problems)
     common = {
         "model": model,

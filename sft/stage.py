@@ -200,8 +200,7 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
         )
     set_stop_tokens(model, tokenizer)
     model.config.use_cache = False
-    trust = {"lockfile": config.kernels_lock or None, "trust_remote_code": config.trust_kernels}
-    use_polynorm(model, source=config.kernels, training=True, **trust)
+    use_polynorm(model, config.kernels, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
     if config.attn_implementation in ATTENTIONS:
         use_gda_attention(model, attn_implementation=config.attn_implementation)
     track_max_logits(model, only_with_grad=True)

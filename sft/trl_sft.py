@@ -141,8 +141,7 @@ def _load_model(
     arguments.model_init_kwargs = None  # used up: the trainer gets a model, not a name
     loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
     set_stop_tokens(loaded, tokenizer)
-    trust = {"lockfile": motif2.kernels_lock or None, "trust_remote_code": motif2.trust_kernels}
-    use_polynorm(loaded, source=motif2.kernels, training=True, **trust)
+    use_polynorm(loaded, motif2.kernels, lockfile=motif2.kernels_lock, trust_remote_code=motif2.trust_kernels)
     if model.attn_implementation in ATTENTIONS:
         use_gda_attention(loaded, attn_implementation=model.attn_implementation)
     return loaded

@@ -118,8 +118,8 @@ class _Run:
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)
         self.measurements = Measurements(config, accelerator, model.config)
-        trust = {"lockfile": config.kernels_lock, "trust_remote_code": config.trust_kernels}
-        use_polynorm(model.to(accelerator.device), config.polynorm, **trust)  # refuses a kernel that does not run
+        model.to(accelerator.device)
+        use_polynorm(model, config.polynorm, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
         model = split_layers(config, accelerator, model)
         self.model, self.optimizer = prepare(config, accelerator, model, build_optimizer(config, model))
         self.step = TrainStep(

@@ -273,6 +273,12 @@ def test_a_locked_kernel_loads_and_a_changed_one_does_not(model, cached_reposito
         kernels_hub.use_polynorm(model, "hub", lockfile=lockfile)
 
 
+@pytest.mark.parametrize("lockfile", [None, ""])
+def test_no_lock_file_locks_nothing(model, lockfile):
+    assert kernels_hub.use_polynorm(model, "torch", lockfile=lockfile).source == "torch"
+    assert kernels_hub.use_polynorm(model, "local", lockfile=lockfile).source == "local"
+
+
 def test_a_kernel_that_is_not_locked_is_an_error(model, tmp_path):
     (tmp_path / "kernels.lock").write_text("[]")
     with pytest.raises(ValueError, match=r"does not lock motif2/polynorm"):
