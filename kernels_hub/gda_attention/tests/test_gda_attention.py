@@ -1,5 +1,8 @@
 """The kernels against a float64 reference written from the definition: values, gradients, masks, compilation."""
 
+import warnings
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -247,6 +250,57 @@ def test_other_inputs_go_through_triton_on_hopper(kernel, device, launches, case
 def test_outside_hopper_the_passes_are_tritons(kernel, device, launches):
     assert_matches(kernel, make(1, 17, 17, 1, 2, 16, torch.float32, device))
     assert launches == ["passes"]
+
+
+def refuse(*_, **__):
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch has no launches")
+def test_where_kernels_in_gluon_fail_tritons_run(kernel, device, poisoned, launches, monkeypatch):
+    """Both directions change over at the first failure, say so once, and do not try again."""
+    module = kernel.ops.launch.hopper_passes
+    monkeypatch.setattr(module, "usable", True)
+    for name, changed in {"FORWARD": True, "suits": lambda *_: True, "forward": refuse, "Passes": refuse}.items():
+        monkeypatch.setattr(module, name, changed)
+    inputs = make(1, 5, 5, 1, 1, 16, torch.float32, device)
+    with pytest.warns(UserWarning, match="Triton's do from now on: RuntimeError: no such instruction") as said:
+        assert_matches(kernel, inputs)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_matches(kernel, inputs)
+    assert launches == ["passes"] * 2
+    monkeypatch.setattr(module, "FORWARD", False)  # the backward is the first to fail
+    monkeypatch.setattr(module, "usable", True)
+    with pytest.warns(UserWarning, match="no such instruction"):
+        assert_matches(kernel, inputs)
+    assert not module.usable
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="plain torch has no launches")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_gluon_is_raised(kernel, monkeypatch, error):
+    module = kernel.ops.launch.hopper_passes
+    monkeypatch.setattr(module, "usable", True)
+
+    def work():
+        raise error
+
+    with pytest.raises(error):
+        module.attempt(work)
+    assert module.usable
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("failing", ["query_kernel", "key_kernel", "value_kernel"])
+def test_a_pass_that_fails_on_hopper_leaves_nothing_behind(kernel, device, poisoned, launches, monkeypatch, failing):
+    module = kernel.ops.launch.hopper_passes
+    monkeypatch.setattr(module, "usable", True)
+    monkeypatch.setattr(module.hopper_kernels, failing, defaultdict(lambda: refuse))
+    with pytest.warns(UserWarning, match="Triton's do from now on"):
+        assert_matches(kernel, make(2, 300, 300, 2, 3, 128, torch.bfloat16, device))
+    assert launches[-1] == "passes"
 
 
 @pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="the backward in plain torch keeps no maps")

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cuda_69d68d1
+ops = torch.ops._gda_attention_cuda_0de6bbe
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cuda_69d68d1::{op_name}"
+    return f"_gda_attention_cuda_0de6bbe::{op_name}"

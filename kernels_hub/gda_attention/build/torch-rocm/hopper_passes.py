@@ -4,6 +4,8 @@ Shapes: B rows, T queries and keys, G groups, r signal heads a group, D head dim
 """
 
 import math
+import warnings
+from collections.abc import Callable
 
 import torch
 import triton
@@ -21,6 +23,7 @@ LOG2_E = math.log2(math.e)
 BLOCK = 128  # queries and keys of a block of dS, queries of a tile of the forward
 FORWARD = False  # whether the forward is used: not before it has been timed beside Triton's
 FORWARD_RINGS = {"BLOCK_N": 64, "KEY_STAGES": 3, "VALUE_STAGES": 3, "BY_TILE": True}
+usable = True  # until a launch fails
 
 
 def suits(signal_query, noise_query, key, value) -> bool:
@@ -41,6 +44,25 @@ def suits(signal_query, noise_query, key, value) -> bool:
         and each.stride(1) >= _width(each)
         for each in (signal_query, noise_query, key, value)
     )
+
+
+def attempt(work: Callable):
+    """Result of `work`, whose launches are of these kernels; None where one fails, or has failed in this process.
+
+    A compiler or driver of another version may refuse them. Memory that ran out is the caller's matter.
+    """
+    global usable
+    if not usable:
+        return None
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever they raise
+        usable = False
+        said = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        warnings.warn(f"attention's kernels in Gluon do not run here, Triton's do from now on: {said}", stacklevel=2)
+        return None
 
 
 def _width(tensor: torch.Tensor) -> int:

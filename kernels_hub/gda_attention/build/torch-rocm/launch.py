@@ -4,7 +4,7 @@ Shapes: B rows, T queries, S keys, G groups, r signal heads a group, D head dime
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ def forward(
     """out (B, T, G, r, 2D), raw (B, T, H or G, 2D), lse (B, H, T) in base 2, max_logits (G, r + 1).
 
     The H = G * (r + 1) heads are the signal heads of all groups, then the noise heads; without `training` raw is of
-    these alone. With `tiles` by the Triton kernel, else on Hopper by the one written for it where it suits.
+    these alone. With `tiles` by the Triton kernel, else on Hopper by the one written for it where it suits and runs.
     """
     batch, tokens, groups, ratio, dim = signal_query.shape
     states = _unit_rows(signal_query, noise_query, key, value)
@@ -124,10 +124,10 @@ def forward(
         return out, raw, lse, lse.new_full((groups, ratio + 1), -torch.inf)
     arguments = (*states, lambda_, weight, raw, out, lse, scaling, eps, out_scale)
     with torch.cuda.device_of(key):
-        causal = first is None and tokens == key.shape[1]
+        causal, largest = first is None and tokens == key.shape[1], None
         if tiles is None and causal and hopper_passes.FORWARD and hopper_passes.suits(*states):
-            largest = hopper_passes.forward(*arguments)
-        else:
+            largest = hopper_passes.attempt(lambda: hopper_passes.forward(*arguments))
+        if largest is None:
             tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
             largest = _forward(*arguments, *_intervals(first, last, lse), tiles)
     largest = largest.amax(dim=(0, 2)) / LOG2_E
@@ -242,42 +242,50 @@ def backward(
 ):  # fmt: skip
     """[dsignal_query, dnoise_query, dkey, dvalue, dlambda, dweight], contiguous, in the types of the inputs.
 
-    With `tiles` by the Triton kernels, else on Hopper by those written for it where they suit.
+    With `tiles` by the Triton kernels, else on Hopper by those written for it where they suit and run.
     """
-    batch, tokens, groups, ratio, dim = signal_query.shape
-    num_keys = key.shape[1]
-    signal_query, noise_query, key, value = _unit_rows(signal_query, noise_query, key, value)
-    states = signal_query, noise_query, key, value
-    gradients = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in states]
+    states = _unit_rows(signal_query, noise_query, key, value)
     if dout.numel() == 0:
-        return [each.zero_() for each in (*gradients, torch.empty_like(lambda_), torch.empty_like(weight))]
-    triangular = first is None and tokens == num_keys
-    by_hand = tiles is None and triangular and hopper_passes.suits(*states)
-    tiles = tiles or plan(dim, key.element_size(), key.device)
-    edge = hopper_passes.BLOCK if by_hand else tiles.query.queries
-    blocks = triton.cdiv(tokens, edge), triton.cdiv(num_keys, edge)
+        return [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (*states, lambda_, weight)]
+    triangular, gradients = first is None and signal_query.shape[1] == key.shape[1], None
+    with torch.cuda.device_of(key):
+        draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
+        arguments = (triangular, *states, draw, lse, delta, scaling)
+        if tiles is None and triangular and hopper_passes.suits(*states):
+            gradients = hopper_passes.attempt(
+                lambda: _in_parts(hopper_passes.Passes, hopper_passes.BLOCK, *arguments)
+            )  # fmt: skip
+        if gradients is None:
+            tiles = tiles or plan(key.shape[-1], key.element_size(), key.device)
+            options = {"intervals": _intervals(first, last, lse), "tiles": tiles, "triangular": triangular}
+            gradients = _in_parts(partial(passes.Passes, **options), tiles.query.queries, *arguments)
+    return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
+
+
+def _in_parts(
+    make_passes, edge, triangular, signal_query, noise_query, key, value, draw, lse, delta, scaling
+) -> list[torch.Tensor]:
+    """[dsignal_query, dnoise_query, dkey, dvalue] by passes whose blocks of dS have `edge` queries and keys."""
+    batch, tokens, groups, ratio = signal_query.shape[:4]
+    states = signal_query, noise_query, key, value
+    gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in states]
+    blocks = triton.cdiv(tokens, edge), triton.cdiv(key.shape[1], edge)
     block_bytes = edge * edge * (ratio + 1) * key.element_size()
     limits = TOGETHER_BYTES // block_bytes, SCRATCH_BYTES // block_bytes
     cut = parts(batch * groups, *blocks, triangular, *limits)
     in_ranges, dkey = cut[0].blocks < blocks[0], gradients[2]
     dkey_sum = dkey.new_empty(dkey.shape, dtype=torch.float32) if in_ranges else dkey
     dmaps = key.new_empty((max(part.groups * part.size for part in cut) * (ratio + 1) * edge, edge))
-    with torch.cuda.device_of(key):
-        draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
-        arguments = (*states, draw, lse, delta, dmaps, gradients, scaling)
-        if by_hand:
-            chosen = hopper_passes.Passes(*arguments)
-        else:
-            chosen = passes.Passes(*arguments, _intervals(first, last, lse), tiles, triangular)
-        for part in cut:
-            base = part.first_block * (part.first_block + 1) // 2 if triangular else part.first_block * blocks[1]
-            where = (*part[:4], base, part.size)
-            chosen.query(where)
-            chosen.key_sum(where, dkey_sum, part.first_block > 0)
-        chosen.value_sum()
+    chosen = make_passes(*states, draw, lse, delta, dmaps, gradients, scaling)
+    for part in cut:
+        base = part.first_block * (part.first_block + 1) // 2 if triangular else part.first_block * blocks[1]
+        where = (*part[:4], base, part.size)
+        chosen.query(where)
+        chosen.key_sum(where, dkey_sum, part.first_block > 0)
+    chosen.value_sum()
     if in_ranges:
         dkey.copy_(dkey_sum)
-    return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
+    return gradients
 
 
 def decode(
