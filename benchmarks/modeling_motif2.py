@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from modeling_motif2 import Motif2Config, Motif2ForCausalLM, modeling_motif2  # noqa: E402
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM, attention, modeling_motif2  # noqa: E402
 from modeling_motif2.diagnostics import attention_modules, track_max_logits  # noqa: E402
 from tests.modeling_motif2.reference import reference_logits  # noqa: E402
 
@@ -90,10 +90,10 @@ def commit() -> str:
 def attending_with(model: torch.nn.Module, backend: str) -> Iterator[None]:
     """Runs the block with one of `BACKENDS`."""
     name, wide, kernel = BACKENDS[backend]
-    before = set(modeling_motif2.WIDE_VALUE_BACKENDS)
-    modeling_motif2.WIDE_VALUE_BACKENDS.discard(name)
+    before = set(attention.WIDE_VALUE_BACKENDS)
+    attention.WIDE_VALUE_BACKENDS.discard(name)
     if wide:
-        modeling_motif2.WIDE_VALUE_BACKENDS.add(name)
+        attention.WIDE_VALUE_BACKENDS.add(name)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = name
@@ -101,8 +101,8 @@ def attending_with(model: torch.nn.Module, backend: str) -> Iterator[None]:
         with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
             yield
     finally:
-        modeling_motif2.WIDE_VALUE_BACKENDS.clear()
-        modeling_motif2.WIDE_VALUE_BACKENDS.update(before)
+        attention.WIDE_VALUE_BACKENDS.clear()
+        attention.WIDE_VALUE_BACKENDS.update(before)
 
 
 def available(device: torch.device) -> list[str]:

@@ -20,9 +20,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .attention import lambda_init
 from .configuration_motif2 import Motif2Config
 from .growth_plan import Growth, tensor_shapes
-from .modeling_motif2 import lambda_init
 
 BLOCK_ELEMENTS = 2**23
 # Below this length of both lambda vectors (assumption) they give no direction, and are set anew.

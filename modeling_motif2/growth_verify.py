@@ -26,7 +26,8 @@ from .configuration_motif2 import Motif2Config
 from .growth_files import CheckpointReader, one_line
 from .growth_plan import Growth
 from .growth_rules import expand_heads, output_head_map, row_blocks
-from .modeling_motif2 import Motif2Model, Motif2RotaryEmbedding
+from .layers import Motif2RotaryEmbedding
+from .modeling_motif2 import Motif2Model
 
 EXACT_BOUND = 1e-12
 # Times what rounding the source's weights does (assumption): of copies only the last one's rounding is left, so growth

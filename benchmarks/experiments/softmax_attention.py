@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
-from modeling_motif2.modeling_motif2 import Motif2AttentionStream, Motif2RMSNorm, rotate
+from modeling_motif2.attention import Motif2AttentionStream
+from modeling_motif2.layers import Motif2RMSNorm, rotate
 
 
 class SoftmaxConfig(Motif2Config):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
-from modeling_motif2 import attention_choice, modeling_motif2
+from modeling_motif2 import attention, attention_choice, modeling_motif2
 from modeling_motif2.attention_choice import (
     FLASH,
     FLASH_BACKWARD,
@@ -393,7 +393,7 @@ def test_measuring_inside_a_checkpointed_layer(monkeypatch):
         names.append(sorted(choice.milliseconds))
         return WAYS[choice.name]
 
-    monkeypatch.setattr(modeling_motif2, "choose", choose)
+    monkeypatch.setattr(attention, "choose", choose)
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert names[0] == ["kernel", "sdpa"]
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import StaticCache
 
-import modeling_motif2.modeling_motif2
+from modeling_motif2 import attention, modeling_motif2
 from modeling_motif2.diagnostics import (
     attention_modules,
     attention_statistics,
@@ -193,8 +193,9 @@ def test_nothing_is_computed_while_off(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("diagnostics ran while they are off")
 
-    for name in ("update_max_logits", "update_output_norms", "raise_max_logits", "visible_positions"):
-        monkeypatch.setattr(modeling_motif2.modeling_motif2, name, refuse)
+    monkeypatch.setattr(modeling_motif2, "visible_positions", refuse)
+    for name in ("update_max_logits", "update_output_norms", "raise_max_logits"):
+        monkeypatch.setattr(attention, name, refuse)
     model = small_model(attention="sdpa")
     model(random_ids(1, 6), labels=random_ids(1, 6)).loss.backward()
     model.generate(random_ids(1, 6), max_new_tokens=2)

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from modeling_motif2.attention import lambda_init
 from modeling_motif2.growth_plan import Block, Growth, schedule, tensor_shapes
 from modeling_motif2.growth_rules import MatrixRule, ZeroRule, compensate_lambda, growth_rules, signal_copies
-from modeling_motif2.modeling_motif2 import lambda_init
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from modeling_motif2.modeling_motif2 import lambda_init, poly_norm
+from modeling_motif2.attention import lambda_init
+from modeling_motif2.layers import poly_norm
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 

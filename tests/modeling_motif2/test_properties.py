@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_motif2.modeling_motif2 import Motif2PolyNormMul, Motif2RMSNorm, poly_norm
+from modeling_motif2.layers import Motif2PolyNormMul, Motif2RMSNorm, poly_norm
 from tests.modeling_motif2.builders import random_ids, small_config, small_model
 from tests.modeling_motif2.reference import poly_norm as reference_poly_norm
 
