@@ -143,7 +143,7 @@ def test_the_kernels_written_for_hopper_fit_without_spills(kernel, tmp_path):
         "forward": {"NOISE": False, "SAVE_RAW": True, **module.FORWARD_RINGS},
     }[kernel] | {"RATIO": 4}
     source = module.hopper_forward if kernel == "forward" else module.hopper_kernels
-    options = {"num_warps": module.hopper_kernels.WARPS, "maxnreg": module.hopper_kernels.REGISTERS}
+    options = {"num_warps": module.hopper_tiles.WARPS, "maxnreg": module.hopper_tiles.REGISTERS}
     compiled = compile_gluon(getattr(source, f"{kernel}_kernel"), constants, boxes, options)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "setmaxnreg" in compiled.asm["ptx"]

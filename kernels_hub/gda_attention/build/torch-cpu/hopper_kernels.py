@@ -4,7 +4,7 @@ The same passes and the same scratch as `backward_kernels.py`, with their roles 
 warps loads tiles through the copy engine into a ring in shared memory, two groups of four warps multiply, each its own
 64 rows, and the exponentials of one product run while the next is on the tensor cores.
 
-A block of dS keeps its 64 x 64 quarters' columns in the order in which a thread holds them (`_spread`), so that a
+A block of dS keeps its 64 x 64 quarters' columns in the order in which a thread holds them (`spread`), so that a
 thread stores 16 bytes at once; the rows of dK come out in that order and are put back where they are stored.
 
 Inputs are seen as (B, T, everything else) by descriptors. Shapes: B rows, T queries and keys, G groups, r signal heads
@@ -19,106 +19,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-WARPS = 4  # a program is started with; two times as many join it
-REGISTERS = 168  # a thread, before the groups of warps trade them
-
-
-@gluon.constexpr_function
-def _mma(columns):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@gluon.constexpr_function
-def _left(columns):
-    """Left operand in registers of a product with so many columns."""
-    return gl.DotOperandLayout(operand_index=0, parent=_mma(columns), k_width=2)
-
-
-@gluon.constexpr_function
-def tile_layout(rows, columns):
-    """Shared memory of a tile (1, rows, columns) of 16-bit elements."""
-    return gl.NVMMASharedLayout.get_default_for([1, rows, columns], gl.bfloat16)
-
-
-@gluon.constexpr_function
-def _wide():
-    """(64, 64) with twice 8 adjacent columns a thread: an accumulator after `_spread`."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 64],
-    )
-
-
-@gluon.jit
-def _spread(tile):
-    """Column 32 h + 8 j + 2 c + b of an accumulator (64, 64) becomes 32 h + 8 c + 2 j + b; no data move."""
-    tile = tile.reshape([64, 2, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, 64])
-    return gl.convert_layout(tile, _wide())
-
-
-@gluon.jit
-def _buffers(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    return gl.allocate_shared_memory(dtype, [COUNT, 1, ROWS, COLUMNS], tile_layout(ROWS, COLUMNS))
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
-
-
-@gluon.jit
-def _tile(buffers, i, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    return buffers.index(i).reshape([ROWS, COLUMNS])
-
-
-@gluon.jit
-def _filled(ready, i, STAGES: gl.constexpr):
-    """Waits until the i-th tile of a ring is there."""
-    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1)
-
-
-@gluon.jit
-def _room(empty, i, STAGES: gl.constexpr):
-    """Waits until the i-th tile of a ring may be loaded."""
-    mbarrier.wait(empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
-
-
-@gluon.jit
-def _load_query(signal, noise, row, begin, group, head, signal_group, signal_head, noise_group, barrier, tile,
-                RATIO: gl.constexpr):  # fmt: skip
-    if head == RATIO:
-        tma.async_copy_global_to_shared(noise, [row, begin, group * noise_group], barrier, tile)
-    else:
-        tma.async_copy_global_to_shared(
-            signal, [row, begin, group * signal_group + head * signal_head], barrier, tile
-        )  # fmt: skip
-
-
-@gluon.jit
-def _head_of_all(group, head, num_groups, RATIO: gl.constexpr):
-    """A head's place among H."""
-    return gl.where(head == RATIO, num_groups * RATIO + group, group * RATIO + head)
-
-
-@gluon.jit
-def _scores(left, right, COLUMNS: gl.constexpr):
-    """Starts left (64, K) times right (COLUMNS, K) transposed."""
-    zero = gl.zeros([64, COLUMNS], gl.float32, _mma(COLUMNS))
-    return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
-
+from .hopper_tiles import (
+    allocate_barriers,
+    allocate_tiles,
+    head_of_all,
+    left_layout,
+    load_query,
+    mma_layout,
+    spread,
+    spread_layout,
+    start_scores,
+    tile_of,
+    wait_filled,
+    wait_room,
+)
 
 # dV: every program takes 128 keys and goes through the queries of all heads that see them.
 
 
 @gluon.jit
 def _value_lse(lse_ptr, i, tile, steps, T, group, num_groups, RATIO: gl.constexpr, BLOCK_M: gl.constexpr):
-    lse_ptr += _head_of_all(group, i // steps, num_groups, RATIO) * T
+    lse_ptr += head_of_all(group, i // steps, num_groups, RATIO) * T
     queries = tile * 128 + i % steps * BLOCK_M + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0]))
     return gl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
 
@@ -141,11 +62,11 @@ def _value_load(
         begin = tile * 128 + i % steps * BLOCK_M
         stage = i % STAGES
         barrier = ready.index(stage)
-        _room(empty, i, STAGES)
+        wait_room(empty, i, STAGES)
         mbarrier.expect(barrier, signal.block_type.nbytes + dout.block_type.nbytes)
-        _load_query(signal, noise, row, begin, group, head, signal_group, signal_head, noise_group, barrier,
+        load_query(signal, noise, row, begin, group, head, signal_group, signal_head, noise_group, barrier,
                     queries.index(stage), RATIO)  # fmt: skip
-        place = [row, begin, _head_of_all(group, head, num_groups, RATIO) * 256]
+        place = [row, begin, head_of_all(group, head, num_groups, RATIO) * 256]
         tma.async_copy_global_to_shared(dout, place, barrier, douts.index(stage))
         lses.index(stage).store(lse)
         mbarrier.arrive(barrier, count=1)
@@ -158,17 +79,17 @@ def _value_maps(logits, lse, begin, first_key, log2_scale, dtype: gl.constexpr, 
     """The maps (64, M), transposed, as the left operand of the next product."""
     exponents = logits * log2_scale - lse[None, :]
     if begin < first_key + 63:
-        keys = first_key + gl.arange(0, 64, gl.SliceLayout(1, _mma(BLOCK_M)))
-        queries = begin + gl.arange(0, BLOCK_M, gl.SliceLayout(0, _mma(BLOCK_M)))
+        keys = first_key + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_M)))
+        queries = begin + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma_layout(BLOCK_M)))
         exponents = gl.where(keys[:, None] <= queries[None, :], exponents, -float("inf"))
-    return gl.convert_layout(gl.exp2(exponents).to(dtype), _left(256))
+    return gl.convert_layout(gl.exp2(exponents).to(dtype), left_layout(256))
 
 
 @gluon.jit
 def _value_scores(keys, queries, i, head, PART: gl.constexpr, RATIO: gl.constexpr, BLOCK_M: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
-    key = _tile(keys, head // RATIO * 2 + PART, 64, 128)
-    return _scores(key, _tile(queries, i % STAGES, BLOCK_M, 128), BLOCK_M)
+    key = tile_of(keys, head // RATIO * 2 + PART, 64, 128)
+    return start_scores(key, tile_of(queries, i % STAGES, BLOCK_M, 128), BLOCK_M)
 
 
 @gluon.jit
@@ -180,32 +101,32 @@ def _value_sum(
     first_key = tile * 128 + PART * 64
     start = tile * 128
     last = steps * (RATIO + 1) - 1
-    total = gl.zeros([64, 256], gl.float32, _mma(256))
+    total = gl.zeros([64, 256], gl.float32, mma_layout(256))
     mbarrier.wait(keys_ready, 0)
-    _filled(ready, 0, STAGES)
+    wait_filled(ready, 0, STAGES)
     head, begin = 0, start
-    lse = lses.index(0).load(gl.SliceLayout(0, _mma(BLOCK_M)))
+    lse = lses.index(0).load(gl.SliceLayout(0, mma_layout(BLOCK_M)))
     logits = _value_scores(keys, queries, 0, head, PART, RATIO, BLOCK_M, STAGES)
     logits = warpgroup_mma_wait(0, deps=[logits])
     maps = _value_maps(logits, lse, begin, first_key, log2_scale, dtype, BLOCK_M)
-    _filled(ready, gl.minimum(1, last), STAGES)
+    wait_filled(ready, gl.minimum(1, last), STAGES)
     for i in range(last):
         begin += BLOCK_M
         head = gl.where(begin >= T, head + 1, head)
         begin = gl.where(begin >= T, start, begin)
         logits = _value_scores(keys, queries, i + 1, head, PART, RATIO, BLOCK_M, STAGES)
-        total = warpgroup_mma(maps, _tile(douts, i % STAGES, BLOCK_M, 256), total, is_async=True)
-        lse = lses.index((i + 1) % STAGES).load(gl.SliceLayout(0, _mma(BLOCK_M)))
+        total = warpgroup_mma(maps, tile_of(douts, i % STAGES, BLOCK_M, 256), total, is_async=True)
+        lse = lses.index((i + 1) % STAGES).load(gl.SliceLayout(0, mma_layout(BLOCK_M)))
         logits = warpgroup_mma_wait(1, deps=[logits])
         next_maps = _value_maps(logits, lse, begin, first_key, log2_scale, dtype, BLOCK_M)
-        _filled(ready, gl.minimum(i + 2, last), STAGES)  # here, so that the exponentials stay before the next wait
+        wait_filled(ready, gl.minimum(i + 2, last), STAGES)  # here, so that the exponentials stay before the next wait
         total = warpgroup_mma_wait(0, deps=[total])
         mbarrier.arrive(empty.index(i % STAGES), count=1)
         maps = next_maps
-    total = warpgroup_mma(maps, _tile(douts, last % STAGES, BLOCK_M, 256), total, is_async=True)
+    total = warpgroup_mma(maps, tile_of(douts, last % STAGES, BLOCK_M, 256), total, is_async=True)
     total = warpgroup_mma_wait(0, deps=[total])
-    rows = first_key + gl.arange(0, 64, gl.SliceLayout(1, _mma(256)))
-    columns = gl.arange(0, 256, gl.SliceLayout(0, _mma(256)))
+    rows = first_key + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(256)))
+    columns = gl.arange(0, 256, gl.SliceLayout(0, mma_layout(256)))
     gl.store(out_ptr + rows[:, None] * out_token + columns[None, :], total.to(dtype), mask=(rows < T)[:, None])
 
 
@@ -221,12 +142,12 @@ def value_kernel(
     row_and_group = gl.program_id(0) % rows_and_groups
     row, group = row_and_group // num_groups, row_and_group % num_groups
     steps = (T - tile * 128 + BLOCK_M - 1) // BLOCK_M
-    queries = _buffers(dtype, STAGES, BLOCK_M, 128)
-    douts = _buffers(dtype, STAGES, BLOCK_M, 256)
-    keys = _buffers(dtype, 4, 64, 128)
+    queries = allocate_tiles(dtype, STAGES, BLOCK_M, 128)
+    douts = allocate_tiles(dtype, STAGES, BLOCK_M, 256)
+    keys = allocate_tiles(dtype, 4, 64, 128)
     lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    ready, empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
-    keys_ready = _barriers(1, 1).index(0)
+    ready, empty = allocate_barriers(STAGES, 2), allocate_barriers(STAGES, 2)
+    keys_ready = allocate_barriers(1, 1).index(0)
     out_token = num_groups * 256
     lse_ptr += row.to(gl.int64) * num_groups * (RATIO + 1) * T
     dvalue_ptr += row.to(gl.int64) * T * out_token + group * 256
@@ -257,18 +178,18 @@ def _query_load(
     mbarrier.expect(queries_ready, 2 * (signal.block_type.nbytes + dout.block_type.nbytes))
     for part in gl.static_range(2):
         begin = tile * 128 + part * 64
-        _load_query(signal, noise, row, begin, group, head, signal_group, signal_head, noise_group, queries_ready,
+        load_query(signal, noise, row, begin, group, head, signal_group, signal_head, noise_group, queries_ready,
                     queries.index(part), RATIO)  # fmt: skip
-        place = [row, begin, _head_of_all(group, head, num_groups, RATIO) * 256]
+        place = [row, begin, head_of_all(group, head, num_groups, RATIO) * 256]
         tma.async_copy_global_to_shared(dout, place, queries_ready, douts.index(part))
     key_column = group * key_group + head // RATIO * key_half
     for j in range((tile + 1) * (128 // BLOCK_N)):
         barrier = keys_ready.index(j % KEY_STAGES)
-        _room(keys_empty, j, KEY_STAGES)
+        wait_room(keys_empty, j, KEY_STAGES)
         mbarrier.expect(barrier, key.block_type.nbytes)
         tma.async_copy_global_to_shared(key, [row, j * BLOCK_N, key_column], barrier, keys.index(j % KEY_STAGES))
         barrier = values_ready.index(j % VALUE_STAGES)
-        _room(values_empty, j, VALUE_STAGES)
+        wait_room(values_empty, j, VALUE_STAGES)
         mbarrier.expect(barrier, value.block_type.nbytes)
         place = [row, j * BLOCK_N, group * value_group]
         tma.async_copy_global_to_shared(value, place, barrier, values.index(j % VALUE_STAGES))
@@ -278,8 +199,8 @@ def _query_load(
 def _query_maps(logits, lse, begin, first_row, log2_scale, BLOCK_N: gl.constexpr):
     exponents = logits * log2_scale - lse[:, None]
     if begin + BLOCK_N - 1 > first_row:
-        keys = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, _mma(BLOCK_N)))
-        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, _mma(BLOCK_N)))
+        keys = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma_layout(BLOCK_N)))
+        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
         exponents = gl.where(keys[None, :] <= rows[:, None], exponents, -float("inf"))
     return gl.exp2(exponents)
 
@@ -287,10 +208,10 @@ def _query_maps(logits, lse, begin, first_row, log2_scale, BLOCK_N: gl.constexpr
 @gluon.jit
 def _store_dmap(dmap_ptr, dlogits, j):
     """`dmap_ptr`: this group of warps' first row of the first block (128, 128) of the row of blocks."""
-    rows = gl.arange(0, 64, gl.SliceLayout(1, _wide()))
-    columns = gl.arange(0, 64, gl.SliceLayout(0, _wide()))
+    rows = gl.arange(0, 64, gl.SliceLayout(1, spread_layout()))
+    columns = gl.arange(0, 64, gl.SliceLayout(0, spread_layout()))
     place = dmap_ptr + j // 2 * 16384 + j % 2 * 64
-    gl.store(gl.multiple_of(place + rows[:, None] * 128 + columns[None, :], [16, 16]), _spread(dlogits))
+    gl.store(gl.multiple_of(place + rows[:, None] * 128 + columns[None, :], [16, 16]), spread(dlogits))
 
 
 @gluon.jit
@@ -302,42 +223,44 @@ def _query_sum(
     dtype: gl.constexpr = queries.dtype
     first_row = tile * 128 + PART * 64
     last = (tile + 1) * (128 // BLOCK_N) - 1
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, _mma(BLOCK_N)))
+    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
     lse = gl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))
     delta = gl.load(delta_ptr + rows, mask=rows < T, other=0.0)
     dmap_ptr += PART * 8192
-    query, dout = _tile(queries, PART, 64, 128), _tile(douts, PART, 64, 256)
-    total = gl.zeros([64, 128], gl.float32, _mma(128))
+    query, dout = tile_of(queries, PART, 64, 128), tile_of(douts, PART, 64, 256)
+    total = gl.zeros([64, 128], gl.float32, mma_layout(128))
     mbarrier.wait(queries_ready, 0)
-    _filled(keys_ready, 0, KEY_STAGES)
-    _filled(values_ready, 0, VALUE_STAGES)
-    logits = _scores(query, _tile(keys, 0, BLOCK_N, 128), BLOCK_N)
-    dmaps = _scores(dout, _tile(values, 0, BLOCK_N, 256), BLOCK_N)
+    wait_filled(keys_ready, 0, KEY_STAGES)
+    wait_filled(values_ready, 0, VALUE_STAGES)
+    logits = start_scores(query, tile_of(keys, 0, BLOCK_N, 128), BLOCK_N)
+    dmaps = start_scores(dout, tile_of(values, 0, BLOCK_N, 256), BLOCK_N)
     logits = warpgroup_mma_wait(1, deps=[logits])
     maps = _query_maps(logits, lse, 0, first_row, log2_scale, BLOCK_N)
-    _filled(keys_ready, gl.minimum(1, last), KEY_STAGES)
+    wait_filled(keys_ready, gl.minimum(1, last), KEY_STAGES)
     for j in range(last):
-        key = _tile(keys, j % KEY_STAGES, BLOCK_N, 128)
+        key = tile_of(keys, j % KEY_STAGES, BLOCK_N, 128)
         dmaps = warpgroup_mma_wait(0, deps=[dmaps])
         dlogits = (maps * (dmaps - delta[:, None])).to(dtype)
-        logits = _scores(query, _tile(keys, (j + 1) % KEY_STAGES, BLOCK_N, 128), BLOCK_N)
-        total = warpgroup_mma(gl.convert_layout(dlogits, _left(128)), key, total, is_async=True)
+        logits = start_scores(query, tile_of(keys, (j + 1) % KEY_STAGES, BLOCK_N, 128), BLOCK_N)
+        total = warpgroup_mma(gl.convert_layout(dlogits, left_layout(128)), key, total, is_async=True)
         mbarrier.arrive(values_empty.index(j % VALUE_STAGES), count=1)
-        _filled(values_ready, j + 1, VALUE_STAGES)
-        dmaps = _scores(dout, _tile(values, (j + 1) % VALUE_STAGES, BLOCK_N, 256), BLOCK_N)
+        wait_filled(values_ready, j + 1, VALUE_STAGES)
+        dmaps = start_scores(dout, tile_of(values, (j + 1) % VALUE_STAGES, BLOCK_N, 256), BLOCK_N)
         _store_dmap(dmap_ptr, dlogits, j)
         logits, total = warpgroup_mma_wait(1, deps=[logits, total])
         mbarrier.arrive(keys_empty.index(j % KEY_STAGES), count=1)
         maps = _query_maps(logits, lse, (j + 1) * BLOCK_N, first_row, log2_scale, BLOCK_N)
-        _filled(keys_ready, gl.minimum(j + 2, last), KEY_STAGES)  # here, so that the exponentials stay before the wait
+        wait_filled(
+            keys_ready, gl.minimum(j + 2, last), KEY_STAGES
+        )  # here, so that the exponentials stay before the wait
     dmaps = warpgroup_mma_wait(0, deps=[dmaps])
     dlogits = (maps * (dmaps - delta[:, None])).to(dtype)
-    key = _tile(keys, last % KEY_STAGES, BLOCK_N, 128)
-    total = warpgroup_mma(gl.convert_layout(dlogits, _left(128)), key, total, is_async=True)
+    key = tile_of(keys, last % KEY_STAGES, BLOCK_N, 128)
+    total = warpgroup_mma(gl.convert_layout(dlogits, left_layout(128)), key, total, is_async=True)
     _store_dmap(dmap_ptr, dlogits, last)
     total = warpgroup_mma_wait(0, deps=[total])
-    out_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, _mma(128)))
-    columns = gl.arange(0, 128, gl.SliceLayout(0, _mma(128)))
+    out_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(128)))
+    columns = gl.arange(0, 128, gl.SliceLayout(0, mma_layout(128)))
     gl.store(
         out_ptr + out_rows[:, None] * out_token + columns[None, :], (total * scale).to(dtype),
         mask=(out_rows < T)[:, None],
@@ -364,12 +287,12 @@ def query_kernel(
     tile = first_block + blocks_here - 1 - gl.program_id(0) // (HEADS * groups_here)
     row_and_group = first_group + group_here
     row, group = row_and_group // num_groups, row_and_group % num_groups
-    queries, douts = _buffers(dtype, 2, 64, 128), _buffers(dtype, 2, 64, 256)
-    keys, values = _buffers(dtype, KEY_STAGES, BLOCK_N, 128), _buffers(dtype, VALUE_STAGES, BLOCK_N, 256)
-    queries_ready = _barriers(1, 1).index(0)
-    keys_ready, keys_empty = _barriers(KEY_STAGES, 1), _barriers(KEY_STAGES, 2)
-    values_ready, values_empty = _barriers(VALUE_STAGES, 1), _barriers(VALUE_STAGES, 2)
-    head_row = row.to(gl.int64) * num_groups * HEADS + _head_of_all(group, head, num_groups, RATIO)
+    queries, douts = allocate_tiles(dtype, 2, 64, 128), allocate_tiles(dtype, 2, 64, 256)
+    keys, values = allocate_tiles(dtype, KEY_STAGES, BLOCK_N, 128), allocate_tiles(dtype, VALUE_STAGES, BLOCK_N, 256)
+    queries_ready = allocate_barriers(1, 1).index(0)
+    keys_ready, keys_empty = allocate_barriers(KEY_STAGES, 1), allocate_barriers(KEY_STAGES, 2)
+    values_ready, values_empty = allocate_barriers(VALUE_STAGES, 1), allocate_barriers(VALUE_STAGES, 2)
+    head_row = row.to(gl.int64) * num_groups * HEADS + head_of_all(group, head, num_groups, RATIO)
     lse_ptr += head_row * T
     delta_ptr += head_row * T
     block = (group_here * HEADS + head).to(gl.int64) * size + tile * (tile + 1) // 2 - base
@@ -412,12 +335,12 @@ def _key_load(
         stage = i % STAGES
         barrier = ready.index(stage)
         second = line > block
-        _room(empty, i, STAGES)
+        wait_room(empty, i, STAGES)
         if second:
             mbarrier.expect(barrier, signal.block_type.nbytes + 2 * dmap.block_type.nbytes)
         else:
             mbarrier.expect(barrier, signal.block_type.nbytes + dmap.block_type.nbytes)
-        _load_query(signal, noise, row, begin * 64, group, head, signal_group, signal_head, noise_group, barrier,
+        load_query(signal, noise, row, begin * 64, group, head, signal_group, signal_head, noise_group, barrier,
                     queries.index(stage), RATIO)  # fmt: skip
         row_of_block = begin % 2 * 64
         tma.async_copy_global_to_shared(dmap, [place, row_of_block, 0], barrier, dmaps.index(stage * 2))
@@ -432,23 +355,23 @@ def _key_sum(
 ):  # fmt: skip
     """`unseen`: the first steps of a head, in which no query sees this group of warps' keys."""
     i = 0
-    total = gl.zeros([128, 128], gl.float32, _mma(128))
+    total = gl.zeros([128, 128], gl.float32, mma_layout(128))
     for _head in range(heads):
         for _step in range(unseen * PART):
-            _filled(ready, i, STAGES)
+            wait_filled(ready, i, STAGES)
             mbarrier.arrive(empty.index(i % STAGES), count=1)
             i += 1
         for _step in range(unseen * PART, steps):
-            _filled(ready, i, STAGES)
-            dmap = _tile(dmaps, i % STAGES * 2 + PART, 64, 128)
-            total = warpgroup_mma(dmap.permute((1, 0)), _tile(queries, i % STAGES, 64, 128), total, is_async=True)
+            wait_filled(ready, i, STAGES)
+            dmap = tile_of(dmaps, i % STAGES * 2 + PART, 64, 128)
+            total = warpgroup_mma(dmap.permute((1, 0)), tile_of(queries, i % STAGES, 64, 128), total, is_async=True)
             total = warpgroup_mma_wait(0, deps=[total])
             mbarrier.arrive(empty.index(i % STAGES), count=1)
             i += 1
-    rows = gl.arange(0, 128, gl.SliceLayout(1, _mma(128)))
-    rows = rows // 32 * 32 + rows % 8 // 2 * 8 + rows % 32 // 8 * 2 + rows % 2  # undoes `_spread`
+    rows = gl.arange(0, 128, gl.SliceLayout(1, mma_layout(128)))
+    rows = rows // 32 * 32 + rows % 8 // 2 * 8 + rows % 32 // 8 * 2 + rows % 2  # undoes `spread`
     rows += (block + PART) * 128
-    columns = gl.arange(0, 128, gl.SliceLayout(0, _mma(128)))
+    columns = gl.arange(0, 128, gl.SliceLayout(0, mma_layout(128)))
     places = out_ptr + rows[:, None] * out_token + columns[None, :]
     total *= scale
     if ADD:
@@ -478,8 +401,8 @@ def key_kernel(
     steps = gl.maximum(first_block + blocks_here - start, 0) * 2
     unseen = gl.minimum((gl.maximum(block + 1, first_block) - start) * 2, steps)
     heads = gl.where(half == 1, 1, RATIO)
-    queries, dmaps = _buffers(dtype, STAGES, 64, 128), _buffers(dtype, 2 * STAGES, 64, 128)
-    ready, empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    queries, dmaps = allocate_tiles(dtype, STAGES, 64, 128), allocate_tiles(dtype, 2 * STAGES, 64, 128)
+    ready, empty = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
     out_token = num_groups * 256
     out_ptr = dkey_ptr + row.to(gl.int64) * T * out_token + group * 256 + half * 128
     gl.warp_specialize(

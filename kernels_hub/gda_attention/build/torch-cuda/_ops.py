@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cuda_0de6bbe
+ops = torch.ops._gda_attention_cuda_905820d
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cuda_0de6bbe::{op_name}"
+    return f"_gda_attention_cuda_905820d::{op_name}"

@@ -15,7 +15,7 @@ try:
         raise ImportError("Gluon before Triton 3.6 has other functions")
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from . import hopper_forward, hopper_kernels
+    from . import hopper_forward, hopper_kernels, hopper_tiles
 except (ImportError, AttributeError):  # no Gluon, or another one
     hopper_kernels = None
 
@@ -74,7 +74,7 @@ def _width(tensor: torch.Tensor) -> int:
 def _describe(tensor: torch.Tensor, rows: int, columns: int) -> "TensorDescriptor":
     """Tiles (1, rows, columns) of a tensor (B, T, ...) seen as (B, T, everything else)."""
     shape, strides = [*tensor.shape[:2], _width(tensor)], [*tensor.stride()[:2], 1]
-    return TensorDescriptor(tensor, shape, strides, [1, rows, columns], hopper_kernels.tile_layout.fn(rows, columns))
+    return TensorDescriptor(tensor, shape, strides, [1, rows, columns], hopper_tiles.tile_layout.fn(rows, columns))
 
 
 def forward(signal_query, noise_query, key, value, lambda_, weight, raw, out, lse, scaling, eps, out_scale):
@@ -89,7 +89,7 @@ def forward(signal_query, noise_query, key, value, lambda_, weight, raw, out, ls
             _describe(query, 64, dim), keys, values, lambda_, weight, raw, out, lse, largest,
             *query.stride()[2:4], *key.stride()[2:4], value.stride(2), tokens, groups, batch * groups, raw_signals,
             scaling * LOG2_E, eps, out_scale, RATIO=ratio, NOISE=noise, SAVE_RAW=raw_signals > 0, **FORWARD_RINGS,
-            num_warps=hopper_kernels.WARPS, maxnreg=hopper_kernels.REGISTERS,
+            num_warps=hopper_tiles.WARPS, maxnreg=hopper_tiles.REGISTERS,
         )  # fmt: skip
     return largest
 
@@ -119,7 +119,7 @@ class Passes:
         self.query_strides = (*signal_query.stride()[2:4], noise_query.stride(2))
         self.key_strides, self.value_stride = key.stride()[2:4], value.stride(2)
         self.blocks = triton.cdiv(self.tokens, BLOCK)
-        self.options = {"RATIO": self.ratio, "num_warps": hopper_kernels.WARPS, "maxnreg": hopper_kernels.REGISTERS}
+        self.options = {"RATIO": self.ratio, "num_warps": hopper_tiles.WARPS, "maxnreg": hopper_tiles.REGISTERS}
 
     def query(self, where) -> None:
         """dQ, and dS of a part; `where`: first group, groups, first block, blocks, base, blocks of a map."""

@@ -1,15 +1,26 @@
 """Gluon kernel of the forward on Hopper: causal order, as many queries as keys, heads of 128, 16-bit elements.
 
 Like `forward_kernels.py` it runs for the noise heads and then for the signal heads, whose epilogue reads the noise's
-outputs. Roles of warps as in `hopper_kernels.py`. Logits are in base 2. Shapes: B rows, T queries and keys, G groups,
-r signal heads a group, D = 128, H = G * (r + 1) heads, the signal heads of all groups and then the noise heads.
+outputs. Roles of warps, and what the compiler needs, as in `hopper_kernels.py`. Logits are in base 2. Shapes: B rows,
+T queries and keys, G groups, r signal heads a group, D = 128, H = G * (r + 1) heads, the signal heads of all groups
+and then the noise heads.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_kernels import _barriers, _buffers, _filled, _head_of_all, _left, _mma, _room, _scores, _tile
+from .hopper_tiles import (
+    allocate_barriers,
+    allocate_tiles,
+    head_of_all,
+    left_layout,
+    mma_layout,
+    start_scores,
+    tile_of,
+    wait_filled,
+    wait_room,
+)
 
 
 @gluon.constexpr_function
@@ -50,11 +61,11 @@ def _load(
         tma.async_copy_global_to_shared(query, place, queries_ready, queries.index(part))
     for j in range((tile + 1) * (128 // BLOCK_N)):
         barrier = keys_ready.index(j % KEY_STAGES)
-        _room(keys_empty, j, KEY_STAGES)
+        wait_room(keys_empty, j, KEY_STAGES)
         mbarrier.expect(barrier, key.block_type.nbytes)
         tma.async_copy_global_to_shared(key, [row, j * BLOCK_N, key_column], barrier, keys.index(j % KEY_STAGES))
         barrier = values_ready.index(j % VALUE_STAGES)
-        _room(values_empty, j, VALUE_STAGES)
+        wait_room(values_empty, j, VALUE_STAGES)
         mbarrier.expect(barrier, value.block_type.nbytes)
         place = [row, j * BLOCK_N, value_column]
         tma.async_copy_global_to_shared(value, place, barrier, values.index(j % VALUE_STAGES))
@@ -64,8 +75,8 @@ def _load(
 def _softmax(logits, largest, begin, first_row, log2_scale, BLOCK_N: gl.constexpr):
     """Weights (64, N), their sums, and the new maxima."""
     if begin + BLOCK_N - 1 > first_row:
-        keys = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, _mma(BLOCK_N)))
-        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, _mma(BLOCK_N)))
+        keys = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma_layout(BLOCK_N)))
+        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
         logits = gl.where(keys[None, :] <= rows[:, None], logits, -float("inf"))
     raised = gl.maximum(largest, gl.max(logits, 1) * log2_scale)
     weights = gl.exp2(logits * log2_scale - raised[:, None])
@@ -80,40 +91,40 @@ def _attend(
     BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = queries.dtype
-    LINE: gl.constexpr = gl.SliceLayout(1, _mma(256))
+    LINE: gl.constexpr = gl.SliceLayout(1, mma_layout(256))
     first_row = tile * 128 + PART * 64
     last = (tile + 1) * (128 // BLOCK_N) - 1
-    query = _tile(queries, PART, 64, 128)
-    out = gl.zeros([64, 256], gl.float32, _mma(256))
-    largest = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, _mma(BLOCK_N)))
+    query = tile_of(queries, PART, 64, 128)
+    out = gl.zeros([64, 256], gl.float32, mma_layout(256))
+    largest = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, mma_layout(BLOCK_N)))
     mbarrier.wait(queries_ready, 0)
-    _filled(keys_ready, 0, KEY_STAGES)
-    logits = _scores(query, _tile(keys, 0, BLOCK_N, 128), BLOCK_N)
+    wait_filled(keys_ready, 0, KEY_STAGES)
+    logits = start_scores(query, tile_of(keys, 0, BLOCK_N, 128), BLOCK_N)
     logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(keys_empty.index(0), count=1)
     weights, total, largest = _softmax(logits, largest, 0, first_row, log2_scale, BLOCK_N)
-    left = gl.convert_layout(weights.to(dtype), _left(256))
-    _filled(keys_ready, gl.minimum(1, last), KEY_STAGES)
-    _filled(values_ready, 0, VALUE_STAGES)
+    left = gl.convert_layout(weights.to(dtype), left_layout(256))
+    wait_filled(keys_ready, gl.minimum(1, last), KEY_STAGES)
+    wait_filled(values_ready, 0, VALUE_STAGES)
     for j in range(last):
-        logits = _scores(query, _tile(keys, (j + 1) % KEY_STAGES, BLOCK_N, 128), BLOCK_N)
-        out = warpgroup_mma(left, _tile(values, j % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
+        logits = start_scores(query, tile_of(keys, (j + 1) % KEY_STAGES, BLOCK_N, 128), BLOCK_N)
+        out = warpgroup_mma(left, tile_of(values, j % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(keys_empty.index((j + 1) % KEY_STAGES), count=1)
         weights, here, raised = _softmax(logits, largest, (j + 1) * BLOCK_N, first_row, log2_scale, BLOCK_N)
         decay = gl.exp2(largest - raised)
         total = total * decay + here
         largest = raised
-        _filled(keys_ready, gl.minimum(j + 2, last), KEY_STAGES)
-        _filled(values_ready, j + 1, VALUE_STAGES)  # here, so that the exponentials stay before the next wait
+        wait_filled(keys_ready, gl.minimum(j + 2, last), KEY_STAGES)
+        wait_filled(values_ready, j + 1, VALUE_STAGES)  # here, so that the exponentials stay before the next wait
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(values_empty.index(j % VALUE_STAGES), count=1)
         out = out * gl.convert_layout(decay, LINE)[:, None]
-        left = gl.convert_layout(weights.to(dtype), _left(256))
-    out = warpgroup_mma(left, _tile(values, last % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
+        left = gl.convert_layout(weights.to(dtype), left_layout(256))
+    out = warpgroup_mma(left, tile_of(values, last % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out])
 
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, _mma(BLOCK_N)))
+    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
     gl.store(lse_ptr + rows, largest + gl.log2(total), mask=rows < T)
     gl.store(largest_ptr + tile * 2 + PART, gl.max(gl.where(rows < T, largest, -float("inf")), 0))
     out = out * gl.convert_layout(1 / total, LINE)[:, None]
@@ -123,10 +134,10 @@ def _attend(
         if SAVE_RAW:
             _store_lines(raw_ptr, out.to(dtype), first_row, raw_token, T)
         places, lines = _places(noise_ptr, first_row, raw_token)
-        noise = gl.convert_layout(gl.load(places, mask=(lines < T)[:, None], other=0.0), _mma(256))
+        noise = gl.convert_layout(gl.load(places, mask=(lines < T)[:, None], other=0.0), mma_layout(256))
         out -= gl.load(lambda_ptr).to(gl.float32) * noise.to(gl.float32)
         inverse_rms = gl.rsqrt(gl.sum(out * out, 1) / 256 + eps) * out_scale
-        columns = gl.arange(0, 256, gl.SliceLayout(0, _mma(256)))
+        columns = gl.arange(0, 256, gl.SliceLayout(0, mma_layout(256)))
         out = out * inverse_rms[:, None] * gl.load(weight_ptr + columns).to(gl.float32)[None, :]
         _store_lines(out_ptr, out.to(dtype), first_row, out_token, T)
 
@@ -154,12 +165,12 @@ def forward_kernel(
         row_and_group = gl.program_id(0) // (HEADS * tiles)
         tile = tiles - 1 - gl.program_id(0) // HEADS % tiles
     row, group = row_and_group // num_groups, row_and_group % num_groups
-    queries, keys = _buffers(dtype, 2, 64, 128), _buffers(dtype, KEY_STAGES, BLOCK_N, 128)
-    values = _buffers(dtype, VALUE_STAGES, BLOCK_N, 256)
-    queries_ready = _barriers(1, 1).index(0)
-    keys_ready, keys_empty = _barriers(KEY_STAGES, 1), _barriers(KEY_STAGES, 2)
-    values_ready, values_empty = _barriers(VALUE_STAGES, 1), _barriers(VALUE_STAGES, 2)
-    place = _head_of_all(group, RATIO if NOISE else head, num_groups, RATIO)
+    queries, keys = allocate_tiles(dtype, 2, 64, 128), allocate_tiles(dtype, KEY_STAGES, BLOCK_N, 128)
+    values = allocate_tiles(dtype, VALUE_STAGES, BLOCK_N, 256)
+    queries_ready = allocate_barriers(1, 1).index(0)
+    keys_ready, keys_empty = allocate_barriers(KEY_STAGES, 1), allocate_barriers(KEY_STAGES, 2)
+    values_ready, values_empty = allocate_barriers(VALUE_STAGES, 1), allocate_barriers(VALUE_STAGES, 2)
+    place = head_of_all(group, RATIO if NOISE else head, num_groups, RATIO)
     head_row = row.to(gl.int64) * num_groups * (RATIO + 1) + place
     lse_ptr += head_row * T
     largest_ptr += head_row * tiles * 2
