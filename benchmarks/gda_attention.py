@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels_hub
-from modeling_motif2 import Motif2Config, attention_choice, modeling_motif2
+from modeling_motif2 import Motif2Config, attention_measurement, modeling_motif2
 
 PEAK = 989e12
 NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda", "weight")
@@ -402,7 +402,7 @@ class Suite:
             for direction, function in (("forward", forward), ("step", step)):
                 times = milliseconds(function, states, 3 if self.tiny else 7, self.device)
                 self.report.add("layer", name, f"B{batch} T{tokens}", direction, times.pop("value"), "ms", **times)
-        for situation, choice in attention_choice.choices().items():
+        for situation, choice in attention_measurement.choices().items():
             print(f"chosen: {choice.name} of {choice.milliseconds}, refused {choice.refused}, for {situation}")
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_choice import Way, attend_with_kernel, choose
+from .attention_choice import choose
+from .attention_ways import Way, attend_with_kernel
 from .configuration_motif2 import Motif2Config
 from .diagnostics import keeps_max_logits, raise_max_logits, update_max_logits, update_output_norms
 from .gradient_layout import keep_gradient_layout
@@ -109,6 +111,8 @@ class Motif2AttentionStream(nn.Module):
             ValueError: if flash attention is given float32.
         """
         name = self.config._attn_implementation if way is None else way.backend
+        if name == "flex_attention" and query.shape[2] == 1 and not isinstance(mask, BlockMask):
+            name = "sdpa"  # as `masks.for_tokens` says
         if "flash" in name and query.dtype == torch.float32:
             raise ValueError(
                 f"attn_implementation={name!r} needs float16 or bfloat16: load the model with dtype=torch.bfloat16, "

@@ -9,18 +9,9 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
-from modeling_motif2 import attention, attention_choice, modeling_motif2
-from modeling_motif2.attention_choice import (
-    FLASH,
-    FLASH_BACKWARD,
-    KERNEL,
-    SDPA,
-    WAYS,
-    Choice,
-    Situation,
-    Way,
-    possible_ways,
-)
+from modeling_motif2 import attention, attention_choice, attention_measurement, attention_ways, modeling_motif2
+from modeling_motif2.attention_measurement import Choice, Situation
+from modeling_motif2.attention_ways import FLASH, FLASH_BACKWARD, KERNEL, SDPA, WAYS, Way, possible_ways
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
@@ -32,8 +23,8 @@ FLOAT64_TOLERANCE = 2e-6  # RoPE's angles are float32
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("_choices", "_latest"):
-        monkeypatch.setattr(attention_choice, name, {})
-    monkeypatch.setattr(attention_choice, "_read_from", set())
+        monkeypatch.setattr(attention_measurement, name, {})
+    monkeypatch.setattr(attention_measurement, "_read_from", set())
 
 
 def with_kernel(name="gda_kernel", **overrides):
@@ -262,15 +253,15 @@ def measuring(monkeypatch, milliseconds, ways=("sdpa", "kernel")):
         return milliseconds[measured[-1]]
 
     names = list(ways)
-    monkeypatch.setattr(attention_choice, "_milliseconds", timed)
+    monkeypatch.setattr(attention_measurement, "_milliseconds", timed)
     return layer, measured, names
 
 
 def measure(layer, training=False, tokens=6):
     query = torch.randn(1, 6, tokens, 8, dtype=torch.float64)
     key = torch.randn(1, 2, 2, tokens, 8, dtype=torch.float64)
-    situation = attention_choice._situation(query, key, "causal", training)
-    return attention_choice._measured(layer, situation, [SDPA, KERNEL], query, key, None, {})
+    situation = attention_measurement.situation_of(query, key, "causal", training)
+    return attention_measurement.measured_choice(layer, situation, [SDPA, KERNEL], query, key, None, {})
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -280,18 +271,18 @@ def test_the_fastest_way_is_chosen_and_kept(monkeypatch, winner, training):
     assert measure(layer, training).name == winner
     assert measured == ["sdpa", "kernel"]
     assert measure(layer, training, tokens=5).name == winner  # 5 and 6 tokens are one size
-    assert attention_choice._latest == {("causal", training): winner}
-    kept = json.loads(attention_choice.cache_path().read_text())
+    assert attention_measurement._latest == {("causal", training): winner}
+    kept = json.loads(attention_measurement.cache_path().read_text())
     assert [entry["name"] for entry in kept.values()] == [winner]
-    attention_choice._choices.clear()  # another process reads the file
-    attention_choice._read_from.clear()
+    attention_measurement._choices.clear()  # another process reads the file
+    attention_measurement._read_from.clear()
     assert measure(layer, training).name == winner
     assert len(measured) == 2
-    ((situation, choice),) = attention_choice.choices().items()
+    ((situation, choice),) = attention_measurement.choices().items()
     assert ("training" if training else "inference") in situation
     assert choice.milliseconds[winner] == 1.0
-    attention_choice.forget_choices()
-    assert attention_choice.choices() == {}
+    attention_measurement.forget_choices()
+    assert attention_measurement.choices() == {}
 
 
 def with_flash(layer, refused=()):
@@ -317,8 +308,8 @@ def states(tokens=6, wanted=True):
 def chosen(layer, training=True):
     query, key = states(wanted=training)
     possible = possible_ways(layer, query, key, None, "causal")
-    situation = attention_choice._situation(query, key, "causal", training)
-    return attention_choice._measured(layer, situation, possible, query, key, None, {})
+    situation = attention_measurement.situation_of(query, key, "causal", training)
+    return attention_measurement.measured_choice(layer, situation, possible, query, key, None, {})
 
 
 @pytest.mark.parametrize("faster", ["kernel", "kernel, flash backward", "kernel, flash"])
@@ -387,9 +378,9 @@ def test_measuring_inside_a_checkpointed_layer(monkeypatch):
     plain(ids, labels=ids, use_cache=False).loss.backward()
 
     def choose(attention, query, key, mask, kwargs):
-        training = attention_choice._is_training(query, key)
-        situation = attention_choice._situation(query, key, "causal", training)
-        choice = attention_choice._measured(attention, situation, [SDPA, KERNEL], query, key, mask, kwargs)
+        training = attention_ways.is_training(query, key)
+        situation = attention_measurement.situation_of(query, key, "causal", training)
+        choice = attention_measurement.measured_choice(attention, situation, [SDPA, KERNEL], query, key, mask, kwargs)
         names.append(sorted(choice.milliseconds))
         return WAYS[choice.name]
 
@@ -407,8 +398,8 @@ def test_padding_does_not_speak_against_the_kernel(monkeypatch, training):
     query, key = states(wanted=training)
     last = torch.arange(6)[None]
     mask = torch.stack((torch.full((1, 6), 2), last)).int()  # the first two tokens are padding
-    situation = attention_choice._situation(query, key, "masked", training)
-    choice = attention_choice._measured(layer, situation, [SDPA, KERNEL], query, key, mask, {})
+    situation = attention_measurement.situation_of(query, key, "masked", training)
+    choice = attention_measurement.measured_choice(layer, situation, [SDPA, KERNEL], query, key, mask, {})
     assert (choice.name, choice.refused, measured) == ("kernel", {}, ways)
 
 
@@ -436,27 +427,29 @@ def test_nothing_runs(monkeypatch, capsys):
     choice = measure(layer)
     assert (choice.name, choice.milliseconds) == ("sdpa", {})
     assert "SDPA runs" in capsys.readouterr().err
-    assert json.loads(attention_choice.cache_path().read_text()) == {}
+    assert json.loads(attention_measurement.cache_path().read_text()) == {}
 
 
 @pytest.mark.parametrize("content", ['{"a": ', "[]", '{"a": 1}', '{"a": {"name": "kernel", "seconds": {}}}'])
 def test_a_spoilt_file_is_no_file(monkeypatch, content):
-    attention_choice.cache_path().parent.mkdir(parents=True)
-    attention_choice.cache_path().write_text(content)
-    assert attention_choice.choices() == {}
+    attention_measurement.cache_path().parent.mkdir(parents=True)
+    attention_measurement.cache_path().write_text(content)
+    assert attention_measurement.choices() == {}
     layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0})
     assert measure(layer).name == "kernel"
-    assert [entry["name"] for entry in json.loads(attention_choice.cache_path().read_text()).values()] == ["kernel"]
+    assert [entry["name"] for entry in json.loads(attention_measurement.cache_path().read_text()).values()] == [
+        "kernel"
+    ]
 
 
 def test_libraries_of_other_versions_are_measured_anew(monkeypatch):
     situation = Situation("H100", torch.bfloat16, (8, 4, 128), 2, 4096, 4096, "causal", True)
     names = set()
     for version in ("1", "2"):
-        attention_choice._libraries.cache_clear()
-        monkeypatch.setattr(attention_choice.metadata, "version", lambda name, version=version: version)
+        attention_measurement._libraries.cache_clear()
+        monkeypatch.setattr(attention_measurement.metadata, "version", lambda name, version=version: version)
         names.add(situation.key([SDPA, KERNEL], ""))
-    attention_choice._libraries.cache_clear()
+    attention_measurement._libraries.cache_clear()
     assert len(names) == 2
 
 
@@ -529,4 +522,4 @@ def test_transformers_takes_the_names(name, tmp_path):
     loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
     ids = random_ids(1, 9)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-    assert (tmp_path / "attention_choice.py").exists()
+    assert all((tmp_path / f"attention_{part}.py").exists() for part in ("choice", "measurement", "ways"))
