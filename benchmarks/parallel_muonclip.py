@@ -7,13 +7,15 @@
 The first number of layers gives a rank the same share each time, that of all 40 on eight; with further numbers only
 the table is timed. First the results are compared with a float64 polynomial; nothing is timed if one is wrong. Then
 every row is timed in this one run, beside the report's own, and written to `parallel_muonclip_x<ranks>_l<layers>.csv`
-in $OUT, else in benchmarks/results/. With --peers DIR, dion is timed too if DIR holds it. `--scale 64 --repeats 1` on
-gloo tries the program itself on a CPU; its times mean nothing.
+in $OUT, else in benchmarks/results/. With --peers DIR, other packages are timed too, if DIR holds them (what `pip
+download --no-deps` fetches, unpacked). `--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its times
+mean nothing.
 
 "Equivalent" TFLOPS count the classic form without symmetry (the table's own count), "executed" what the kernels do.
 """
 
 import argparse
+import contextlib
 import csv
 import gc
 import os
@@ -37,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parallel_muonclip_checks import check_kernels, check_step, compare_step
+from benchmarks.parallel_muonclip_peers import time_peers, time_torch_muon
 from trainer.optim import ParallelMuonClip
 from trainer.optim.orthogonalise import Orthogonaliser
 
@@ -200,31 +203,38 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def report(self, row: str, chunk, method: str, times: list[float], extra_mb: float) -> None:
-        """Print and keep one row."""
+    def report(self, row: str, chunk, method: str | None, times: list[float], extra_mb: float) -> None:
+        """Print and keep one row; `method` tells the operations executed (None: not counted)."""
         shapes = [shape for _ in range(self.num_layers) for shape in self.shapes.values()]
         flops = Orthogonaliser("classic", "motif", "auto").kernels.newton_schulz_flops
         equivalent = sum(flops(*shape, method="classic", symmetric=False) for shape in shapes)
-        executed = sum(flops(*shape, **executed_form(method)) for shape in shapes)
-        executed *= {"Distributed": self.world_size, "HSDP, each copy for itself": 2}.get(row, 1)
         seconds = 1e-3 * statistics.median(times) * self.world_size
-        low, high = quantiles(times)
-        values = (row, chunk, statistics.median(times), low, high, extra_mb, equivalent / seconds, executed / seconds)
-        values = [value / 1e12 if index > 5 else value for index, value in enumerate(values)]
+        rates: list[float | str] = [equivalent / seconds / 1e12, ""]
+        if method:
+            executed = sum(flops(*shape, **executed_form(method)) for shape in shapes)
+            executed *= {"Distributed": self.world_size, "HSDP, each copy for itself": 2}.get(row, 1)
+            rates[1] = executed / seconds / 1e12
+        values = (row, chunk, statistics.median(times), *quantiles(times), extra_mb, *rates)
         reported = REPORTED.get(row, ("", ""))
         found = dict(zip(COLUMNS, (*values, *reported), strict=False))
         self.rows.append(found | self.common | {"layers": self.num_layers})
-        figures = [f"{value:9.2f}" for value in values[2:]] + [f"{value:9}" for value in reported]
+        figures = [f"{value:9.2f}" if value != "" else " " * 9 for value in (*values[2:], *reported)]
         self.say(f"| {row:34} | {chunk!s:>5} | " + " | ".join(figures) + " |")
+
+    @contextlib.contextmanager
+    def guard(self, title: str):
+        """Show a failure and go on."""
+        try:
+            yield
+        except Exception:
+            print(f"rank {self.rank}: {title} failed\n{traceback.format_exc()}", flush=True)
+            self.failed = True
 
     def section(self, title: str, body: Callable[[], None]) -> None:
         """Run one part; a failure is shown and the next part runs."""
         self.say(f"\n## {title} (after {time.perf_counter() - self.started:.0f} s)\n")
-        try:
+        with self.guard(title):
             body()
-        except Exception:
-            print(f"rank {self.rank}: {title} failed\n{traceback.format_exc()}", flush=True)
-            self.failed = True
         self.clean()
         self.save()
 
@@ -260,13 +270,13 @@ def time_table(bench: Bench, table: dict[str, dict]) -> None:
     header = ("row", "chunk", "ms", "p20", "p80", "extra MB", "equiv.", "exec.", "report's ms", "report's MB")
     bench.say("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for row, options in table.items():
-        optimizer = bench.optimizer(bench.layers, **options)
-        times, extra = bench.measure(optimizer.step)
         chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
-        bench.report(row, chunk, options["method"], times, extra)
-        bench.save()
+        optimizer = bench.optimizer(bench.layers, **options)
+        with bench.guard(row):
+            bench.report(row, chunk, options["method"], *bench.measure(optimizer.step))
         optimizer.state.clear()
         bench.clean()
+        bench.save()
 
 
 def kernel_times(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
@@ -351,41 +361,6 @@ def time_link(bench: Bench) -> None:
     bench.say(f"all-to-all of {sent / 1e6:.0f} MB a rank: {milliseconds:.2f} ms, {sent / milliseconds / 1e6:.0f} GB/s")
 
 
-def whole_share(bench: Bench) -> list[nn.Parameter]:
-    """As many whole matrices as a rank owns, with gradients."""
-    parameters = []
-    for index in range(bench.num_layers * len(bench.shapes)):
-        if index % bench.world_size == bench.rank:
-            shape = list(bench.shapes.values())[index // bench.world_size % len(bench.shapes)]
-            parameters.append(nn.Parameter(torch.randn(shape, device=bench.device)))
-            parameters[-1].grad = torch.randn(shape, device=bench.device)
-    return parameters
-
-
-def time_torch_muon(bench: Bench) -> None:
-    """torch.optim.Muon on a rank's share of whole matrices: no sharding, so no communication either."""
-    optimizer = torch.optim.Muon(whole_share(bench), lr=1e-4, adjust_lr_fn="match_rms_adamw")
-    bench.report("torch.optim.Muon, whole share", "-", "plain", *bench.measure(optimizer.step))
-
-
-def time_dion(bench: Bench) -> None:
-    """microsoft/dion's Muon with its Triton kernels, on the same shards; it compiles first, which takes a while."""
-    if not bench.arguments.peers:
-        bench.say("not run: name a folder that holds dion with --peers")
-        return
-    sys.path.insert(0, bench.arguments.peers)
-    import dion
-
-    parameters = [parameter for layer in bench.layers for parameter in layer.values()]
-    by_shape: dict = {}
-    for parameter in parameters:
-        by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
-    options = {"lr": 1e-4, "mu": 0.95, "nesterov": True, "adjust_lr": "rms_norm", "use_triton": bench.cuda}
-    groups = [{"params": members} for members in by_shape.values()]
-    optimizer = dion.Muon(groups, distributed_mesh=bench.mesh, **options)
-    bench.report("dion Muon, Triton", "-", "classic", *bench.measure(optimizer.step))
-
-
 def main() -> None:
     """Check, time, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -393,7 +368,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed steps a row")
     parser.add_argument("--skip_errors", action="store_true", help="check steps only: kernels were checked elsewhere")
     parser.add_argument("--scale", type=int, default=1, help="divide all dimensions, to try the program on a CPU")
-    parser.add_argument("--peers", default="", help="folder that holds the package dion")
+    parser.add_argument("--peers", default="", help="folder that holds other packages")
+    parser.add_argument("--peer_seconds", type=float, default=60, help="the longest a package may take")
     bench = Bench(parser.parse_args())
     bench.say(f"{bench.common}")
     if not bench.arguments.skip_errors:
@@ -407,7 +383,6 @@ def main() -> None:
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
-    bench.section("dion", lambda: time_dion(bench))
     bench.section("HSDP, two copies", lambda: time_copies(bench, first))
     rows = bench.rows
     for layers in bench.arguments.layers[1:]:
@@ -415,6 +390,7 @@ def main() -> None:
         bench.renew_layers(copies=1)
         bench.section(f"{layers} layers", lambda: time_table(bench, TABLE))
     bench.rows, bench.num_layers = rows, bench.arguments.layers[0]
+    bench.section("Other packages", lambda: time_peers(bench, bench.arguments.peers, bench.arguments.peer_seconds))
     bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
     bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     if bench.failed:
