@@ -1,4 +1,7 @@
-"""The data folder of the runs: prepared shards of real text, and the recall task beside them."""
+"""The data folder of the runs: prepared shards of real text, and the recall task beside them.
+
+Where `data_dir` holds the recall task too, it is taken from there.
+"""
 
 import itertools
 import json
@@ -42,7 +45,10 @@ def prepare_data(recipes: list[Recipe], folder: Path, tiny: bool) -> Path:
         _tiny_text(folder)
     else:
         _link_text(recipes, folder)
-    if needed:
+    prepared = (folder / "shards" / RECALL).exists()
+    if prepared and (made := load_manifest(folder / "shards")["domains"][RECALL]["train"]["tokens"]) < needed:
+        raise ValueError(f"the recall task in data_dir has {made} tokens, and a run reads {needed}: prepare it anew")
+    if needed and not prepared:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         manifest = load_manifest(folder / "shards")
         documents = recall_documents(tokenizer, int(RECALL_MARGIN * needed))

@@ -33,6 +33,7 @@ TINY = {
     "eval_tokens": 512,
     "exact_logit_steps": 2,
     "mixed_precision": "no",
+    "compile_layers": False,
 }
 TINY_SEEDS = 2
 # Settings of every run: nothing is kept, printed or tracked but metrics.jsonl.
