@@ -48,6 +48,17 @@ class CacheWithFixedOffset:
         return getattr(self._cache, name)
 
 
+def for_tokens(config: Motif2Config, tokens: int) -> Motif2Config:
+    """Returns the configuration that names the backend for so many tokens: FlexAttention leaves one token to SDPA.
+
+    On a GPU it is compiled anew for every length of a growing cache.
+    """
+    if tokens == 1 and config._attn_implementation == "flex_attention":
+        config = copy.copy(config)
+        config._attn_implementation = "sdpa"
+    return config
+
+
 def takes_lengths(config: Motif2Config) -> bool:
     """Whether the backend is a flash attention: it takes documents by their lengths, and no mask but padding."""
     return ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(config._attn_implementation) is flash_attention_mask
@@ -165,6 +176,7 @@ def attention_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    config = for_tokens(config, inputs_embeds.shape[1])
     types = dict.fromkeys(config.layer_types)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         return dict.fromkeys(types, _in_form_of_backend(config, attention_mask, inputs_embeds))

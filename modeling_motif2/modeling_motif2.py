@@ -35,6 +35,7 @@ from .masks import (
     CacheWithFixedOffset,
     attention_masks,
     document_index,
+    for_tokens,
     packed_lengths,
     positions_from_cumulative_lengths,
     takes_lengths,
@@ -252,10 +253,12 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(past_key_values: Cache, **kwargs) -> Any:
         """Makes the masks of a step with a static cache; `generate` calls it instead of transformers' function."""
 
+        tokens = kwargs["inputs_embeds"].shape[1]
+        kwargs["config"] = for_tokens(kwargs["config"], tokens)
+
         def make() -> Any:
             return create_masks_for_generate(past_key_values=CacheWithFixedOffset(past_key_values), **kwargs)
 
-        tokens = kwargs["inputs_embeds"].shape[1]
         return with_growing_padding(make, past_key_values, kwargs.get("attention_mask"), tokens)
 
     @can_return_tuple

@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, QuantizedCache, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.modeling_motif2.builders import random_ids, small_model
 
@@ -38,6 +39,24 @@ def greedy(model, ids):
 @pytest.mark.parametrize("cache", [None, "dynamic", "static"])
 def test_caches_do_not_change_what_is_said(model, ids, greedy, cache):
     assert torch.equal(generate(model, ids, cache_implementation=cache), greedy)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_flex_attention_leaves_one_token_to_sdpa(ids, greedy, monkeypatch, cache):
+    model = small_model(attention="flex_attention", dtype=torch.float64, ratio=3)
+    run, queries = ALL_ATTENTION_FUNCTIONS["flex_attention"], []
+
+    def noted(module, query, *arguments, **options):
+        queries.append(query.shape[2])
+        return run(module, query, *arguments, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", noted)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(generate(model, ids, cache_implementation=cache), greedy)
+        out = generate(model, padded, cache_implementation=cache, attention_mask=(padded != 0).long())
+    assert torch.equal(out[:, 3:], greedy)
+    assert set(queries) == {ids.shape[1], padded.shape[1]}
 
 
 def test_left_padding_does_not_change_what_is_said(model, greedy):
