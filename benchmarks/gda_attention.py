@@ -300,27 +300,6 @@ class Suite:
                 ratio = f"{both / best:15.2f}" if best else ""
                 print(f"{name:26} {found['forward']:9.3f} {found['backward']:9.3f} {both:9.3f} {ratio}")
 
-    def forward(self) -> None:
-        """The forward written for Hopper beside Triton's: errors of both against float64, then both timed in turns."""
-        module = getattr(self.kernel.ops.launch, "hopper_passes", None)
-        if self.device.type != "cuda" or module is None or module.hopper_kernels is None:
-            return
-        default, attend = module.FORWARD, self.ways["ours"]
-        inputs = self.inputs(1, 1357)
-        with torch.no_grad():
-            wanted = library(None, False)([each.detach().double() for each in inputs])
-        try:
-            for module.FORWARD in (False, True):
-                name = f"ours, forward in {'Gluon' if module.FORWARD else 'Triton'}"
-                with torch.no_grad():
-                    error = relative(attend(inputs), wanted)
-                self.report.add("forward", name, "causal T1357", "out", error, "error")
-            for (batch, tokens), module.FORWARD in itertools.product(self.cases, (False, True, False, True)):
-                name = f"ours, forward in {'Gluon' if module.FORWARD else 'Triton'}"
-                self.time_way("forward", name, attend, batch, tokens)
-        finally:
-            module.FORWARD = default
-
     def packs(self) -> None:
         """One row of documents; SDPA goes over the whole square."""
         tokens = self.cases[-1][1]
@@ -422,8 +401,8 @@ def main() -> int:
     report = Report(options.output / ("gda_attention_tiny.csv" if options.tiny else "gda_attention.csv"), device)
     suite = Suite(report, device, options.tiny, options.all_ways)
     sections = {"check": suite.check, "operator": suite.operator, "packed": suite.packs}
-    sections |= {"sweep": suite.sweep, "layer": suite.layer, "forward": suite.forward}
-    for name in options.sections.replace("operator", "operator,forward").split(","):
+    sections |= {"sweep": suite.sweep, "layer": suite.layer}
+    for name in options.sections.split(","):
         report.section(name, sections[name])
     return report.finish()
 

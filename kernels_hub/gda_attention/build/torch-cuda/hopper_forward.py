@@ -148,22 +148,18 @@ def forward_kernel(
     query_group, query_head, key_group, key_half, value_group,
     T, num_groups, rows_and_groups, raw_signals, log2_scale, eps, out_scale,
     RATIO: gl.constexpr, NOISE: gl.constexpr, SAVE_RAW: gl.constexpr,
-    BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr, BY_TILE: gl.constexpr,
+    BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     """raw (B, T, raw_signals + G, 2D), lse (B, H, T), largest (B, H, 2 * tiles) and out (B, T, G, r, 2D).
 
-    Grid: (B * G * tiles * heads,), the longest tile first, of all groups (`BY_TILE`) or of each.
+    Grid: (B * G * tiles * heads,), the longest tiles first.
     """
     HEADS: gl.constexpr = 1 if NOISE else RATIO
     dtype: gl.constexpr = query.dtype
     tiles = (T + 127) // 128
     head = gl.program_id(0) % HEADS
-    if BY_TILE:
-        row_and_group = gl.program_id(0) // HEADS % rows_and_groups
-        tile = tiles - 1 - gl.program_id(0) // (HEADS * rows_and_groups)
-    else:
-        row_and_group = gl.program_id(0) // (HEADS * tiles)
-        tile = tiles - 1 - gl.program_id(0) // HEADS % tiles
+    row_and_group = gl.program_id(0) // HEADS % rows_and_groups
+    tile = tiles - 1 - gl.program_id(0) // (HEADS * rows_and_groups)
     row, group = row_and_group // num_groups, row_and_group % num_groups
     queries, keys = allocate_tiles(dtype, 2, 64, 128), allocate_tiles(dtype, KEY_STAGES, BLOCK_N, 128)
     values = allocate_tiles(dtype, VALUE_STAGES, BLOCK_N, 256)

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_rocm_905820d
+ops = torch.ops._gda_attention_rocm_4ad4f92
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_rocm_905820d::{op_name}"
+    return f"_gda_attention_rocm_4ad4f92::{op_name}"

@@ -21,8 +21,7 @@ except (ImportError, AttributeError):  # no Gluon, or another one
 
 LOG2_E = math.log2(math.e)
 BLOCK = 128  # queries and keys of a block of dS, queries of a tile of the forward
-FORWARD = False  # whether the forward is used: not before it has been timed beside Triton's
-FORWARD_RINGS = {"BLOCK_N": 64, "KEY_STAGES": 3, "VALUE_STAGES": 3, "BY_TILE": True}
+FORWARD_RINGS = {"BLOCK_N": 64, "KEY_STAGES": 3, "VALUE_STAGES": 3}
 usable = True  # until a launch fails
 
 

@@ -125,7 +125,7 @@ def forward(
     arguments = (*states, lambda_, weight, raw, out, lse, scaling, eps, out_scale)
     with torch.cuda.device_of(key):
         causal, largest = first is None and tokens == key.shape[1], None
-        if tiles is None and causal and hopper_passes.FORWARD and hopper_passes.suits(*states):
+        if tiles is None and causal and hopper_passes.suits(*states):
             largest = hopper_passes.attempt(lambda: hopper_passes.forward(*arguments))
         if largest is None:
             tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
