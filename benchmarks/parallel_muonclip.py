@@ -74,7 +74,15 @@ HSDP_TABLE = {
     "HSDP, copies together": {"method": "gram", "chunk_size": 1},
     "HSDP, each copy for itself": {"method": "gram", "chunk_size": 1, "max_replicas": 1},
 }
-PROFILED = ("Parallel, pipelined, balanced", "Gram, not pipelined", "Gram, chunk 1", "Gram, chunk 2")
+COPY_ENGINES_TABLE = {
+    "Gram, chunk 1, copy engines": {"method": "gram", "chunk_size": 1, "copy_engines": True},
+    "Gram, chunk 2, copy engines": {"method": "gram", "chunk_size": 2, "copy_engines": True},
+    "Gram, chunk 1, once more": {"method": "gram", "chunk_size": 1},
+}
+PROFILED = (
+    *("Parallel, pipelined, balanced", "Gram, not pipelined", "Gram, chunk 1", "Gram, chunk 2"),
+    "Gram, chunk 1, copy engines",
+)
 KINDS = {  # kernels by words in their names; the first match wins
     "symmetric products": ("symmetric_product_kernel",),
     "network": ("nccl",),
@@ -165,7 +173,8 @@ class Bench:
         ]
         parameters = [parameter for layer in layers for parameter in layer.values()]
         optimizer = ParallelMuonClip(parameters, lr=1e-4, attentions=attentions, timeout_seconds=90, **options)
-        optimizer._teams = self.teams  # one communicator for all rows: each takes memory of its own
+        # one communicator for all rows of a kind: each takes memory of its own
+        optimizer._teams = self.teams.setdefault(optimizer.copy_engines, {})
         return optimizer
 
     def say(self, text: str = "") -> None:
@@ -226,7 +235,7 @@ class Bench:
         """Show a failure and go on."""
         try:
             yield
-        except Exception:
+        except (Exception, SystemExit):
             print(f"rank {self.rank}: {title} failed\n{traceback.format_exc()}", flush=True)
             self.failed = True
 
@@ -273,7 +282,10 @@ def time_table(bench: Bench, table: dict[str, dict]) -> None:
         chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
         optimizer = bench.optimizer(bench.layers, **options)
         with bench.guard(row):
-            bench.report(row, chunk, options["method"], *bench.measure(optimizer.step))
+            times, extra = bench.measure(optimizer.step)
+            copies = [team.copies for team in optimizer._teams.values() if team.copies]
+            extra += sum(each.reserved_bytes for each in copies) / 1e6  # PyTorch's allocator knows nothing of it
+            bench.report(row, chunk, options["method"], times, extra)
         optimizer.state.clear()
         bench.clean()
         bench.save()
@@ -299,7 +311,7 @@ def profile_rows(bench: Bench) -> None:
     bench.renew_layers(copies=1)
     bench.say("| row | step | " + " | ".join((*KINDS, "rest")) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
     for row in (row for row in bench.rows if row["row"] in PROFILED):
-        optimizer = bench.optimizer(bench.layers, **TABLE[row["row"]])
+        optimizer = bench.optimizer(bench.layers, **(TABLE | COPY_ENGINES_TABLE)[row["row"]])
         optimizer.step()
         row |= kernel_times(bench, optimizer.step)
         optimizer.state.clear()
@@ -317,6 +329,17 @@ def time_copies(bench: Bench, first: dict) -> None:
         compare_step(bench, row, options, first)
     bench.renew_layers(copies=2)
     time_table(bench, HSDP_TABLE)
+
+
+def time_copy_engines(bench: Bench, first: dict) -> None:
+    """Matrices carried by copy engines, with the same bits, and the plain row again between and after them."""
+    if not (bench.cuda and bench.arguments.copy_engines):
+        bench.say("not run: it takes --copy_engines, and GPUs of one node")
+        return
+    for row, options in COPY_ENGINES_TABLE.items():
+        compare_step(bench, row, options, first)
+    bench.renew_layers(copies=1)
+    time_table(bench, COPY_ENGINES_TABLE)
 
 
 def time_newton_schulz(bench: Bench) -> None:
@@ -368,6 +391,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed steps a row")
     parser.add_argument("--skip_errors", action="store_true", help="check steps only: kernels were checked elsewhere")
     parser.add_argument("--scale", type=int, default=1, help="divide all dimensions, to try the program on a CPU")
+    parser.add_argument("--copy_engines", action="store_true", help="rows whose matrices these carry, within a node")
     parser.add_argument("--peers", default="", help="folder that holds other packages")
     parser.add_argument("--peer_seconds", type=float, default=60, help="the longest a package may take")
     bench = Bench(parser.parse_args())
@@ -379,6 +403,7 @@ def main() -> None:
     first = check_step(bench, TABLE)
     bench.clean()
     bench.section("A step in the form of Table 4", lambda: time_table(bench, TABLE))
+    bench.section("Copy engines", lambda: time_copy_engines(bench, first))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))

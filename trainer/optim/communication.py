@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.optim.plan import Route
+from trainer.optim.peer_copies import Arrival, PeerCopies
+from trainer.optim.plan import Chunk, Route
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Flight:
 
     received: Tensor | None
     sent: Tensor | None = None
-    work: dist.Work | None = None
+    work: dist.Work | Arrival | None = None
     team: "Team | None" = None
 
     def arrive(self) -> Tensor:
@@ -42,17 +43,20 @@ class Team:
         ranks: global ranks, ascending; this rank is one of them. One rank alone communicates nothing.
         timeout_seconds: how long a collective waits for a rank that does not come.
         device: of the tensors to come.
+        copy_engines: let these carry what `exchange` moves, between GPUs of one node.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout_seconds: float, device: torch.device):
+    def __init__(self, ranks: Sequence[int], timeout_seconds: float, device: torch.device, copy_engines: bool = False):
         self.ranks, self.timeout_seconds = tuple(ranks), timeout_seconds
-        self.me, self.group = 0, None
+        self.me, self.group, self.copies = 0, None, None
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
             with self.clear_errors():
                 self.group = _new_group(self.ranks, timedelta(seconds=timeout_seconds), device)
                 if device.type == "cuda":
                     self._connect(device)
+                if copy_engines:
+                    self.copies = PeerCopies(self.group, self.me, device, timeout_seconds)
 
     @contextlib.contextmanager
     def clear_errors(self):
@@ -80,10 +84,18 @@ class Team:
         dist.all_to_all_single(element.clone(), element, one_each, one_each, group=self.group)
         dist.all_reduce(element, dist.ReduceOp.MAX, group=self.group)
 
-    def exchange(self, send: Tensor, route: Route) -> Flight:
-        """Start an all-to-all of flat `send` along `route`, without waiting for it."""
+    def reserve(self, chunks: Sequence[Chunk], itemsize: int) -> None:
+        """Get ready to exchange along the routes of a plan; `itemsize` bytes an element at most."""
+        if self.copies is not None:
+            self.copies.reserve(chunks, itemsize)
+
+    def exchange(self, send: Tensor, route: Route, scatter: bool = False) -> Flight:
+        """Start an all-to-all of flat `send` along `route`, to owners or back from them, without waiting for it."""
         if self.group is None:
             return Flight(send)
+        if self.copies is not None:
+            received, arrival = self.copies.exchange(send, route, scatter)
+            return Flight(received, send, arrival, self)
         receive = send.new_empty(sum(route.receive_splits))
         with self.clear_errors():
             work = dist.all_to_all_single(

@@ -67,6 +67,7 @@ class ParallelMuonClip(MuonClip):
         max_replicas: copies of the parameters (HSDP, DDP) whose ranks share one matrix's work; None: all. Fewer save
             traffic between copies and repeat work: see docs/parallel_muonclip.md.
         balanced: share matrices out by cost, longest first, instead of in turn.
+        copy_engines: let the GPUs' copy engines carry matrices, instead of kernels of NCCL; ranks of one node.
         wire_dtype: dtype of directions on the wire; None: bfloat16 on accelerators, float32 or more elsewhere.
         process_group: all ranks that step together; None: all there are.
         timeout_seconds: how long a collective waits for a rank that does not come.
@@ -90,6 +91,7 @@ class ParallelMuonClip(MuonClip):
         pipelined: bool = True,
         balanced: bool = True,
         max_replicas: int | None = None,
+        copy_engines: bool = False,
         wire_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout_seconds: float = 600.0,
@@ -107,7 +109,7 @@ class ParallelMuonClip(MuonClip):
             raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
         self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced
         self.wire_dtype, self.process_group, self.timeout_seconds = wire_dtype, process_group, timeout_seconds
-        self.max_replicas = max_replicas
+        self.max_replicas, self.copy_engines = max_replicas, copy_engines
         self.orthogonalise = Orthogonaliser(method, coefficients, backend)
         self._teams: dict[tuple[int, ...], Team] = {}
         self._known_parameters: list[Tensor] = []
@@ -180,6 +182,8 @@ class ParallelMuonClip(MuonClip):
         if len(parameters) == len(known) and all(map(operator.is_, parameters, known)):
             return
         self._device = local_of(parameters[0]).device
+        if self.copy_engines and self._device.type != "cuda":
+            raise ValueError(f"copy_engines is set and the parameters are on {self._device}: leave it off there")
         shared = dist.is_available() and dist.is_initialized()
         ranks = tuple(sorted(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))) if shared else (0,)
         self._control = self._team(ranks)
@@ -205,7 +209,8 @@ class ParallelMuonClip(MuonClip):
     def _settings(self) -> tuple:
         """What must be the same on every rank."""
         how = self.orthogonalise
-        schedule = (self.mode, self.chunk_size, self.pipelined, self.balanced, self.max_replicas, self.wire_dtype)
+        schedule = (self.mode, self.chunk_size, self.pipelined, self.balanced, self.max_replicas, self.wire_dtype,
+                    self.copy_engines)  # fmt: skip
         work = (how.method, how.coefficients, how.backend, self.qk_clip_threshold, self.qk_clip_rule)
         groups = [(float(g["lr"]), g["momentum"], g["weight_decay"], *g["betas"], g["eps"]) for g in self.param_groups]
         return schedule, work, groups
@@ -216,7 +221,7 @@ class ParallelMuonClip(MuonClip):
 
     def _team(self, ranks: tuple[int, ...]) -> Team:
         if ranks not in self._teams:
-            self._teams[ranks] = Team(ranks, self.timeout_seconds, self._device)
+            self._teams[ranks] = Team(ranks, self.timeout_seconds, self._device, self.copy_engines)
         return self._teams[ranks]
 
     def _agree(self) -> tuple[bool, tuple[bool, ...], Tensor]:
@@ -255,6 +260,7 @@ class ParallelMuonClip(MuonClip):
         team = self._team(ranks)
         layouts = tuple(layout for _, _, layout in members)
         chunks = plan_chunks(layouts, team.me, self.orthogonalise.cost, self.chunk_size, self.balanced)
+        team.reserve(chunks, max(self._direction_dtype(parameter).itemsize for _, parameter, _ in members))
         return TeamPlan(team, tuple((index, parameter) for index, parameter, _ in members), layouts, chunks)
 
     def _run_parallel(self, plan: TeamPlan) -> None:

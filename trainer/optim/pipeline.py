@@ -63,7 +63,7 @@ def run_pipeline(
             numbers, batch = batches.pop(0)
             updates.append((numbers, orthogonalise(batch)))
             del batch
-        return team.exchange(_to_send(chunk, updates, scatter_dtype, device), chunk.scatter)
+        return team.exchange(_to_send(chunk, updates, scatter_dtype, device), chunk.scatter, scatter=True)
 
     def finish(chunk: Chunk, scattered: Flight) -> None:
         received = scattered.arrive()
