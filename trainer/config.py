@@ -150,6 +150,9 @@ class PretrainConfig:
         1, "ranks that share each layer's matrices and the same rows, by the model's own plan: 1, or all of the run's"
     )
     merge_projections: bool = setting(False, "compute a layer's queries, keys and values in one product")
+    weight_copies: bool = setting(
+        False, "cast the matrices to bfloat16 once a step instead of in each micro-batch; for a single GPU"
+    )
     compile_layers: bool = setting(False, "compile each decoder layer, and the loss, with torch.compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
@@ -352,6 +355,11 @@ class PretrainConfig:
         if self.merge_projections and self.fp8 != "none":
             raise ValueError(
                 f"merge_projections with fp8 {self.fp8!r}, whose products torchao makes one by one: set one of the two"
+            )
+        if self.weight_copies and (self.fp8 != "none" or self.mixed_precision != "bf16"):
+            raise ValueError(
+                f"weight_copies with mixed_precision {self.mixed_precision} and fp8 {self.fp8}: the copies are "
+                "bfloat16 for products in bfloat16; set mixed_precision bf16 and fp8 none, or weight_copies false"
             )
         offs = {"compile_layers": False, "merge_projections": False, "fp8": "none", "gradient_checkpointing": "none"}
         for name, off in offs.items():

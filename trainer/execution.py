@@ -69,21 +69,30 @@ def merge_projections(model: nn.Module) -> None:
 
 def _merge(modules: list[nn.Linear]) -> None:
     """Let the first module's forward compute all, and the others', called next with the same input, take theirs."""
-    sizes, waiting = [module.out_features for module in modules], {}
+    first, sizes, waiting = modules[0], [module.out_features for module in modules], {}
+    first.__dict__["joined"] = modules
+    first.__dict__["joined_weight"] = None  # or a copy of all, see trainer/weight_copies.py
 
     def all_of_them(rows: torch.Tensor) -> torch.Tensor:
-        weight = torch.cat([module.weight for module in modules])
+        weight = first.joined_weight
+        if weight is None:
+            weight = torch.cat([module.weight for module in modules])
         own, *others = nn.functional.linear(rows, weight).split(sizes, -1)
         waiting.update(enumerate(others))
         return own
 
-    modules[0].forward = all_of_them
+    first.forward = all_of_them
     for index, module in enumerate(modules[1:]):
-        module.forward = functools.partial(_take, waiting, index)
+        module.forward = _taker(waiting, index)
 
 
-def _take(waiting: dict[int, torch.Tensor], index: int, rows: torch.Tensor) -> torch.Tensor:
-    return waiting.pop(index)
+def _taker(waiting: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward that gives what waits; a closure, since layers with partial functions would not share their code."""
+
+    def take(rows: torch.Tensor) -> torch.Tensor:
+        return waiting.pop(index)
+
+    return take
 
 
 def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emulate: bool = False) -> list[str]:

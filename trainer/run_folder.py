@@ -34,6 +34,7 @@ FREE_SETTINGS = frozenset(
         "gradient_checkpointing_every",
         "compile_layers",
         "merge_projections",
+        "weight_copies",
         "tensor_parallel",
         "loss",
         "max_skipped_steps",

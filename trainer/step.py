@@ -24,6 +24,7 @@ from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
 from trainer.masks import attention_masks, send
+from trainer.weight_copies import WeightCopies
 
 
 class NonFiniteLossError(RuntimeError):
@@ -66,9 +67,11 @@ class TrainStep:
         loss: how the head's loss is computed, see `HeadLoss`.
         compile_loss: compile the cross-entropy.
         tensor_ranks: ranks that share a row's computation by tensor parallelism, and so have the same rows.
+        weight_copies: cast the matrices to bfloat16 once a step, see `WeightCopies`; on a single rank.
 
     Raises:
-        ValueError: accelerate was launched with another number of tensor parallel ranks.
+        ValueError: accelerate was launched with another number of tensor parallel ranks, or copies of weights were
+            asked for on several ranks.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class TrainStep:
         loss: str = "auto",
         compile_loss: bool = False,
         tensor_ranks: int = 1,
+        weight_copies: bool = False,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.domains = domains
@@ -96,6 +100,12 @@ class TrainStep:
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
         self.bare_model = accelerator.unwrap_model(model)
+        if weight_copies and accelerator.num_processes > 1:
+            raise ValueError(
+                f"weight_copies on {accelerator.num_processes} ranks: they are for a single one, FSDP2 casts what it "
+                "gathers; set weight_copies false"
+            )
+        self.copies = WeightCopies(self.bare_model) if weight_copies else None
         self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._proven = compiled or polynorm_in_use(model).source == "torch"
@@ -120,6 +130,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.model.train()
+        self._refresh_copies()
         with fast_attention():  # over the backward too, which may recompute the forward
             sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -138,6 +149,10 @@ class TrainStep:
         counted = zip(self.domains, measured.losses, measured.counts, strict=True)
         by_domain = {name: total / count for name, total, count in counted if count}
         return StepOutcome(loss, by_domain, grad_norm, measured.max_logits, measured.lambdas, clipped_heads, skipped)
+
+    def _refresh_copies(self) -> None:
+        if self.copies is not None:
+            self.copies.refresh()
 
     def _backward_with_proof(self, batch: Batch) -> torch.Tensor:
         """`_backward`, and in the first step a proof that the PolyNorm kernels ran in it.
@@ -212,6 +227,7 @@ class TrainStep:
         """Mean held-out loss over `batches`, which all ranks give alike and share."""
         rank, ranks = self.data_rank, self.data_ranks
         self.model.eval()
+        self._refresh_copies()
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for index in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
             with fast_attention():
