@@ -45,7 +45,7 @@ COLUMNS = (
     "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
     "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
 )  # fmt: skip
-# What a recipe sets as compile_layers, merge_projections, weight_copies, residual, muon_chunk_size, loss,
+# What a recipe sets as compile_layers, weight_copies, residual, muon_chunk_size, loss,
 # micro_batch_tokens and attn_implementation.
 MAIN = Variant(
     "Motif-2", compiled=True, attention="gda_kernel", residual="bfloat16", chunk_size=8, loss="full", micro_rows=5
@@ -53,8 +53,7 @@ MAIN = Variant(
 SDPA = replace(MAIN, name="Motif-2, SDPA", attention="sdpa")
 FP8 = replace(MAIN, name="Motif-2, FP8", fp8="rowwise_with_gw_hp")
 LONG = replace(MAIN, name="Motif-2, 50 rows a step", rows=50)  # the report's last batch on its 400 GPUs
-MERGED = replace(MAIN, name="Motif-2, q, k and v in one product", merged=True)
-COPIES = replace(MERGED, name="Motif-2, q, k and v in one product, weights cast once", copies=True)
+COPIES = replace(MAIN, name="Motif-2, weights cast once", copies=True)
 LONG_COPIES = replace(COPIES, name="Motif-2, 50 rows a step, weights cast once", rows=50)
 VARIANTS = (
     replace(MAIN, name="Motif-2, all matrices at once", chunk_size=None),
@@ -360,7 +359,6 @@ def main() -> None:
         bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
         bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
         bench.section(f"step: {LONG_COPIES.name}", lambda: time_long(bench, shape, LONG_COPIES))
-        bench.section(f"step: {MERGED.name}", lambda: time_variant(bench, shape, MERGED))
         bench.section(f"step: {COPIES.name}", lambda: time_variant(bench, shape, COPIES))
         bench.section(f"step: {FP8.name}", lambda: time_variant(bench, shape, FP8))
         bench.section("linear part", lambda: parts.time_linear_part(bench, main_shape))

@@ -27,7 +27,6 @@ from trainer.execution import (
     bfloat16_residual,
     compile_layers,
     convert_to_fp8,
-    merge_projections,
     recompute_layers,
 )
 from trainer.flops import count_parameters, training_flops
@@ -103,7 +102,6 @@ class Variant:
     attention: str = "sdpa"
     fp8: str = "none"
     compiled: bool = False
-    merged: bool = False
     copies: bool = False
     recompute: str = "none"
     residual: str = "float32"
@@ -218,8 +216,6 @@ class OurRun:
             use_gda_attention(model, attn_implementation=variant.attention)
         if variant.residual == "bfloat16":
             bfloat16_residual(model)
-        if variant.merged:
-            merge_projections(model)
         if variant.fp8 != "none":
             convert_to_fp8(model, variant.fp8, emulate=not torch.cuda.is_available())
         if variant.recompute != "none":

@@ -149,7 +149,6 @@ class PretrainConfig:
     tensor_parallel: int = setting(
         1, "ranks that share each layer's matrices and the same rows, by the model's own plan: 1, or all of the run's"
     )
-    merge_projections: bool = setting(False, "compute a layer's queries, keys and values in one product")
     weight_copies: bool = setting(
         False, "cast the matrices to bfloat16 once a step instead of in each micro-batch; for a single GPU"
     )
@@ -352,16 +351,12 @@ class PretrainConfig:
                 f"tensor_parallel is {self.tensor_parallel} and takes all ranks: reckon with dry_run_gpus "
                 f"{self.tensor_parallel} and no dry_run_shards"
             )
-        if self.merge_projections and self.fp8 != "none":
-            raise ValueError(
-                f"merge_projections with fp8 {self.fp8!r}, whose products torchao makes one by one: set one of the two"
-            )
         if self.weight_copies and (self.fp8 != "none" or self.mixed_precision != "bf16"):
             raise ValueError(
                 f"weight_copies with mixed_precision {self.mixed_precision} and fp8 {self.fp8}: the copies are "
                 "bfloat16 for products in bfloat16; set mixed_precision bf16 and fp8 none, or weight_copies false"
             )
-        offs = {"compile_layers": False, "merge_projections": False, "fp8": "none", "gradient_checkpointing": "none"}
+        offs = {"compile_layers": False, "fp8": "none", "gradient_checkpointing": "none"}
         for name, off in offs.items():
             if split and getattr(self, name) != off:
                 raise ValueError(

@@ -1,8 +1,7 @@
 """How a model's decoder layers run: products in FP8, recomputed in the backward pass, compiled.
 
 Each function changes the model in place and keeps its parameters and their names, so that optimizer, checkpoints and
-export see the same model. The order is `bfloat16_residual`, `merge_projections` or `convert_to_fp8`,
-`recompute_layers`, `compile_layers`.
+export see the same model. The order is `bfloat16_residual`, `convert_to_fp8`, `recompute_layers`, `compile_layers`.
 """
 
 import contextlib
@@ -51,48 +50,6 @@ def bfloat16_residual(model: nn.Module) -> None:
         return output.bfloat16() if torch.is_autocast_enabled(output.device.type) else output
 
     model.model.embed_tokens.register_forward_hook(narrow)
-
-
-def merge_projections(model: nn.Module) -> None:
-    """Compute the queries, keys and values of each layer in one product, and their inputs' gradients in one.
-
-    The three matrices stay parameters of their own; they are joined for each product, which the compiler does while
-    it casts them.
-
-    Args:
-        model: a Motif-2 model, not in FP8.
-    """
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        _merge([attention.q_proj, attention.k_proj, attention.v_proj])
-
-
-def _merge(modules: list[nn.Linear]) -> None:
-    """Let the first module's forward compute all, and the others', called next with the same input, take theirs."""
-    first, sizes, waiting = modules[0], [module.out_features for module in modules], {}
-    first.__dict__["joined"] = modules
-    first.__dict__["joined_weight"] = None  # or a copy of all, see trainer/weight_copies.py
-
-    def all_of_them(rows: torch.Tensor) -> torch.Tensor:
-        weight = first.joined_weight
-        if weight is None:
-            weight = torch.cat([module.weight for module in modules])
-        own, *others = nn.functional.linear(rows, weight).split(sizes, -1)
-        waiting.update(enumerate(others))
-        return own
-
-    first.forward = all_of_them
-    for index, module in enumerate(modules[1:]):
-        module.forward = _taker(waiting, index)
-
-
-def _taker(waiting: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward that gives what waits; a closure, since layers with partial functions would not share their code."""
-
-    def take(rows: torch.Tensor) -> torch.Tensor:
-        return waiting.pop(index)
-
-    return take
 
 
 def convert_to_fp8(model: nn.Module, recipe: str, skip_edge_layers: int = 1, emulate: bool = False) -> list[str]:

@@ -12,7 +12,6 @@ from trainer.execution import (
     bfloat16_residual,
     compile_layers,
     convert_to_fp8,
-    merge_projections,
     recompute_layers,
 )
 
@@ -86,8 +85,6 @@ def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
         use_gda_attention(model, attn_implementation=name)
     if config.residual == "bfloat16":
         bfloat16_residual(model)
-    if config.merge_projections:
-        merge_projections(model)
     if config.fp8 != "none":
         convert_to_fp8(model, config.fp8, config.fp8_skip_edge_layers, config.fp8_emulate)
     if config.gradient_checkpointing != "none":

@@ -16,7 +16,7 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
 from tests.trainer.storages import Storages
 from trainer import execution
-from trainer.execution import compile_layers, convert_to_fp8, merge_projections, recompute_layers
+from trainer.execution import compile_layers, convert_to_fp8, recompute_layers
 from trainer.loop import run_pretraining
 from trainer.model import build_model, load_tokenizer
 from trainer.optim import build_muon_clip
@@ -130,40 +130,6 @@ def test_a_bfloat16_residual_stream_runs_through_all_layers():
     with torch.autocast("cpu", torch.bfloat16):
         loss_and_gradients(model)
     assert types == [torch.bfloat16] * 4
-
-
-class TestMergedProjections:
-    @pytest.mark.parametrize("recompute", [None, "full"])
-    def test_losses_and_gradients_are_those_of_separate_products(self, recompute):
-        model, reference = small_model().double(), small_model().double()
-        names = [name for name, _ in reference.named_parameters()]
-        merge_projections(model)
-        if recompute:
-            recompute_layers(model, recompute)
-        for each in (model, reference):
-            track_max_logits(each)
-        assert_equal_outcome(model, reference, tolerance=1e-9)
-        assert [name for name, _ in model.named_parameters()] == names
-        for one, other in zip(attention_modules(model), attention_modules(reference), strict=True):
-            torch.testing.assert_close(one.max_logits, other.max_logits)
-
-    @pytest.mark.slow
-    def test_compiled_layers_have_one_product_for_the_three(self):
-        products = []
-
-        def count(graph, inputs):
-            products.append(sum(node.target is nn.functional.linear for node in graph.graph.nodes))
-            return graph
-
-        model, reference = small_model(2).double(), small_model(2).double()
-        merge_projections(model)
-        compile_layers(model, count)
-        assert_equal_outcome(model, reference, tolerance=1e-9)
-        assert max(products) == 5  # of a layer: q, k and v; o; gate, up, down
-
-    def test_they_are_refused_with_fp8(self, make_config):
-        with pytest.raises(ValueError, match="merge_projections with fp8 'rowwise', whose products"):
-            make_config(merge_projections=True, fp8="rowwise")
 
 
 class TestRecomputation:

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.trainer.test_execution import POSITIONS, TOKENS, small_model
 from tests.trainer.test_loop import curve
-from trainer.execution import compile_layers, merge_projections
+from trainer.execution import compile_layers
 from trainer.loop import run_pretraining
 from trainer.optim import build_muon_clip
 from trainer.weight_copies import WeightCopies
@@ -31,14 +31,11 @@ def two_steps(model, copies: WeightCopies | None = None) -> list:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
-def test_losses_and_gradients_are_those_of_autocast_bit_for_bit(merged, tied):
+def test_losses_and_gradients_are_those_of_autocast_bit_for_bit(tied):
     model, reference = small_model(2), small_model(2)
     for each in (model, reference):
         if tied:
             each.lm_head.weight = each.model.embed_tokens.weight
-        if merged:
-            merge_projections(each)
     names = [name for name, _ in model.named_parameters()]
     copies = WeightCopies(model)
     assert [name for name, _ in model.named_parameters()] == names
@@ -52,7 +49,6 @@ def test_losses_and_gradients_are_those_of_autocast_bit_for_bit(merged, tied):
 
 def test_a_frozen_weight_gets_no_gradient():
     model = small_model(2)
-    merge_projections(model)
     frozen = [model.model.layers[0].self_attn.k_proj.weight, model.model.layers[1].mlp.down_proj.weight]
     for weight in frozen:
         weight.requires_grad_(False)
@@ -64,13 +60,10 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("merged", [False, True])
-def test_layers_with_copies_share_their_compiled_code(merged):
+def test_layers_with_copies_share_their_compiled_code():
     models = [small_model(5), small_model(5)]
     counters = []
     for model in models:
-        if merged:
-            merge_projections(model)
         counters.append(CompileCounterWithBackend("aot_eager"))
         compile_layers(model, counters[-1])
     outcomes = [two_steps(models[0], WeightCopies(models[0])), two_steps(models[1])]
