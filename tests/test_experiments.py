@@ -123,6 +123,17 @@ def test_other_seeds_follow_at_the_best_learning_rate():
     assert names(recipe.runs(diverged)) == [*sweep, ("a", 0, 1), ("b", 0, 1), ("a", 0, 2), ("b", 0, 2)]
 
 
+def test_seeds_go_before_other_rates_where_asked():
+    recipe = make_recipe(seeds_first=True)
+    first = [("a", 0, 0), ("b", 0, 0), ("a", 0, 1), ("b", 0, 1), ("a", 0, 2), ("b", 0, 2)]
+    assert names(recipe.runs({})) == [*first, ("a", 1, 0)]
+    records = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0))}
+    runs = recipe.runs(records)
+    assert names(runs) == [*first, ("a", 1, 0), ("a", 1, 1), ("a", 1, 2)]
+    assert [run.turn for run in runs] == [0] * 6 + [1, 2, 2]
+    assert runs[6].key == recipe.run("a", 1, 0).key
+
+
 def test_a_run_finished_for_another_recipe_is_not_made_again(tmp_path):
     """Only `a` has the other's settings; its sweep is finished there, and of the seeds that follow from it one."""
     recipe, other = make_recipe(), make_recipe(name="other", arms={"z": {"label": "Z"}})

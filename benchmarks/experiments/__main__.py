@@ -141,7 +141,9 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
         for recipe in recipes:
             results[recipe.name].adopt(recipe.runs, others)
         finished = {recipe.name: results[recipe.name].finished for recipe in recipes}
-        known = [run for recipe in recipes for run in recipe.runs(finished[recipe.name])]
+        known = sorted(
+            (run for recipe in recipes for run in recipe.runs(finished[recipe.name])), key=lambda run: run.turn
+        )
         return list({run.key: run for run in reversed(known) if run.key not in finished[run.recipe]}.values())[::-1]
 
     def say(text: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -129,6 +129,7 @@ class Run:
         attention: as for `Arm`.
         growing: how the model is grown; None starts from random weights.
         source: settings of the small model that it grows from.
+        turn: runs of a lower one are made first, over all recipes of a call.
     """
 
     recipe: str
@@ -139,6 +140,7 @@ class Run:
     attention: str
     growing: Growing | None = None
     source: dict = field(default_factory=dict)
+    turn: int = 0
 
     @property
     def key(self) -> str:
@@ -176,6 +178,8 @@ class Recipe:
         sweep: learning rates, as lists of settings; the one with the lowest held-out loss on the first seed is each
             arm's. Empty: those in `pretrain`.
         all_rates: every arm has all seeds at every learning rate, not at its best one only.
+        seeds_first: every arm first gets all seeds at the first of its learning rates, then the other rates are tried:
+            where there may be no time for both.
         measures: rows of the table.
         compared: measures of which differences are shown; the first is what the verdict is about. Empty: the first of
             `measures`.
@@ -201,6 +205,7 @@ class Recipe:
     annealing_share: float = 0.0
     sweep: list[dict] = field(default_factory=list)
     all_rates: bool = False
+    seeds_first: bool = False
     lower_is_better: bool = True
     compared: list[str] = field(default_factory=list)
     plot: list[str] = field(default_factory=lambda: ["heldout_mean"])
@@ -295,7 +300,8 @@ class Recipe:
         """All runs that are known by now, the most important first.
 
         First every arm on the first seed, at each of its learning rates; once an arm has been tried at all of them,
-        the other seeds at its best one. Where `all_rates` is set, the other seeds at the other rates follow.
+        the other seeds at its best one. Where `all_rates` is set, the other seeds at the other rates follow. Where
+        `seeds_first` is set, the other seeds at the first rate go before the first seed at the other rates.
 
         Args:
             records: of finished runs, by key.
@@ -306,9 +312,14 @@ class Recipe:
         chosen = [(arm, point) for arm, point in best.items() if point is not None]
         others = [pair for pair in pairs if pair not in chosen] if self.all_rates else []
         first, *later = self.seeds
-        return [self.run(arm, point, first) for arm, point in pairs] + [
+        runs = [self.run(arm, point, first) for arm, point in pairs] + [
             self.run(arm, point, seed) for wanted in (chosen, others) for seed in later for arm, point in wanted
         ]
+        if not self.seeds_first:
+            return runs
+        early = [self.run(arm, 0, seed) for seed in self.seeds for arm in self.arms]
+        keys = {run.key for run in early}
+        return early + [replace(run, turn=1 if run.seed == first else 2) for run in runs if run.key not in keys]
 
     def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
         """Number of the learning rate with the lowest held-out loss on the first seed; None before all are tried."""

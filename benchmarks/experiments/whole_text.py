@@ -38,9 +38,7 @@ def make_whole_text(source: Path, tokenizer_folder: Path, folder: Path, recall_t
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     domains = {name: read_documents(Source(str(source / "pretrain" / f"{name}.jsonl.zst"))) for name in TAKEN}
     domains[RECALL] = recall_documents(tokenizer, recall_tokens)
-    return build_shards(
-        folder / "shards", domains, tokenizer, heldout_fraction=FULL.heldout_fraction, progress=False
-    )
+    return build_shards(folder / "shards", domains, tokenizer, heldout_fraction=FULL.heldout_fraction, progress=False)
 
 
 def main(argv: list[str] | None = None) -> int:
