@@ -40,13 +40,16 @@ _KEPT_PLANS = 8
 class TeamPlan:
     """What one team does in a step: its matrices, each with its group's index, their layouts and this rank's chunks.
 
-    Indices and not the groups themselves, because `load_state_dict` puts other dicts in their place.
+    All that the host can know beforehand, since the device waits while it prepares the first transfer. Indices and not
+    the groups themselves, because `load_state_dict` puts other dicts in their place.
     """
 
     team: Team
     matrices: tuple[tuple[int, Tensor], ...]
     layouts: tuple[Layout, ...]
+    shapes: tuple[tuple[int, int], ...]
     chunks: tuple[Chunk, ...]
+    wire_dtype: torch.dtype
 
 
 class ParallelMuonClip(MuonClip):
@@ -227,7 +230,7 @@ class ParallelMuonClip(MuonClip):
     def _agree(self) -> tuple[bool, tuple[bool, ...], Tensor]:
         """One collective: whether all gradients are finite, which parameters have one on any rank, maximum logits."""
         parameters = self._parameters()
-        gradients = [local_of(p.grad) for p in parameters if p.grad is not None]
+        gradients = [local_of(gradient) for p in parameters if (gradient := p.grad) is not None]
         bad = not_finite(gradients, self._device)  # first, so that the device looks while the host goes on
         held = describe(parameters).flatten().to(self._device, non_blocking=True)  # (3 * P,)
         flags = torch.cat([bad, held])
@@ -260,8 +263,10 @@ class ParallelMuonClip(MuonClip):
         team = self._team(ranks)
         layouts = tuple(layout for _, _, layout in members)
         chunks = plan_chunks(layouts, team.me, self.orthogonalise.cost, self.chunk_size, self.balanced)
-        team.reserve(chunks, max(self._direction_dtype(parameter).itemsize for _, parameter, _ in members))
-        return TeamPlan(team, tuple((index, parameter) for index, parameter, _ in members), layouts, chunks)
+        wire_dtype = functools.reduce(torch.promote_types, (self._direction_dtype(p) for _, p, _ in members))
+        team.reserve(chunks, wire_dtype.itemsize)
+        matrices = tuple((index, parameter) for index, parameter, _ in members)
+        return TeamPlan(team, matrices, layouts, tuple(layout.shape for layout in layouts), chunks, wire_dtype)
 
     def _run_parallel(self, plan: TeamPlan) -> None:
         def prologue(number: int, out: Tensor | None) -> None:
@@ -270,16 +275,15 @@ class ParallelMuonClip(MuonClip):
         def epilogue(number: int, update: Tensor) -> None:
             self._apply(*plan.matrices[number], update)
 
-        wire_dtype = functools.reduce(torch.promote_types, (self._direction_dtype(p) for _, p in plan.matrices))
         run_pipeline(
             plan.chunks,
-            [layout.shape for layout in plan.layouts],
+            plan.shapes,
             plan.team,
             prologue,
             self.orthogonalise,
             epilogue,
-            wire_dtype,
-            self.orthogonalise.result_dtype(wire_dtype, self._device),
+            plan.wire_dtype,
+            self.orthogonalise.result_dtype(plan.wire_dtype, self._device),
             self._device,
             self.pipelined,
         )
