@@ -34,6 +34,7 @@ PEAK = 989e12
 NAMES = ("out", "signal_query", "noise_query", "key", "value", "lambda", "weight")
 GROUPS, RATIO, DIM = 8, 4, 128
 CAUSAL_ONLY = ("ours, flash backward", "ours, flash", "flash-attn-4 x4", "flash-attn-4 x4, compiled", "sdpa flash x4")
+PACKED_ONLY = ("flash-attn-4 varlen x4, compiled",)
 # Largest relative error of a value and of a gradient against float64 in bfloat16.
 LIMITS = (1.5e-2, 3e-2)
 
@@ -96,6 +97,30 @@ def flash4(flash_attn_func: Callable, finish: Callable) -> Callable:
     return attend
 
 
+def flash4_of_documents(flash_attn_varlen_func: Callable, finish: Callable) -> Callable:
+    """Four calls of FlashAttention-4 over the documents of one row."""
+    known = {}
+
+    def attend(inputs, first=None, last=None):
+        signal_query, noise_query, key, value, lambda_, weight = (each.squeeze(0) for each in inputs)
+        if first.data_ptr() not in known:
+            starts = torch.cat((first[0].unique(), first.new_tensor([first.shape[1]])))
+            known[first.data_ptr()] = starts, int(starts.diff().max())
+        starts, longest = known[first.data_ptr()]
+        options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        outputs = []
+        for query, half in ((signal_query.flatten(1, 2), 0), (noise_query, 1)):
+            pieces = [
+                flash_attn_varlen_func(query, key[:, :, half], part, causal=True, **options)
+                for part in value.unbind(2)
+            ]
+            outputs.append(torch.cat([piece[0] if isinstance(piece, tuple) else piece for piece in pieces], dim=-1))
+        signal, noise = outputs[0].unflatten(1, signal_query.shape[1:3]), outputs[1][:, :, None]
+        return finish(signal[None], noise[None], lambda_, weight)
+
+    return attend
+
+
 def flexible(device: torch.device) -> Callable:
     """Four calls of FlexAttention with a block mask of the visible intervals."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -133,12 +158,13 @@ def ways(kernel, device: torch.device, everything: bool) -> dict[str, Callable]:
     if device.type == "cuda":
         compiled = torch.compile(epilogue, dynamic=False)
         try:
-            from flash_attn.cute import flash_attn_func
+            from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
         except ImportError as error:
             print(f"without flash-attn-4: {error}")
         else:
             found["flash-attn-4 x4"] = flash4(flash_attn_func, epilogue)
             found["flash-attn-4 x4, compiled"] = flash4(flash_attn_func, compiled)
+            found[PACKED_ONLY[0]] = flash4_of_documents(flash_attn_varlen_func, compiled)
         found["sdpa cudnn x4"] = library(SDPBackend.CUDNN_ATTENTION, False)
         found["sdpa cudnn x4, compiled"] = library(SDPBackend.CUDNN_ATTENTION, False, compiled)
     if everything or device.type == "cpu":
@@ -222,7 +248,7 @@ class Suite:
             dout = torch.randn_like(like)
             wanted = values_and_gradients(library(None, False), exact, dout, **intervals)
             for name, way in self.ways.items():
-                if intervals and name in CAUSAL_ONLY:
+                if name in (CAUSAL_ONLY if intervals else PACKED_ONLY):
                     continue
                 try:
                     found = values_and_gradients(way, inputs, dout, **intervals)
@@ -279,6 +305,8 @@ class Suite:
     def operator(self) -> None:
         """Every way at the sizes of the table."""
         for (batch, tokens), (name, way) in itertools.product(self.cases, self.ways.items()):
+            if name in PACKED_ONLY:
+                continue
             try:
                 self.time_way("operator", name, way, batch, tokens)
             except Exception as error:
@@ -303,7 +331,7 @@ class Suite:
     def packs(self) -> None:
         """One row of documents; SDPA goes over the whole square."""
         tokens = self.cases[-1][1]
-        for name in ("ours", "flex x4", "sdpa cudnn x4" if self.device.type == "cuda" else "sdpa"):
+        for name in ("ours", *PACKED_ONLY, "flex x4", "sdpa cudnn x4" if self.device.type == "cuda" else "sdpa"):
             if name not in self.ways:
                 continue
             try:
