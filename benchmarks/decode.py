@@ -1,11 +1,12 @@
 """Decoding and prefill on one GPU: our kernel's step beside SDPA, Motif-2 beside Llama and DiffLlama, and the 12.7B.
 
-    python benchmarks/decode.py [--sections check,kernel,profile,models,full_size,one_token] [--output DIR] [--tiny]
+    python benchmarks/decode.py [--sections check,kernel,models,…] [--models "llama sdpa,…"] [--output DIR] [--tiny]
 
 Steps run from a static cache as a captured CUDA graph, with a mask made before, as `generate` does it. "share" is that
 of a copy's bandwidth in the same run, by the bytes a step must read: the cache (keys of both maps and values, once)
 and, for models, the weights but the embedding. "compiled" is the step as one graph of Inductor's, which must be as
-near to float32 as the eager step first, "products" with `kernels_hub.use_decode_products`. Weights are random.
+near to float32 as the eager step first, "products" with `kernels_hub.use_decode_products`. Weights are random. A cache
+that leaves no room runs with fewer layers, twice, and the whole step is extrapolated: the note says so.
 `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
 Shapes: B rows, S keys (the context), G groups, r signal heads a group, D head dimension.
@@ -50,8 +51,9 @@ from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 GROUPS, RATIO, DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
+ROUND_SECONDS = 0.5  # about what a round of steps may take (assumption)
 LARGEST_RATIO = 1.5  # of a compiled step's error against float32 to the eager step's (assumption)
-CACHE_BYTES = 40 * 2**30  # larger caches are left out (assumption: what an 80 GB GPU has beside the weights)
+CACHE_SHARE = 0.6  # of the memory; larger caches run with fewer layers (assumption: what else a step needs)
 # Combo kernels put small kernels that do not depend on each other into one launch; with coordinate descent Inductor
 # makes and tiles a product with one row itself, else cuBLAS does.
 COMBO = {"combo_kernels": True}
@@ -110,6 +112,22 @@ def filled_cache(model, batch: int, context: int, length: int, device: torch.dev
 
 
 @contextlib.contextmanager
+def first_layers(model, count: int) -> Iterator[None]:
+    """Cuts a model to its first layers for a while."""
+    config, layers = model.config, model.model.layers
+    types = getattr(config, "layer_types", None)
+    try:
+        model.model.layers, config.num_hidden_layers = layers[:count], count
+        if types is not None:
+            config.layer_types = types[:count]
+        yield
+    finally:
+        model.model.layers, config.num_hidden_layers = layers, len(layers)
+        if types is not None:
+            config.layer_types = types
+
+
+@contextlib.contextmanager
 def in_float32(model, cache: StaticCache) -> Iterator[None]:
     """Lets a model's step run in float32, with the model's own products, a layer's weights at a time.
 
@@ -147,14 +165,16 @@ def in_float32(model, cache: StaticCache) -> Iterator[None]:
 class Suite:
     """The sections; sizes shrink where `tiny`."""
 
-    def __init__(self, report: Report, device: torch.device, tiny: bool):
-        self.report, self.device, self.tiny = report, device, tiny
+    def __init__(self, report: Report, device: torch.device, tiny: bool, names: list[str] | None = None):
+        self.report, self.device, self.tiny, self.names = report, device, tiny, names
         self.kernel = load_kernel()
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.heads = (2, 2, 16) if tiny else (GROUPS, RATIO, DIM)
         self.contexts, self.batches = ((20, 50), (1, 2)) if tiny else (CONTEXTS, BATCHES)
         self.bandwidth = copy_bandwidth(device)
         self.new_tokens = 2 if tiny else 16
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**17
+        self.cache_limit = CACHE_SHARE * memory
         report.add("copy", "bandwidth", "", "", self.bandwidth / 1e12, "TB/s")
 
     def ours(self, inputs: list) -> torch.Tensor:
@@ -179,18 +199,32 @@ class Suite:
             for name, function in contenders.items():
                 self.step("kernel", name, f"B{batch} S{context}", lambda f=function, i=inputs: f(i), read, batch)
 
+    def timed(self, function: Callable) -> dict:
+        """Median, 20th and 80th percentile of a step in a CUDA graph; long steps run fewer times."""
+        with torch.no_grad():
+            function()
+            started = time.perf_counter()
+            function()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            replays = max(1, min(self.new_tokens, int(ROUND_SECONDS / (time.perf_counter() - started))))
+            return graph_milliseconds(function, replays, self.device)
+
     def step(self, section: str, name: str, shape: str, function: Callable, read: int, batch: int) -> None:
         """Times one step and adds its row; `read` bytes must come from memory."""
         try:
-            with torch.no_grad():
-                times = graph_milliseconds(function, self.new_tokens, self.device)
+            self.add_step(section, name, shape, self.timed(function), read, batch)
         except Exception as error:
             print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
-            return
+
+    def add_step(
+        self, section: str, name: str, shape: str, times: dict, read: int, batch: int, note: str = ""
+    ) -> None:
+        """Adds a step's row."""
         value = times.pop("value")
         share = read / self.bandwidth / value * 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        note = f"{batch / value * 1e3:.0f} tokens/s"
+        note = f"{batch / value * 1e3:.0f} tokens/s{note}"
         self.report.add(section, name, shape, "step", value, "ms", share=share, peak_gib=peak, note=note, **times)
 
     def one_step(self, model, batch: int, context: int) -> tuple[Callable, int, StaticCache]:
@@ -239,16 +273,17 @@ class Suite:
     def decode_steps(
         self, section: str, name: str, model, batch: int, context: int, options: dict | None = None
     ) -> None:
-        """Times a model's step, with `options` for Inductor compiled; what is too large, or fails, is left out."""
+        """Times a model's step, with `options` for Inductor compiled; what fails is left out."""
         shape = f"B{batch} S{context}"
-        cache_bytes = batch * (context + 10 * self.new_tokens) * self.cache_bytes(model.config)
-        if cache_bytes > CACHE_BYTES:
-            print(f"{section} {name} {shape}: left out, the cache alone is {cache_bytes / 2**30:.0f} GiB")
-            return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
+            cache_bytes = batch * (context + 10 * self.new_tokens) * self.cache_bytes(model.config)
+            if cache_bytes > self.cache_limit:
+                fitting = int(self.cache_limit / cache_bytes * model.config.num_hidden_layers)
+                self.by_fewer_layers(section, name, model, batch, context, max(fitting, 2))
+                return
             with torch.no_grad():
                 step, read, cache = self.one_step(model, batch, context)
                 if options is not None:
@@ -257,6 +292,21 @@ class Suite:
                 self.step(section, name, shape, step, read, batch)
         except Exception as error:
             print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+
+    def by_fewer_layers(self, section: str, name: str, model, batch: int, context: int, most: int) -> None:
+        """Extrapolates a step from those of the first `most` layers and of half as many."""
+        counts, found = (most // 2, most), []
+        for count in counts:
+            with torch.no_grad(), first_layers(model, count):
+                function, _, cache = self.one_step(model, batch, context)
+                found.append(self.timed(function)["value"])
+            del function, cache
+        a_layer = (found[1] - found[0]) / (counts[1] - counts[0])
+        layers = model.config.num_hidden_layers
+        value = found[1] + (layers - most) * a_layer
+        read = parameters_read(model) + batch * context * self.cache_bytes(model.config)
+        note = f"; extrapolated from {counts[0]} and {most} of {layers} layers"
+        self.add_step(section, name, f"B{batch} S{context}", {"value": value}, read, batch, note)
 
     def profile(self) -> None:
         """Kernels that one step launches, and how long each kind runs: batch 1, the shortest context."""
@@ -295,12 +345,22 @@ class Suite:
             self.report.add("models", name, "", "size", parameters / 1e9, "B parameters")
             for batch, context in itertools.product(self.batches, self.contexts):
                 self.decode_steps("models", name, model, batch, context)
-            if name in COMPILED:
-                self.decode_steps("models", name, model, 1, self.contexts[0], TUNED)
+            del model
+
+    def compiled_models(self) -> None:
+        """Those of them that are compiled, at batch 1: Motif-2 with the products too."""
+        for name, make in self.makers().items():
+            if name not in COMPILED:
+                continue
+            model = self.made(name, make)
+            self.decode_steps("compiled", name, model, 1, self.contexts[0], COMBO)
+            if isinstance(model, Motif2ForCausalLM):
+                kernels_hub.use_decode_products(model, "local")
+                self.decode_steps("compiled", f"{name} products", model, 1, self.contexts[0], COMBO)
             del model
 
     def makers(self) -> dict[str, Callable]:
-        """Models of one size, by name and attention."""
+        """Models of one size, by name and attention; those that were asked for."""
         sizes = TINY if self.tiny else SIZES
         dim, groups = (8, 2) if self.tiny else (128, 4)
         common = {**sizes, "max_position_embeddings": 65536, "tie_word_embeddings": False}
@@ -309,13 +369,14 @@ class Suite:
             **common, num_attention_heads=5 * groups, num_key_value_heads=2 * groups, num_noise_heads=groups
         )
         heads = {"num_attention_heads": 4 * groups, "num_key_value_heads": 2 * groups}
-        return {
+        makers = {
             "llama sdpa": lambda: LlamaForCausalLM(LlamaConfig(**common, **heads)),
             "diffllama sdpa": lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**common, **heads)),
             "motif2 sdpa": lambda: Motif2ForCausalLM(motif),
             "motif2 eager": lambda: Motif2ForCausalLM(motif),
             "motif2 gda_kernel": lambda: Motif2ForCausalLM(motif),
         }
+        return {name: make for name, make in makers.items() if self.names is None or name in self.names}
 
     def made(self, name: str, make: Callable):
         """One of those, ready."""
@@ -359,29 +420,23 @@ class Suite:
                 except Exception as error:
                     print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
 
-    def one_token(self) -> None:
-        """The 12.7B at batch 1 as fast as it goes: the compiled step, `generate`, and the step without products."""
+    def one_token(self, name: str = "products", options: dict = COMBO) -> None:
+        """The 12.7B's compiled step at batch 1: with our products, or without, by cuBLAS or Inductor."""
+        model = self.full_size_model()
+        self.prepare(model, "gda_kernel")
+        kernels_hub.use_decode_products(model, "local" if name == "products" else "torch")
+        for context in self.contexts[: 2 if name == "products" else 1]:
+            self.decode_steps("one_token" if name == "products" else name, name, model, 1, context, options)
+
+    def generate(self) -> None:
+        """Time of a token in transformers' `generate` as a user calls it: static cache, compiled, CUDA graphs."""
         model = self.full_size_model()
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local")
-        short, long = self.contexts[:2]
-        self.decode_steps("one_token", "products", model, 1, short, COMBO)
-        try:
-            self.generate(model)
-        except Exception as error:
-            print(f"one_token generate: {type(error).__name__}: {str(error)[:400]}")
-        kernels_hub.use_decode_products(model, "torch")
-        self.decode_steps("one_token", "cublas", model, 1, short, COMBO)
-        kernels_hub.use_decode_products(model, "local")
-        self.decode_steps("one_token", "products", model, 1, long, COMBO)
-        kernels_hub.use_decode_products(model, "torch")
-        self.decode_steps("one_token", "inductor", model, 1, short, TUNED)
-
-    def generate(self, model) -> None:
-        """Time of a token in transformers' `generate` as a user calls it: static cache, compiled, CUDA graphs."""
         prompt, few, many = (8, 3, 5) if self.tiny else (1024, 32, 160)
         ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=self.device)
         options = COMBO | {"triton.cudagraphs": True} if self.device.type == "cuda" else {}
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
         compile_config._compile_all_devices = True
         torch._dynamo.reset()
@@ -402,7 +457,7 @@ class Suite:
         note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s"
         share = read / self.bandwidth / value * 1e3
         shape = f"B1 S{prompt}"
-        self.report.add("one_token", "products generate", shape, "step", value, "ms", share=share, note=note)
+        self.report.add("generate", "products", shape, "step", value, "ms", share=share, note=note)
 
     def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
         """Tokens a second of a prompt without a cache, logits of the last token only."""
@@ -427,7 +482,9 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,kernel,profile,models,full_size,one_token")
+    names = "check,kernel,profile,models,compiled,full_size,one_token,generate,cublas,inductor"
+    parser.add_argument("--sections", default=names)
+    parser.add_argument("--models", help="of the sections models, compiled and profile: these alone, by name")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
@@ -435,10 +492,11 @@ def main() -> int:
     if device.type == "cpu" and not options.tiny:
         parser.error("there is no GPU: use --tiny to try the script")
     report = Report(options.output / ("decode_tiny.csv" if options.tiny else "decode.csv"), device)
-    suite = Suite(report, device, options.tiny)
+    suite = Suite(report, device, options.tiny, options.models and options.models.split(","))
     sections = {"check": suite.check, "kernel": suite.time_kernel}
-    sections |= {"profile": suite.profile, "models": suite.models}
-    sections |= {"full_size": suite.full_size, "one_token": suite.one_token}
+    sections |= {"profile": suite.profile, "models": suite.models, "compiled": suite.compiled_models}
+    sections |= {"full_size": suite.full_size, "one_token": suite.one_token, "generate": suite.generate}
+    sections |= {"cublas": lambda: suite.one_token("cublas"), "inductor": lambda: suite.one_token("inductor", TUNED)}
     for name in options.sections.split(","):
         if not report.section(name, sections[name]) and name == "check":
             break  # nothing is timed on a red check

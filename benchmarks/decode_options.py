@@ -134,7 +134,7 @@ def main() -> int:
         command = [sys.executable, __file__, "--variant", name, "--layers", options.layers]
         command += ["--output", str(options.output)] + ["--tiny"] * options.tiny
         try:
-            subprocess.run(command, timeout=min(left, 90), check=False)
+            subprocess.run(command, timeout=left, check=False)
         except subprocess.TimeoutExpired:
             print(f"{name}: out of time", flush=True)
     return 0

@@ -31,7 +31,19 @@ SHAPES = {
     "head": ((219520,), 4096, False, False),
 }
 TINY = {"q, k, v": ((40, 16, 16), 64, True, False), "down": ((32,), 128, False, True)}
-SWEEP = [(2, 1024, 4), (4, 512, 2), (4, 1024, 4), (4, 2048, 8), (8, 512, 4), (8, 1024, 8), (16, 512, 8), (16, 256, 4)]
+SWEEP = [
+    (2, 1024, 4),
+    (2, 2048, 4),
+    (2, 2048, 8),
+    (1, 2048, 4),
+    (4, 512, 2),
+    (4, 1024, 4),
+    (4, 2048, 8),
+    (8, 512, 4),
+    (8, 1024, 8),
+    (16, 512, 8),
+    (16, 256, 4),
+]
 SPLITS = [(64, 8), (64, 16), (32, 16), (32, 32), (32, 64), (16, 32), (16, 64), (64, 32)]  # keys a tile, splits
 LIMIT = 1e-2  # relative error in bfloat16
 WORKING_BYTES = 6e8  # of all copies of a weight together (assumption: far more than the L2)
