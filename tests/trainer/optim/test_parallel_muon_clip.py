@@ -37,13 +37,14 @@ def fsdp(bag, world_size):
     shard_fully(bag, init_device_mesh("cpu", (world_size,)))
 
 
-def fsdp_on(rank, world_size, device, method) -> dict[str, torch.Tensor]:
+def fsdp_on(rank, world_size, device, method, copy_engines=False) -> dict[str, torch.Tensor]:
     """The whole of a rank's work on an accelerator."""
     torch.cuda.set_device(rank)
     bag = Bag(torch.float32).to(device)
     shard_fully(bag, init_device_mesh(device, (world_size,)))
     attention = attention_of(bag, rank, world_size)
-    optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS | {"method": method}, attentions=[attention])
+    options = OPTIONS | {"method": method, "copy_engines": copy_engines}
+    optimizer = ParallelMuonClip(groups_of(bag), **options, attentions=[attention])
     return {name: value.cpu() for name, value in train(bag, optimizer, attention).items()}
 
 
