@@ -74,6 +74,8 @@ def train(run: Run, data: Path, folder: Path) -> dict:
         record["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
     record["curve"] = curve(steps)
     shutil.rmtree(folder, ignore_errors=True)
+    if config.compile_layers:  # shapes of this model would make the next one's programs more general, and slower
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
