@@ -13,12 +13,11 @@ Shapes: B rows, S keys (the context), G groups, r signal heads a group, D head d
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,138 +27,38 @@ from attention_cases import (
     ROOT,
     Report,
     copy_bandwidth,
-    epilogue,
     graph_milliseconds,
     load_kernel,
     make_inputs,
     relative,
 )
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    CompileConfig,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    StaticCache,
+from decode_cases import (
+    by_sdpa,
+    by_sdpa_halves,
+    filled_cache,
+    first_layers,
+    full_size_model,
+    in_float32,
+    models_of_one_size,
+    parameters_read,
 )
+from transformers import CompileConfig, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 import kernels_hub
-from modeling_motif2 import Motif2Config, Motif2ForCausalLM
+from modeling_motif2 import Motif2ForCausalLM
 
 GROUPS, RATIO, DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
 ROUND_SECONDS = 0.5  # about what a round of steps may take (assumption)
 LARGEST_RATIO = 1.5  # of a compiled step's error against float32 to the eager step's (assumption)
-CACHE_SHARE = 0.6  # of the memory; larger caches run with fewer layers (assumption: what else a step needs)
+CACHE_SHARE = 0.6  # of the memory beside the weights; larger caches run with fewer layers (assumption: what else a step needs)
 # Combo kernels put small kernels that do not depend on each other into one launch; with coordinate descent Inductor
 # makes and tiles a product with one row itself, else cuBLAS does.
 COMBO = {"combo_kernels": True}
 TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}
 COMPILED = ("llama sdpa", "motif2 gda_kernel")
-# A model of 1.3B parameters without embeddings, as for the training table.
-SIZES = {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 8192, "vocab_size": 32000}
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
-
-
-def by_sdpa(inputs: list) -> torch.Tensor:
-    """One token by SDPA, two calls with the value in one piece, and the model's epilogue."""
-    signal_query, noise_query, key, value, lambda_, weight = inputs
-    outputs = []
-    for query, half in ((signal_query, 0), (noise_query[:, :, :, None], 1)):
-        states = (
-            query.flatten(2, 3).transpose(1, 2),
-            key[:, :, :, half].transpose(1, 2),
-            value.flatten(3).transpose(1, 2),
-        )
-        out = scaled_dot_product_attention(*states, enable_gqa=True).transpose(1, 2)  # (B, 1, heads, 2D)
-        outputs.append(out.unflatten(2, query.shape[2:4]))
-    return epilogue(*outputs, lambda_, weight)
-
-
-def by_sdpa_halves(inputs: list) -> torch.Tensor:
-    """The same in four calls, a half of the value each."""
-    signal_query, noise_query, key, value, lambda_, weight = inputs
-    outputs = []
-    for query, half in ((signal_query, 0), (noise_query[:, :, :, None], 1)):
-        states = query.flatten(2, 3).transpose(1, 2), key[:, :, :, half].transpose(1, 2)
-        parts = [
-            scaled_dot_product_attention(*states, part.transpose(1, 2), enable_gqa=True).transpose(1, 2)
-            for part in value.unbind(3)
-        ]
-        outputs.append(torch.cat(parts, dim=-1).unflatten(2, query.shape[2:4]))
-    return epilogue(*outputs, lambda_, weight)
-
-
-def parameters_read(model: torch.nn.Module) -> int:
-    """Bytes of weights that a step reads: all but the embedding's table (unless it is also the head)."""
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    table = 0 if tied else model.get_input_embeddings().weight.nbytes
-    return sum(parameter.nbytes for parameter in model.parameters()) - table
-
-
-def filled_cache(model, batch: int, context: int, length: int, device: torch.device) -> StaticCache:
-    """A static cache of `length` places, `context` of them taken by random numbers; one token has gone through."""
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    model(torch.ones(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(context)
-    return cache
-
-
-@contextlib.contextmanager
-def first_layers(model, count: int) -> Iterator[None]:
-    """Cuts a model to its first layers for a while."""
-    config, layers = model.config, model.model.layers
-    types = getattr(config, "layer_types", None)
-    try:
-        model.model.layers, config.num_hidden_layers = layers[:count], count
-        if types is not None:
-            config.layer_types = types[:count]
-        yield
-    finally:
-        model.model.layers, config.num_hidden_layers = layers, len(layers)
-        if types is not None:
-            config.layer_types = types
-
-
-@contextlib.contextmanager
-def in_float32(model, cache: StaticCache) -> Iterator[None]:
-    """Lets a model's step run in float32, with the model's own products, a layer's weights at a time.
-
-    Weights in bfloat16 go to float32 and back without loss.
-    """
-    states = [(layer, layer.keys, layer.values) for layer in cache.layers]
-    products = [(layer, layer.products) for layer in model.model.layers if hasattr(layer, "products")]
-    dtype = model.lm_head.weight.dtype
-
-    def widen(module, inputs):
-        module.float()
-        return (inputs[0].float(),)
-
-    def narrow(module, inputs, output):
-        module.to(dtype)
-
-    handles = []
-    for module in (*model.model.layers, model.lm_head):
-        handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow)]
-    try:
-        for layer, keys, values in states:
-            layer.keys, layer.values = keys.float(), values.float()
-        for layer, _ in products:
-            layer.products = None
-        yield
-    finally:
-        for layer, keys, values in states:
-            layer.keys, layer.values = keys, values
-        for layer, functions in products:
-            layer.products = functions
-        for handle in handles:
-            handle.remove()
 
 
 class Suite:
@@ -173,8 +72,7 @@ class Suite:
         self.contexts, self.batches = ((20, 50), (1, 2)) if tiny else (CONTEXTS, BATCHES)
         self.bandwidth = copy_bandwidth(device)
         self.new_tokens = 2 if tiny else 16
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**17
-        self.cache_limit = CACHE_SHARE * memory
+        self.memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**18
         report.add("copy", "bandwidth", "", "", self.bandwidth / 1e12, "TB/s")
 
     def ours(self, inputs: list) -> torch.Tensor:
@@ -280,8 +178,9 @@ class Suite:
             torch.cuda.reset_peak_memory_stats()
         try:
             cache_bytes = batch * (context + 10 * self.new_tokens) * self.cache_bytes(model.config)
-            if cache_bytes > self.cache_limit:
-                fitting = int(self.cache_limit / cache_bytes * model.config.num_hidden_layers)
+            room = CACHE_SHARE * (self.memory - parameters_read(model))
+            if cache_bytes > room:
+                fitting = int(room / cache_bytes * model.config.num_hidden_layers)
                 self.by_fewer_layers(section, name, model, batch, context, max(fitting, 2))
                 return
             with torch.no_grad():
@@ -360,23 +259,9 @@ class Suite:
             del model
 
     def makers(self) -> dict[str, Callable]:
-        """Models of one size, by name and attention; those that were asked for."""
-        sizes = TINY if self.tiny else SIZES
-        dim, groups = (8, 2) if self.tiny else (128, 4)
-        common = {**sizes, "max_position_embeddings": 65536, "tie_word_embeddings": False}
-        common |= {"head_dim": dim, "pad_token_id": None}
-        motif = Motif2Config(
-            **common, num_attention_heads=5 * groups, num_key_value_heads=2 * groups, num_noise_heads=groups
-        )
-        heads = {"num_attention_heads": 4 * groups, "num_key_value_heads": 2 * groups}
-        makers = {
-            "llama sdpa": lambda: LlamaForCausalLM(LlamaConfig(**common, **heads)),
-            "diffllama sdpa": lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**common, **heads)),
-            "motif2 sdpa": lambda: Motif2ForCausalLM(motif),
-            "motif2 eager": lambda: Motif2ForCausalLM(motif),
-            "motif2 gda_kernel": lambda: Motif2ForCausalLM(motif),
-        }
-        return {name: make for name, make in makers.items() if self.names is None or name in self.names}
+        """What makes the models of one size that were asked for."""
+        makers = models_of_one_size(self.tiny)
+        return {name: makers[name] for name in self.names or makers}
 
     def made(self, name: str, make: Callable):
         """One of those, ready."""
@@ -394,20 +279,9 @@ class Suite:
                 kernels_hub.use_polynorm(model, "auto", training=False)
         model.config._attn_implementation = attention
 
-    def full_size_model(self) -> Motif2ForCausalLM:
-        """Motif-2-12.7B, random weights."""
-        sizes = {**TINY, "num_attention_heads": 6, "num_key_value_heads": 4, "num_noise_heads": 2, "head_dim": 16}
-        config = Motif2Config(**(sizes if self.tiny else {"use_cache": True}))
-        torch.set_default_dtype(self.dtype)
-        try:
-            with self.device:
-                return Motif2ForCausalLM(config).to(self.dtype).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-
     def full_size(self) -> None:
         """Motif-2-12.7B in bfloat16, eager: batches and prefill, ours and SDPA."""
-        model = self.full_size_model()
+        model = full_size_model(self.tiny, self.device, self.dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B")
         for attention in ("gda_kernel", "sdpa"):
@@ -422,7 +296,7 @@ class Suite:
 
     def one_token(self, name: str = "products", options: dict = COMBO) -> None:
         """The 12.7B's compiled step at batch 1: with our products, or without, by cuBLAS or Inductor."""
-        model = self.full_size_model()
+        model = full_size_model(self.tiny, self.device, self.dtype)
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local" if name == "products" else "torch")
         for context in self.contexts[: 2 if name == "products" else 1]:
@@ -430,7 +304,7 @@ class Suite:
 
     def generate(self) -> None:
         """Time of a token in transformers' `generate` as a user calls it: static cache, compiled, CUDA graphs."""
-        model = self.full_size_model()
+        model = full_size_model(self.tiny, self.device, self.dtype)
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local")
         prompt, few, many = (8, 3, 5) if self.tiny else (1024, 32, 160)

@@ -18,6 +18,7 @@ from pathlib import Path
 import decode
 import torch
 from attention_cases import ROOT, Report, graph_milliseconds
+from decode_cases import full_size_model
 
 import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
@@ -46,15 +47,7 @@ CONTEXT = 1024
 
 def slice_of(layers: int, suite: decode.Suite) -> Motif2ForCausalLM:
     """The first layers of the 12.7B with its embedding and head, random weights."""
-    torch.manual_seed(0)
-    sizes = {**decode.TINY, "num_attention_heads": 6, "num_key_value_heads": 4, "num_noise_heads": 2, "head_dim": 16}
-    config = Motif2Config(**((sizes if suite.tiny else {}) | {"num_hidden_layers": layers}))
-    torch.set_default_dtype(suite.dtype)
-    try:
-        with suite.device:
-            model = Motif2ForCausalLM(config).to(suite.dtype).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = full_size_model(suite.tiny, suite.device, suite.dtype, num_hidden_layers=layers)
     suite.prepare(model, "gda_kernel")
     return model
 
