@@ -53,7 +53,8 @@ CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
 ROUND_SECONDS = 0.5  # about what a round of steps may take (assumption)
 LARGEST_RATIO = 1.5  # of a compiled step's error against float32 to the eager step's (assumption)
-CACHE_SHARE = 0.6  # of the memory beside the weights; larger caches run with fewer layers (assumption: what else a step needs)
+# Of the memory beside the weights; a larger cache runs with fewer layers (assumption: what else a step needs).
+CACHE_SHARE = 0.6
 # Combo kernels put small kernels that do not depend on each other into one launch; with coordinate descent Inductor
 # makes and tiles a product with one row itself, else cuBLAS does.
 COMBO = {"combo_kernels": True}
@@ -72,7 +73,7 @@ class Suite:
         self.contexts, self.batches = ((20, 50), (1, 2)) if tiny else (CONTEXTS, BATCHES)
         self.bandwidth = copy_bandwidth(device)
         self.new_tokens = 2 if tiny else 16
-        self.memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**18
+        self.memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**17
         report.add("copy", "bandwidth", "", "", self.bandwidth / 1e12, "TB/s")
 
     def ours(self, inputs: list) -> torch.Tensor:
