@@ -285,6 +285,7 @@ class Motif2Attention(nn.Module):
             signal, noise, maps = attend(signal_query, noise_query, key, value, mask, **kwargs)
         else:
             with way.context():
+                kwargs |= way.lengths(mask)
                 mask = way.mask(mask, signal_query, key)
                 signal, noise, maps = attend(signal_query, noise_query, key, value, mask, way=way, **kwargs)
         lambda_value = self.lambda_value().to(signal.dtype)

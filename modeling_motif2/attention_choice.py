@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .attention_measurement import latest_way, measured_choice, situation_of
-from .attention_ways import KERNEL, SDPA, WAYS, Way, is_training, possible_ways
+from .attention_ways import KERNEL, SDPA, WAYS, Way, is_recorded, is_training, possible_ways
 from .visible_intervals import visible_intervals
 
 CHOOSERS = ("gda_fastest", "gda_kernel")
@@ -49,7 +49,7 @@ def choose(
     if name == "gda_kernel" or query.device.type == "cpu" or len(ways) == 1:
         return KERNEL if name == "gda_kernel" and KERNEL in ways else SDPA
     training = is_training(query, key)
-    if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_recorded(query):
         latest = latest_way(kind, training)
         if latest in ways:
             return latest

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .diagnostics import keeps_max_logits
-from .visible_intervals import boolean_mask, causal_block_mask, is_intervals
+from .visible_intervals import block_mask, boolean_mask, causal_block_mask, is_intervals, lengths_of_documents
 
 FLEX_SIZES = 64  # sizes that FlexAttention is compiled for before it runs uncompiled (assumption)
 
@@ -57,9 +57,15 @@ class Way:
     def mask(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> Any:
         """Returns the mask in the backend's form, for a query (B, heads, T, D) and a key (B, G, 2, S, D)."""
         tokens, keys = query.shape[2], key.shape[3]
-        if self.backend == "flex_attention" and mask is None and tokens > 1:
-            return causal_block_mask(tokens, keys, query.device)
-        return boolean_mask(mask, keys) if is_intervals(mask) else mask
+        if self.backend == "flex_attention" and tokens > 1 and (mask is None or is_intervals(mask)):
+            return causal_block_mask(tokens, keys, query.device) if mask is None else block_mask(mask, keys)
+        if is_intervals(mask):
+            return None if self.backend.startswith("flash") else boolean_mask(mask, keys)
+        return mask
+
+    def lengths(self, mask: torch.Tensor | None) -> dict[str, Any]:
+        """Returns what tells a flash attention the documents and padding of intervals; nothing for other backends."""
+        return lengths_of_documents(mask) if self.backend.startswith("flash") and is_intervals(mask) else {}
 
 
 SDPA = Way("sdpa", "sdpa")
@@ -88,22 +94,24 @@ def is_training(query: torch.Tensor, key: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
 
 
+def is_recorded(query: torch.Tensor) -> bool:
+    """Returns whether a graph is being traced or captured, so that nothing can be asked of the device."""
+    return torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kind: str) -> list[Way]:
     """Returns the ways that could do this call, SDPA first; arguments as in `choose`."""
     ways = [SDPA]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type == "cuda" and half:
-        if mask is None:
-            ways.append(WAYS["sdpa flash"])
-        ways += [WAYS["sdpa cudnn"], WAYS["sdpa cudnn wide"]]
-        if mask is None and is_flash_attn_2_available():
-            ways.append(WAYS["flash_attention_2"])
-        if mask is None and is_flash_attn_3_available():
-            ways.append(WAYS["flash_attention_3"])
-        if mask is None and is_flash_attn_4_available():
-            ways.append(WAYS["flash_attention_4"])
-    if query.device.type == "cuda" and kind == "causal" and query.shape[2] > 1 and not torch.compiler.is_compiling():
-        ways.append(WAYS["flex_attention"])
+    if query.device.type == "cuda":
+        if query.dtype in (torch.float16, torch.bfloat16):
+            ways += [WAYS["sdpa flash"]] if mask is None else []
+            ways += [WAYS["sdpa cudnn"], WAYS["sdpa cudnn wide"]]
+            ways += _ways_of_packages(attention, query, key, mask)
+        asks = mask is not None  # the blocks' counts, of the device
+        by_blocks = is_intervals(mask) if asks else kind == "causal"
+        recorded = is_recorded(query) if asks else torch.compiler.is_compiling()
+        if by_blocks and query.shape[2] > 1 and not recorded:
+            ways.append(WAYS["flex_attention"])
     kernel, groups = attention.kernel, key.shape[1]
     ratio = query.shape[1] // groups
     if (
@@ -118,6 +126,17 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
         if kind == "causal" and kernel.supports_flash(query.shape[3], query.dtype, query.device):
             ways += _ways_of_flash(attention, query, key)
     return ways
+
+
+def _ways_of_packages(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any) -> list[Way]:
+    """The flash attentions that are installed; of intervals they take documents and padding, not windows."""
+    if mask is not None:
+        config, square = attention.config, query.shape[2] == key.shape[3]
+        windows = config.layer_types[attention.layer_idx] == "sliding_attention"
+        if not is_intervals(mask) or windows or not square or is_recorded(query):
+            return []
+    installed = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}
+    return [WAYS[f"flash_attention_{version}"] for version, is_there in installed.items() if is_there()]
 
 
 def _ways_of_flash(attention: nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[Way]:

@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_motif2 import Motif2Config
-from .visible_intervals import boolean_mask, is_intervals
+from .visible_intervals import boolean_mask, is_intervals, lengths_between
 
 BUILDERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -279,9 +279,7 @@ def packed_lengths(
                 "padding to the ends of documents, or use sdpa."
             )
         starts[:, 1:] |= is_token.diff(dim=1)
-    borders = pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32)
-    longest = int(borders.diff().max())
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return lengths_between(starts)
 
 
 def visible_positions(

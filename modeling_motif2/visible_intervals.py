@@ -12,10 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 _one_run = ContextVar("_one_run", default=False)
+_lengths, _block_masks = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()  # a forward's layers share its masks
 
 
 def visible_intervals(
@@ -142,11 +146,47 @@ def positions_of_intervals(intervals: torch.Tensor, num_keys: int) -> torch.Tens
     return (keys >= first) & (keys <= last)
 
 
-@lru_cache(maxsize=8)
-def causal_block_mask(tokens: int, keys: int, device: torch.device) -> Any:
-    """Returns FlexAttention's block mask of causal order, the last query seeing every key."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def lengths_of_documents(intervals: torch.Tensor) -> dict[str, Any]:
+    """Returns what flash attention takes for documents and padding, the rows one after another; asks the device once.
 
+    Args:
+        intervals: (2, B, T) over as many keys as queries, without windows: a document's queries see from its start on.
+            Padding, whose outputs are nobody's, makes documents of its own.
+    """
+    if intervals not in _lengths:
+        first, last = intervals
+        starts = first == torch.arange(first.shape[1], device=first.device)  # (B, T)
+        is_padding = first > last
+        starts &= ~is_padding
+        starts[:, 1:] |= is_padding.diff(dim=1)
+        starts[:, 0] = True
+        _lengths[intervals] = lengths_between(starts)
+    return _lengths[intervals]
+
+
+def lengths_between(starts: torch.Tensor) -> dict[str, Any]:
+    """Returns flash attention's arguments for documents that start where `starts` (B, T) says, as each row does."""
+    borders = pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+def block_mask(intervals: torch.Tensor, num_keys: int) -> BlockMask:
+    """Returns FlexAttention's block mask of intervals (2, B, T); an empty one sees its last key."""
+    if intervals not in _block_masks:
+        first, last = torch.minimum(*intervals), intervals[1].clone()  # no views: they would keep the key
+
+        def seen(batch, head, query, key):
+            return (key >= first[batch, query]) & (key <= last[batch, query])
+
+        batch, tokens = first.shape
+        _block_masks[intervals] = create_block_mask(seen, batch, None, tokens, num_keys, device=str(first.device))
+    return _block_masks[intervals]
+
+
+@lru_cache(maxsize=8)
+def causal_block_mask(tokens: int, keys: int, device: torch.device) -> BlockMask:
+    """Returns FlexAttention's block mask of causal order, the last query seeing every key."""
     before = keys - tokens
 
     def causal(batch, head, query, key):

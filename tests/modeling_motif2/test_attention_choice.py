@@ -9,10 +9,18 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import kernels_hub
-from modeling_motif2 import attention, attention_choice, attention_measurement, attention_ways, modeling_motif2
+from modeling_motif2 import (
+    attention,
+    attention_choice,
+    attention_measurement,
+    attention_ways,
+    modeling_motif2,
+    visible_intervals,
+)
 from modeling_motif2.attention_measurement import Choice, Situation
 from modeling_motif2.attention_ways import FLASH, FLASH_BACKWARD, KERNEL, SDPA, WAYS, Way, possible_ways
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
+from tests.modeling_motif2 import flash_kernel
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 
@@ -523,3 +531,54 @@ def test_transformers_takes_the_names(name, tmp_path):
     ids = random_ids(1, 9)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert all((tmp_path / f"attention_{part}.py").exists() for part in ("choice", "measurement", "ways"))
+
+
+def documents_and_padding():
+    """Intervals of rows of 11 tokens: documents of 4, 1 and 6; one after three of padding; 7 tokens, then padding."""
+    index = torch.arange(11).expand(3, -1)
+    first = torch.tensor([[0] * 4 + [4] + [5] * 6, [3] * 11, [0] * 11])
+    padding = torch.zeros(3, 11, dtype=torch.bool)
+    padding[1, :3] = padding[2, 7:] = True
+    return torch.stack((torch.where(padding, index + 1, first), index)).int(), padding
+
+
+def test_intervals_are_told_as_lengths():
+    intervals, _ = documents_and_padding()
+    found = visible_intervals.lengths_of_documents(intervals)
+    assert found["cu_seq_lens_q"].tolist() == [0, 4, 5, 11, 14, 22, 29, 33]
+    assert found["max_length_q"] == 8
+    assert visible_intervals.lengths_of_documents(intervals) is found
+    del intervals
+    assert len(visible_intervals._lengths) == 0
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_packages_take_documents_and_padding(monkeypatch, name):
+    flash_kernel.install(monkeypatch)
+    layer = attention_modules(with_kernel("gda_fastest"))[0]
+    inputs = [torch.randn(3, heads, 11, 8, dtype=torch.float64) for heads in (6, 2)]
+    inputs += [torch.randn(3, 2, 2, 11, 8, dtype=torch.float64) for _ in range(2)]
+    intervals, padding = documents_and_padding()
+    want, _ = layer.attend(SDPA, *inputs, intervals)
+    with torch.compiler.set_stance("force_eager"):  # FlexAttention
+        found, _ = layer.attend(WAYS[name], *inputs, intervals)
+    torch.testing.assert_close(found[~padding], want[~padding])
+
+
+def test_which_packages_take_intervals(monkeypatch):
+    layer = attention_modules(small_model(dtype=torch.float64, ratio=3))[0]
+    monkeypatch.setattr(attention_ways, "is_flash_attn_4_available", lambda: True)
+    intervals, _ = documents_and_padding()
+    query, key = torch.empty(3, 6, 11, 8), torch.empty(3, 2, 2, 11, 8)
+
+    def packages(keys=key, mask=intervals):
+        return [way.name for way in attention_ways._ways_of_packages(layer, query, keys, mask)]
+
+    assert packages() == packages(mask=None) == ["flash_attention_4"]
+    assert packages(mask=torch.ones(3, 1, 11, 11, dtype=torch.bool)) == []
+    assert packages(keys=torch.empty(3, 2, 2, 20, 8)) == []  # a cache with room
+    monkeypatch.setattr(attention_ways, "is_recorded", lambda _: True)
+    assert (packages(), packages(mask=None)) == ([], ["flash_attention_4"])
+    monkeypatch.setattr(attention_ways, "is_recorded", lambda _: False)
+    monkeypatch.setattr(layer.config, "layer_types", ["sliding_attention"] * 8)
+    assert packages() == []
