@@ -108,7 +108,8 @@ class TrainStep:
         self.copies = WeightCopies(self.bare_model) if weight_copies else None
         self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
-        self._proven = compiled or polynorm_in_use(model).source == "torch"
+        self._compiled = compiled
+        self._steps_to_proof = None if polynorm_in_use(model).source == "torch" else int(compiled)
         self._summed = summed_parameters(self.bare_model) if tensor_ranks > 1 else []
         self.attentions = attention_modules(model)
         for attention in self.attentions:  # they are no buffers: moving the model left them behind
@@ -125,7 +126,7 @@ class TrainStep:
             lr_factor: factor of every group's peak learning rate.
 
         Raises:
-            AssertionError: the PolyNorm kernel in use did not run in the first step.
+            AssertionError: the PolyNorm kernel in use did not run in the first step, or compiled in the second.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
@@ -155,14 +156,12 @@ class TrainStep:
             self.copies.refresh()
 
     def _backward_with_proof(self, batch: Batch) -> torch.Tensor:
-        """`_backward`, and in the first step a proof that the PolyNorm kernels ran in it.
-
-        Compiled layers hide their operators; for them the proof is the one that `use_polynorm` made.
-        """
-        if self._proven:
+        """`_backward`, and in the first step a proof that the PolyNorm kernels ran in it; in the second if compiled."""
+        if self._steps_to_proof != 0:
+            self._steps_to_proof = self._steps_to_proof and self._steps_to_proof - 1
             return self._backward(batch)
-        self._proven, sums = True, []
-        assert_polynorm_runs(self.model, lambda: sums.append(self._backward(batch)))
+        self._steps_to_proof, sums = None, []
+        assert_polynorm_runs(self.model, lambda: sums.append(self._backward(batch)), compiled=self._compiled)
         return sums[0]
 
     def _backward(self, batch: Batch) -> torch.Tensor:

@@ -21,6 +21,7 @@ import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from trainer.data.loader import Batch
+from trainer.execution import compile_layers
 from trainer.optim import build_muon_clip
 from trainer.step import TrainStep, local_part
 
@@ -200,6 +201,22 @@ def test_the_first_step_proves_that_the_polynorm_kernel_runs():
         layer.mlp.forward = lambda hidden, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(hidden) * mlp.up_proj(hidden))
     with pytest.raises(AssertionError, match="0 ran: something replaced the forward"):
         replaced.run(batch(replaced, 0), 1.0)
+
+
+@pytest.mark.slow
+def test_the_second_compiled_step_proves_that_the_polynorm_kernel_runs():
+    step = make_step("one")
+    kernels_hub.use_polynorm(step.model, "local")
+    compile_layers(step.model, "aot_eager")
+    proven = TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], None, None)
+    replaced = TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], None, None)
+    for number in range(3):
+        proven.run(batch(proven, number), 1.0)
+    for layer in step.model.model.layers:
+        layer.mlp.forward = lambda hidden, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(hidden) * mlp.up_proj(hidden))
+    replaced.run(batch(replaced, 0), 1.0)
+    with pytest.raises(AssertionError, match="0 ran: something replaced the forward"):
+        replaced.run(batch(replaced, 1), 1.0)
 
 
 def test_attention_kernels_are_chosen_for_forward_and_backward_alike(monkeypatch):
