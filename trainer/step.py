@@ -156,7 +156,7 @@ class TrainStep:
             self.copies.refresh()
 
     def _backward_with_proof(self, batch: Batch) -> torch.Tensor:
-        """`_backward`, and in the first step a proof that the PolyNorm kernels ran in it; in the second if compiled."""
+        """`_backward`; in the first step, compiled in the second, with a proof that the PolyNorm kernels ran."""
         if self._steps_to_proof != 0:
             self._steps_to_proof = self._steps_to_proof and self._steps_to_proof - 1
             return self._backward(batch)
