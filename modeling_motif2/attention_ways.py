@@ -135,8 +135,13 @@ def _ways_of_packages(attention: nn.Module, query: torch.Tensor, key: torch.Tens
         windows = config.layer_types[attention.layer_idx] == "sliding_attention"
         if not is_intervals(mask) or windows or not square or is_recorded(query):
             return []
-    installed = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}
-    return [WAYS[f"flash_attention_{version}"] for version, is_there in installed.items() if is_there()]
+    return [WAYS[f"flash_attention_{version}"] for version in (2, 3, 4) if _is_installed(version)]
+
+
+@torch.compiler.assume_constant_result
+def _is_installed(version: int) -> bool:
+    """Returns whether transformers finds that flash attention; its own functions are cached, which tracing warns of."""
+    return (is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available)[version - 2]()
 
 
 def _ways_of_flash(attention: nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[Way]:
