@@ -140,7 +140,7 @@ def _ways_of_packages(attention: nn.Module, query: torch.Tensor, key: torch.Tens
 
 @torch.compiler.assume_constant_result
 def _is_installed(version: int) -> bool:
-    """Returns whether transformers finds that flash attention; its own functions are cached, which tracing warns of."""
+    """Returns whether transformers finds that version; its functions are cached, which tracing warns of."""
     return (is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available)[version - 2]()
 
 
