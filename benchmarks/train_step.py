@@ -45,16 +45,14 @@ COLUMNS = (
     "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
     "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
 )  # fmt: skip
-# What a recipe sets as compile_layers, weight_copies, residual, muon_chunk_size, loss,
-# micro_batch_tokens and attn_implementation.
+# What a recipe sets as compile_layers, residual, muon_chunk_size, loss, micro_batch_tokens and
+# attn_implementation.
 MAIN = Variant(
     "Motif-2", compiled=True, attention="gda_kernel", residual="bfloat16", chunk_size=8, loss="full", micro_rows=5
 )
 SDPA = replace(MAIN, name="Motif-2, SDPA", attention="sdpa")
 FP8 = replace(MAIN, name="Motif-2, FP8", fp8="rowwise_with_gw_hp")
 LONG = replace(MAIN, name="Motif-2, 50 rows a step", rows=50)  # the report's last batch on its 400 GPUs
-COPIES = replace(MAIN, name="Motif-2, weights cast once", copies=True)
-LONG_COPIES = replace(COPIES, name="Motif-2, 50 rows a step, weights cast once", rows=50)
 VARIANTS = (
     replace(MAIN, name="Motif-2, all matrices at once", chunk_size=None),
     replace(MAIN, name="Motif-2, AdamW", optimizer="adamw"),
@@ -65,7 +63,7 @@ VARIANTS = (
     Variant("Motif-2, compiled alone", compiled=True),
     Variant("Motif-2, eager"),
 )
-PROFILED = (MAIN.name, COPIES.name, SDPA.name)
+PROFILED = (MAIN.name, SDPA.name)
 
 
 class Bench:
@@ -243,12 +241,11 @@ def attempt(bench: Bench, shape: Shape, variant: Variant) -> bool:
         bench.clean(variant.name)
 
 
-def time_long(bench: Bench, shape: Shape, variant: Variant) -> None:
-    """A step with the report's last batch, against an eager step of as many rows."""
-    if (False, variant.rows) not in bench.references:
-        take_reference(bench, shape, False, variant.rows)
-        bench.clean()
-    time_variant(bench, shape, variant)
+def time_long(bench: Bench, shape: Shape) -> None:
+    """The main step with the report's last batch, against an eager step of as many rows."""
+    take_reference(bench, shape, False, LONG.rows)
+    bench.clean()
+    time_variant(bench, shape, LONG)
 
 
 def compare_with_one(bench: Bench, entry: dict) -> None:
@@ -354,12 +351,10 @@ def main() -> None:
         bench.section(title, lambda packed=packed: take_reference(bench, shape, packed))
     bench.section(f"step: {MAIN.name}", lambda: time_variant(bench, shape, MAIN))
     if bench.world_size == 1:
-        bench.section(f"step: {LONG.name}", lambda: time_long(bench, shape, LONG))
+        bench.section(f"step: {LONG.name}", lambda: time_long(bench, shape))
         bench.section("peer: Llama, Trainer", lambda: time_peer(bench, shape, "Llama", False))
         bench.section("peer: Motif2, Trainer", lambda: time_peer(bench, shape, "Motif2", False))
         bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
-        bench.section(f"step: {LONG_COPIES.name}", lambda: time_long(bench, shape, LONG_COPIES))
-        bench.section(f"step: {COPIES.name}", lambda: time_variant(bench, shape, COPIES))
         bench.section(f"step: {FP8.name}", lambda: time_variant(bench, shape, FP8))
         bench.section("linear part", lambda: parts.time_linear_part(bench, main_shape))
         bench.section(f"step: {SDPA.name}", lambda: time_variant(bench, shape, SDPA))

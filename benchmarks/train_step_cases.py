@@ -102,7 +102,6 @@ class Variant:
     attention: str = "sdpa"
     fp8: str = "none"
     compiled: bool = False
-    copies: bool = False
     recompute: str = "none"
     residual: str = "float32"
     chunk_size: int | None = 2
@@ -231,15 +230,7 @@ class OurRun:
         micro_tokens = self.shape.micro_rows * self.shape.length
         machine_code = variant.compiled and (torch.cuda.is_available() or backend == "inductor")
         self.step = TrainStep(
-            self.accelerator,
-            self.model,
-            self.optimizer,
-            ["web"],
-            1.0,
-            micro_tokens,
-            variant.loss,
-            machine_code,
-            weight_copies=variant.copies and self.accelerator.mixed_precision == "bf16",
+            self.accelerator, self.model, self.optimizer, ["web"], 1.0, micro_tokens, variant.loss, machine_code
         )
         for attention in self.step.attentions:  # as in nine of ten of the trainer's steps: exact above the threshold
             attention.max_logits_gate = 100.0

@@ -149,9 +149,6 @@ class PretrainConfig:
     tensor_parallel: int = setting(
         1, "ranks that share each layer's matrices and the same rows, by the model's own plan: 1, or all of the run's"
     )
-    weight_copies: bool = setting(
-        False, "cast the matrices to bfloat16 once a step instead of in each micro-batch; for a single GPU"
-    )
     compile_layers: bool = setting(False, "compile each decoder layer, and the loss, with torch.compile")
     gradient_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute layers in the backward pass to save memory; selective keeps products and attention"
@@ -350,11 +347,6 @@ class PretrainConfig:
             raise ValueError(
                 f"tensor_parallel is {self.tensor_parallel} and takes all ranks: reckon with dry_run_gpus "
                 f"{self.tensor_parallel} and no dry_run_shards"
-            )
-        if self.weight_copies and (self.fp8 != "none" or self.mixed_precision != "bf16"):
-            raise ValueError(
-                f"weight_copies with mixed_precision {self.mixed_precision} and fp8 {self.fp8}: the copies are "
-                "bfloat16 for products in bfloat16; set mixed_precision bf16 and fp8 none, or weight_copies false"
             )
         offs = {"compile_layers": False, "fp8": "none", "gradient_checkpointing": "none"}
         for name, off in offs.items():

@@ -132,7 +132,6 @@ class _Run:
             config.loss,
             config.compile_layers,
             config.tensor_parallel,
-            config.weight_copies,
         )
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,

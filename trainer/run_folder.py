@@ -33,7 +33,6 @@ FREE_SETTINGS = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_every",
         "compile_layers",
-        "weight_copies",
         "tensor_parallel",
         "loss",
         "max_skipped_steps",

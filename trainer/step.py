@@ -24,7 +24,6 @@ from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
 from trainer.masks import attention_masks, send
-from trainer.weight_copies import WeightCopies
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,11 +66,9 @@ class TrainStep:
         loss: how the head's loss is computed, see `HeadLoss`.
         compile_loss: compile the cross-entropy.
         tensor_ranks: ranks that share a row's computation by tensor parallelism, and so have the same rows.
-        weight_copies: cast the matrices to bfloat16 once a step, see `WeightCopies`; on a single rank.
 
     Raises:
-        ValueError: accelerate was launched with another number of tensor parallel ranks, or copies of weights were
-            asked for on several ranks.
+        ValueError: accelerate was launched with another number of tensor parallel ranks.
     """
 
     def __init__(
@@ -85,7 +82,6 @@ class TrainStep:
         loss: str = "auto",
         compile_loss: bool = False,
         tensor_ranks: int = 1,
-        weight_copies: bool = False,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.domains = domains
@@ -100,12 +96,6 @@ class TrainStep:
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
         self.bare_model = accelerator.unwrap_model(model)
-        if weight_copies and accelerator.num_processes > 1:
-            raise ValueError(
-                f"weight_copies on {accelerator.num_processes} ranks: they are for a single one, FSDP2 casts what it "
-                "gathers; set weight_copies false"
-            )
-        self.copies = WeightCopies(self.bare_model) if weight_copies else None
         self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._compiled = compiled
@@ -131,7 +121,6 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.model.train()
-        self._refresh_copies()
         with fast_attention():  # over the backward too, which may recompute the forward
             sums = self._backward_with_proof(batch)  # (2, N)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -150,10 +139,6 @@ class TrainStep:
         counted = zip(self.domains, measured.losses, measured.counts, strict=True)
         by_domain = {name: total / count for name, total, count in counted if count}
         return StepOutcome(loss, by_domain, grad_norm, measured.max_logits, measured.lambdas, clipped_heads, skipped)
-
-    def _refresh_copies(self) -> None:
-        if self.copies is not None:
-            self.copies.refresh()
 
     def _backward_with_proof(self, batch: Batch) -> torch.Tensor:
         """`_backward`; in the first step, compiled in the second, with a proof that the PolyNorm kernels ran."""
@@ -226,7 +211,6 @@ class TrainStep:
         """Mean held-out loss over `batches`, which all ranks give alike and share."""
         rank, ranks = self.data_rank, self.data_ranks
         self.model.eval()
-        self._refresh_copies()
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for index in range(rank, math.ceil(len(batches) / ranks) * ranks, ranks):
             with fast_attention():
