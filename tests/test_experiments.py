@@ -124,13 +124,14 @@ def test_other_seeds_follow_at_the_best_learning_rate():
 
 
 def test_seeds_go_before_other_rates_where_asked():
-    recipe = make_recipe(seeds_first=True)
+    arms = {"a": {"label": "A"}, "b": {"label": "B", "sweep": [{"learning_rate": 5.0}], "turn": 1}}
+    recipe = make_recipe(seeds_first=True, arms=arms)
     first = [("a", 0, 0), ("b", 0, 0), ("a", 0, 1), ("b", 0, 1), ("a", 0, 2), ("b", 0, 2)]
     assert names(recipe.runs({})) == [*first, ("a", 1, 0)]
     records = {run["key"]: run for run in (record(recipe, "a", 0, 0, 3.0), record(recipe, "a", 1, 0, 2.0))}
     runs = recipe.runs(records)
     assert names(runs) == [*first, ("a", 1, 0), ("a", 1, 1), ("a", 1, 2)]
-    assert [run.turn for run in runs] == [0] * 6 + [1, 2, 2]
+    assert [run.turn for run in runs] == [0, 1] * 3 + [2, 3, 3]
     assert runs[6].key == recipe.run("a", 1, 0).key
 
 

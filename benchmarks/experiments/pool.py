@@ -21,6 +21,7 @@ MAX_ATTEMPTS = 2
 ALONE = "alone"
 FEWEST_SHARE = 0.65
 RECENT_RUNS = 8  # the slowest of them tells how long the next will take
+LATER_SHARE = 0.8  # assumption: of the time of a process's first run, which compiles; a later one needs so much
 
 
 @dataclass
@@ -132,7 +133,7 @@ class Pool:
                         raise RuntimeError(f"no run can start: {content}")
                     continue
                 if kind == "done":
-                    recent.append(took / run.size)
+                    recent.append(LATER_SHARE * took / run.size)
                     outcome.finished += 1
                     finish(run, content | self._place(worker))
                 else:

@@ -105,6 +105,7 @@ class Arm:
         sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
         against: the arms it is compared with; None is the recipe's first.
         grow: arguments of `Growing` for a model that is grown from a small one; None starts from random weights.
+        turn: where the recipe has `seeds_first`, that of its runs at the first rate, see `Run`.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Arm:
     sweep: list[dict] | None = None
     against: list[str] | None = None
     grow: dict | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,9 @@ class Recipe:
             return runs
         early = [self.run(arm, 0, seed) for seed in self.seeds for arm in self.arms]
         keys = {run.key for run in early}
-        return early + [replace(run, turn=1 if run.seed == first else 2) for run in runs if run.key not in keys]
+        return [replace(run, turn=self.arms[run.arm].turn) for run in early] + [
+            replace(run, turn=2 if run.seed == first else 3) for run in runs if run.key not in keys
+        ]
 
     def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
         """Number of the learning rate with the lowest held-out loss on the first seed; None before all are tried."""
