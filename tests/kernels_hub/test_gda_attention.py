@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOPPER_SHARED_BYTES = 232_448
 # Bytes that a pass keeps in memory for want of registers, by whether it reads through descriptors.
 LARGEST_SPILL = {("value", False): 60}
+INT32 = {"first", "last", "runs"}
 FLOAT32 = {"lambda", "weight", "lse", "largest", "total", "partial", "delta"}
 
 
@@ -39,7 +40,7 @@ def compile_for_hopper(function, constants: dict, warps: int, boxes: dict[str, l
             continue
         if name.endswith(("_ptr", "_source")) or name == "dmap":
             kind = name.removesuffix("_ptr")
-            signature[name] = "*fp32" if kind in FLOAT32 else "*i32" if kind in ("first", "last", "runs") else "*bf16"
+            signature[name] = "*fp32" if kind in FLOAT32 else "*i32" if kind in INT32 else "*bf16"
         elif name in constants:
             signature[name] = "constexpr"
         else:
@@ -107,7 +108,7 @@ def compile_gluon(function, constants: dict, boxes: dict[str, tuple[int, int]], 
 
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     free = {"T", "num_groups", "rows_and_groups", "raw_signals", "size", "first_group", "groups_here", "first_block"}
-    free |= {"blocks_here", "base"}
+    free |= {"blocks_here", "base", "interval_stride"}
     signature, divisible = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -115,7 +116,9 @@ def compile_gluon(function, constants: dict, boxes: dict[str, tuple[int, int]], 
         elif name in boxes:
             signature[name] = f"tensordesc<bf16[1, {boxes[name][0]}, {boxes[name][1]}],{layout!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name.removesuffix("_ptr") in FLOAT32 else "*bf16"
+            kind = name.removesuffix("_ptr")
+            integers = INT32 if constants["HAS_INTERVALS"] else ()  # without, other pointers are handed over
+            signature[name] = "*i32" if kind in integers else "*fp32" if kind in FLOAT32 | INT32 else "*bf16"
             divisible[index,] = [["tt.divisibility", 16]]
         elif name in ("log2_scale", "scale", "eps", "out_scale"):
             signature[name] = "fp32"
@@ -128,8 +131,9 @@ def compile_gluon(function, constants: dict, boxes: dict[str, tuple[int, int]], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("intervals", [False, True], ids=["causal", "intervals"])
 @pytest.mark.parametrize("kernel", ["value", "query", "key", "forward"])
-def test_the_kernels_written_for_hopper_fit_without_spills(kernel, tmp_path):
+def test_the_kernels_written_for_hopper_fit_without_spills(kernel, intervals, tmp_path):
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     from triton import knobs
 
@@ -141,8 +145,8 @@ def test_the_kernels_written_for_hopper_fit_without_spills(kernel, tmp_path):
         "query": {"BLOCK_N": 64, "KEY_STAGES": 4, "VALUE_STAGES": 2},
         "key": {"ADD": False, "STAGES": 4},
         "forward": {"NOISE": False, "SAVE_RAW": True, **module.FORWARD_RINGS},
-    }[kernel] | {"RATIO": 4}
-    source = module.hopper_forward if kernel == "forward" else module.hopper_kernels
+    }[kernel] | {"RATIO": 4, "HAS_INTERVALS": intervals}
+    source = getattr(module, f"hopper_{kernel}")
     options = {"num_warps": module.hopper_tiles.WARPS, "maxnreg": module.hopper_tiles.REGISTERS}
     compiled = compile_gluon(getattr(source, f"{kernel}_kernel"), constants, boxes, options)
     assert "wgmma.mma_async" in compiled.asm["ptx"]

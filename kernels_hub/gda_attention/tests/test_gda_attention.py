@@ -208,6 +208,35 @@ def test_passes_for_hopper(kernel, device, poisoned, launches, monkeypatch, dtyp
     assert launches == (GLUON if by_hand else TRITON)
 
 
+def intervals_on_hopper(kernel, case, tokens, device):
+    """First and last visible key of two rows."""
+    if "padded" in case:
+        return padded((tokens, tokens // 3), tokens, case.split()[1], device)
+    if case == "window":
+        last = torch.arange(tokens, dtype=torch.int32, device=device)[None]
+        return (last - 99).clamp(min=0), last
+    ends = [list(range(50, tokens, 50)), [1, 2, 3, tokens - 40]] if case == "many documents" else [[tokens // 3], []]
+    bounds = [kernel.packed_intervals(torch.tensor([0, *each, tokens], device=device), tokens) for each in ends]
+    return [torch.cat(each) for each in zip(*bounds, strict=True)]
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("rows", [None, 1, 3], ids=lambda rows: f"{rows or 'all'} rows of blocks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["padded left", "padded right", "window", "documents", "many documents"])
+@pytest.mark.parametrize(("tokens", "ratio"), [(65, 1), (128, 4), (850, 3)])
+def test_intervals_on_hopper(kernel, device, poisoned, launches, monkeypatch, case, dtype, tokens, ratio, rows):
+    if rows:
+        monkeypatch.setattr(kernel.ops.launch, "SCRATCH_BYTES", rows * 7 * 128 * 128 * (ratio + 1) * 2)
+    inputs = make(2, tokens, tokens, 2, ratio, 128, dtype, device)
+    first, last = intervals_on_hopper(kernel, case, tokens, device)
+    assert_matches(kernel, inputs, first, last)
+    assert launches == GLUON
+    with torch.no_grad():
+        out, _ = kernel.gda_attention(*inputs, out_scale=OUT_SCALE, first=first, last=last)
+    assert not out[(first > last).expand(2, -1)].any()
+
+
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
 def test_two_runs_are_equal_on_hopper(kernel, device, launches):
     inputs = make(2, 700, 700, 2, 4, 128, torch.bfloat16, device)
@@ -237,14 +266,14 @@ def test_a_backward_in_parts_on_hopper(kernel, device, poisoned, launches, monke
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
-@pytest.mark.parametrize("case", ["padded", "more keys", "narrow", "single", "uneven", "heads first"])
+@pytest.mark.parametrize("case", ["more keys", "narrow", "single", "uneven", "heads first"])
 def test_other_inputs_go_through_triton_on_hopper(kernel, device, launches, case):
     dim, dtype = 64 if case == "narrow" else 128, torch.float32 if case == "single" else torch.bfloat16
     keys = 160 if case == "more keys" else 150
     inputs = make(2, 150, keys, 2, 2, dim, dtype, device, head_first=case == "heads first")
     if case == "uneven":
         inputs = inputs._replace(key=uneven(inputs.key))
-    assert_matches(kernel, inputs, *(padded((150, 20), 150, "left", device) if case == "padded" else (None, None)))
+    assert_matches(kernel, inputs)
     assert launches == TRITON
 
 
@@ -294,12 +323,12 @@ def test_what_is_no_fault_of_gluon_is_raised(kernel, monkeypatch, error):
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
-@pytest.mark.parametrize("failing", ["forward_kernel", "query_kernel", "key_kernel", "value_kernel"])
+@pytest.mark.parametrize("failing", ["forward", "query", "key", "value"])
 def test_a_pass_that_fails_on_hopper_leaves_nothing_behind(kernel, device, poisoned, launches, monkeypatch, failing):
     module = kernel.ops.launch.hopper_passes
     monkeypatch.setattr(module, "usable", True)
-    source = module.hopper_forward if failing == "forward_kernel" else module.hopper_kernels
-    monkeypatch.setattr(source, failing, defaultdict(lambda: refuse))
+    source = getattr(module, f"hopper_{failing}")
+    monkeypatch.setattr(source, f"{failing}_kernel", defaultdict(lambda: refuse))
     with pytest.warns(UserWarning, match="Triton's do from now on"):
         assert_matches(kernel, make(2, 300, 300, 2, 3, 128, torch.bfloat16, device))
     assert launches[-1] == TRITON[-1]

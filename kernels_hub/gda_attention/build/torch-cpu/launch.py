@@ -124,12 +124,12 @@ def forward(
         return out, raw, lse, lse.new_full((groups, ratio + 1), -torch.inf)
     arguments = (*states, lambda_, weight, raw, out, lse, scaling, eps, out_scale)
     with torch.cuda.device_of(key):
-        causal, largest = first is None and tokens == key.shape[1], None
-        if tiles is None and causal and hopper_passes.suits(*states):
+        arguments, largest = (*arguments, *_intervals(first, last, lse)), None
+        if tiles is None and hopper_passes.suits(*states):
             largest = hopper_passes.attempt(lambda: hopper_passes.forward(*arguments))
         if largest is None:
             tiles = tiles or plan(dim, signal_query.element_size(), signal_query.device).forward
-            largest = _forward(*arguments, *_intervals(first, last, lse), tiles)
+            largest = _forward(*arguments, tiles)
     largest = largest.amax(dim=(0, 2)) / LOG2_E
     return out, raw, lse, torch.cat((largest[:signals].view(groups, ratio), largest[signals:, None]), dim=1)
 
@@ -251,14 +251,14 @@ def backward(
     with torch.cuda.device_of(key):
         draw, delta, dlambda, dweight = epilogue_backward(dout, raw, lse, lambda_, weight, eps, out_scale)
         arguments = (triangular, *states, draw, lse, delta, scaling)
-        if tiles is None and triangular and hopper_passes.suits(*states):
-            gradients = hopper_passes.attempt(
-                lambda: _in_parts(hopper_passes.Passes, hopper_passes.BLOCK, *arguments)
-            )  # fmt: skip
+        intervals = _intervals(first, last, lse)
+        if tiles is None and hopper_passes.suits(*states):
+            make_passes = partial(hopper_passes.Passes, intervals=intervals)
+            gradients = hopper_passes.attempt(lambda: _in_parts(make_passes, hopper_passes.BLOCK, *arguments))
         if gradients is None:
             tiles = tiles or plan(key.shape[-1], key.element_size(), key.device)
-            options = {"intervals": _intervals(first, last, lse), "tiles": tiles, "triangular": triangular}
-            gradients = _in_parts(partial(passes.Passes, **options), tiles.query.queries, *arguments)
+            make_passes = partial(passes.Passes, intervals=intervals, tiles=tiles, triangular=triangular)
+            gradients = _in_parts(make_passes, tiles.query.queries, *arguments)
     return [*gradients, dlambda.reshape(lambda_.shape).to(lambda_.dtype), dweight.view_as(weight).to(weight.dtype)]
 
 

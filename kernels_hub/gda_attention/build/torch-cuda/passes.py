@@ -41,7 +41,7 @@ def _sources(wanted: bool, rows: int, *tensors: torch.Tensor):
     ]
 
 
-def _runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> torch.Tensor:
+def key_runs(first: torch.Tensor, last: torch.Tensor, num_keys: int, tile: int) -> torch.Tensor:
     """Which queries see any key of a tile: the first, and the one after the last; (B or 1, 2, tiles)."""
     starts = torch.arange(0, num_keys, tile, device=first.device, dtype=torch.int32).expand(first.shape[0], -1)
     ends = (starts + tile).clamp(max=num_keys) - 1
@@ -88,7 +88,7 @@ class Passes:
         self.constants |= {"PRECISION": precision(key)}
 
     def _runs(self, keys: int) -> torch.Tensor:
-        return _runs(self.first, self.last, self.num_keys, keys) if self.has_intervals else self.lse
+        return key_runs(self.first, self.last, self.num_keys, keys) if self.has_intervals else self.lse
 
     def query(self, where) -> None:
         """dQ, and dS of a part; `where`: first group, groups, first block, blocks, base, blocks of a map."""

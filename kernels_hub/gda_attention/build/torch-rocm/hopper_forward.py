@@ -1,7 +1,7 @@
-"""Gluon kernel of the forward on Hopper: causal order, as many queries as keys, heads of 128, 16-bit elements.
+"""Gluon kernel of the forward on Hopper: as many queries as keys, heads of 128, 16-bit elements.
 
 Like `forward_kernels.py` it runs for the noise heads and then for the signal heads, whose epilogue reads the noise's
-outputs. Roles of warps, and what the compiler needs, as in `hopper_kernels.py`. Logits are in base 2. Shapes: B rows,
+outputs. Roles of warps, and what the compiler needs, as in `hopper_query.py`. Logits are in base 2. Shapes: B rows,
 T queries and keys, G groups, r signal heads a group, D = 128, H = G * (r + 1) heads, the signal heads of all groups
 and then the noise heads.
 """
@@ -13,7 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .hopper_tiles import (
     allocate_barriers,
     allocate_tiles,
+    bounds_of,
     head_of_all,
+    keys_of,
     left_layout,
     mma_layout,
     start_scores,
@@ -52,48 +54,62 @@ def _store_lines(pointer, tile, first_row, token, T):
 @gluon.jit
 def _load(
     query, key, value, queries, keys, values, queries_ready, keys_ready, keys_empty, values_ready, values_empty,
-    row, query_column, key_column, value_column, tile,
+    row, query_column, key_column, value_column, tile, start, steps,
     BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     mbarrier.expect(queries_ready, 2 * query.block_type.nbytes)
     for part in gl.static_range(2):
         place = [row, tile * 128 + part * 64, query_column]
         tma.async_copy_global_to_shared(query, place, queries_ready, queries.index(part))
-    for j in range((tile + 1) * (128 // BLOCK_N)):
+    for j in range(steps):
+        begin = start + j * BLOCK_N
         barrier = keys_ready.index(j % KEY_STAGES)
         wait_room(keys_empty, j, KEY_STAGES)
         mbarrier.expect(barrier, key.block_type.nbytes)
-        tma.async_copy_global_to_shared(key, [row, j * BLOCK_N, key_column], barrier, keys.index(j % KEY_STAGES))
+        tma.async_copy_global_to_shared(key, [row, begin, key_column], barrier, keys.index(j % KEY_STAGES))
         barrier = values_ready.index(j % VALUE_STAGES)
         wait_room(values_empty, j, VALUE_STAGES)
         mbarrier.expect(barrier, value.block_type.nbytes)
-        place = [row, j * BLOCK_N, value_column]
-        tma.async_copy_global_to_shared(value, place, barrier, values.index(j % VALUE_STAGES))
+        tma.async_copy_global_to_shared(value, [row, begin, value_column], barrier, values.index(j % VALUE_STAGES))
 
 
 @gluon.jit
-def _softmax(logits, largest, begin, first_row, log2_scale, BLOCK_N: gl.constexpr):
-    """Weights (64, N), their sums, and the new maxima."""
-    if begin + BLOCK_N - 1 > first_row:
+def _softmax(
+    logits, largest, first, last, begin, all_from, all_to, log2_scale,
+    BLOCK_N: gl.constexpr, HAS_INTERVALS: gl.constexpr,
+):  # fmt: skip
+    """Weights (64, N), their sums, the decay of former ones, the new maxima.
+
+    A query sees the keys from `first` to `last`, all queries here those from `all_from` to `all_to`.
+    """
+    if (begin < all_from) | (begin + BLOCK_N - 1 > all_to):
         keys = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma_layout(BLOCK_N)))
-        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
-        logits = gl.where(keys[None, :] <= rows[:, None], logits, -float("inf"))
+        seen = keys[None, :] <= last[:, None]
+        if HAS_INTERVALS:
+            seen &= keys[None, :] >= first[:, None]
+        logits = gl.where(seen, logits, -float("inf"))
     raised = gl.maximum(largest, gl.max(logits, 1) * log2_scale)
-    weights = gl.exp2(logits * log2_scale - raised[:, None])
-    return weights, gl.sum(weights, 1), raised
+    shift = raised
+    if HAS_INTERVALS:  # a query that has seen no key yet
+        shift = gl.where(raised == -float("inf"), 0.0, raised)
+    weights = gl.exp2(logits * log2_scale - shift[:, None])
+    return weights, gl.sum(weights, 1), gl.exp2(largest - shift), raised
 
 
 @gluon.jit
 def _attend(
     queries, keys, values, queries_ready, keys_ready, keys_empty, values_ready, values_empty,
-    noise_ptr, raw_ptr, raw_token, out_ptr, out_token, lse_ptr, largest_ptr, lambda_ptr, weight_ptr, tile, T,
-    log2_scale, eps, out_scale, PART: gl.constexpr, NOISE: gl.constexpr, SAVE_RAW: gl.constexpr,
+    noise_ptr, raw_ptr, raw_token, out_ptr, out_token, lse_ptr, largest_ptr, lambda_ptr, weight_ptr,
+    first_ptr, last_ptr, tile, start, steps, T, log2_scale, eps, out_scale,
+    PART: gl.constexpr, NOISE: gl.constexpr, SAVE_RAW: gl.constexpr, HAS_INTERVALS: gl.constexpr,
     BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = queries.dtype
     LINE: gl.constexpr = gl.SliceLayout(1, mma_layout(256))
     first_row = tile * 128 + PART * 64
-    last = (tile + 1) * (128 // BLOCK_N) - 1
+    final = steps - 1
+    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
+    first, last, all_from, all_to = bounds_of(first_ptr, last_ptr, rows, first_row, T, HAS_INTERVALS)
     query = tile_of(queries, PART, 64, 128)
     out = gl.zeros([64, 256], gl.float32, mma_layout(256))
     largest = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, mma_layout(BLOCK_N)))
@@ -102,32 +118,34 @@ def _attend(
     logits = start_scores(query, tile_of(keys, 0, BLOCK_N, 128), BLOCK_N)
     logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(keys_empty.index(0), count=1)
-    weights, total, largest = _softmax(logits, largest, 0, first_row, log2_scale, BLOCK_N)
+    weights, total, decay, largest = _softmax(
+        logits, largest, first, last, start, all_from, all_to, log2_scale, BLOCK_N, HAS_INTERVALS
+    )  # fmt: skip
     left = gl.convert_layout(weights.to(dtype), left_layout(256))
-    wait_filled(keys_ready, gl.minimum(1, last), KEY_STAGES)
+    wait_filled(keys_ready, gl.minimum(1, final), KEY_STAGES)
     wait_filled(values_ready, 0, VALUE_STAGES)
-    for j in range(last):
+    for j in range(final):
         logits = start_scores(query, tile_of(keys, (j + 1) % KEY_STAGES, BLOCK_N, 128), BLOCK_N)
         out = warpgroup_mma(left, tile_of(values, j % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(keys_empty.index((j + 1) % KEY_STAGES), count=1)
-        weights, here, raised = _softmax(logits, largest, (j + 1) * BLOCK_N, first_row, log2_scale, BLOCK_N)
-        decay = gl.exp2(largest - raised)
+        weights, here, decay, largest = _softmax(
+            logits, largest, first, last, start + (j + 1) * BLOCK_N, all_from, all_to, log2_scale,
+            BLOCK_N, HAS_INTERVALS,
+        )  # fmt: skip
         total = total * decay + here
-        largest = raised
-        wait_filled(keys_ready, gl.minimum(j + 2, last), KEY_STAGES)
+        wait_filled(keys_ready, gl.minimum(j + 2, final), KEY_STAGES)
         wait_filled(values_ready, j + 1, VALUE_STAGES)  # here, so that the exponentials stay before the next wait
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(values_empty.index(j % VALUE_STAGES), count=1)
         out = out * gl.convert_layout(decay, LINE)[:, None]
         left = gl.convert_layout(weights.to(dtype), left_layout(256))
-    out = warpgroup_mma(left, tile_of(values, last % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
+    out = warpgroup_mma(left, tile_of(values, final % VALUE_STAGES, BLOCK_N, 256), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out])
 
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma_layout(BLOCK_N)))
-    gl.store(lse_ptr + rows, largest + gl.log2(total), mask=rows < T)
+    gl.store(lse_ptr + rows, gl.where(total > 0, largest + gl.log2(total), float("inf")), mask=rows < T)
     gl.store(largest_ptr + tile * 2 + PART, gl.max(gl.where(rows < T, largest, -float("inf")), 0))
-    out = out * gl.convert_layout(1 / total, LINE)[:, None]
+    out = out * gl.convert_layout(gl.where(total > 0, 1 / total, 0.0), LINE)[:, None]
     if NOISE:
         _store_lines(noise_ptr, out.to(dtype), first_row, raw_token, T)
     else:
@@ -142,12 +160,12 @@ def _attend(
         _store_lines(out_ptr, out.to(dtype), first_row, out_token, T)
 
 
-@gluon.jit(do_not_specialize=["T", "num_groups", "rows_and_groups", "raw_signals"])
+@gluon.jit(do_not_specialize=["T", "num_groups", "rows_and_groups", "raw_signals", "interval_stride"])
 def forward_kernel(
-    query, key, value, lambda_ptr, weight_ptr, raw_ptr, out_ptr, lse_ptr, largest_ptr,
+    query, key, value, lambda_ptr, weight_ptr, first_ptr, last_ptr, raw_ptr, out_ptr, lse_ptr, largest_ptr,
     query_group, query_head, key_group, key_half, value_group,
-    T, num_groups, rows_and_groups, raw_signals, log2_scale, eps, out_scale,
-    RATIO: gl.constexpr, NOISE: gl.constexpr, SAVE_RAW: gl.constexpr,
+    T, num_groups, rows_and_groups, interval_stride, raw_signals, log2_scale, eps, out_scale,
+    RATIO: gl.constexpr, NOISE: gl.constexpr, SAVE_RAW: gl.constexpr, HAS_INTERVALS: gl.constexpr,
     BLOCK_N: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     """raw (B, T, raw_signals + G, 2D), lse (B, H, T), largest (B, H, 2 * tiles) and out (B, T, G, r, 2D).
@@ -161,6 +179,12 @@ def forward_kernel(
     row_and_group = gl.program_id(0) // HEADS % rows_and_groups
     tile = tiles - 1 - gl.program_id(0) // (HEADS * rows_and_groups)
     row, group = row_and_group // num_groups, row_and_group % num_groups
+    start, steps = 0, (tile + 1) * (128 // BLOCK_N)
+    if HAS_INTERVALS:
+        first_ptr += row * interval_stride
+        last_ptr += row * interval_stride
+        start, end = keys_of(first_ptr, last_ptr, tile, T, BLOCK_N)
+        steps = (end - start) // BLOCK_N
     queries, keys = allocate_tiles(dtype, 2, 64, 128), allocate_tiles(dtype, KEY_STAGES, BLOCK_N, 128)
     values = allocate_tiles(dtype, VALUE_STAGES, BLOCK_N, 256)
     queries_ready = allocate_barriers(1, 1).index(0)
@@ -182,13 +206,15 @@ def forward_kernel(
         [
             (_attend, (queries, keys, values, queries_ready, keys_ready, keys_empty, values_ready, values_empty,
                        noise_ptr, raw_ptr, raw_token, out_ptr, out_token, lse_ptr, largest_ptr, lambda_ptr, weight_ptr,
-                       tile, T, log2_scale, eps, out_scale, 0, NOISE, SAVE_RAW, BLOCK_N, KEY_STAGES, VALUE_STAGES)),
+                       first_ptr, last_ptr, tile, start, steps, T, log2_scale, eps, out_scale,
+                       0, NOISE, SAVE_RAW, HAS_INTERVALS, BLOCK_N, KEY_STAGES, VALUE_STAGES)),
             (_attend, (queries, keys, values, queries_ready, keys_ready, keys_empty, values_ready, values_empty,
                        noise_ptr, raw_ptr, raw_token, out_ptr, out_token, lse_ptr, largest_ptr, lambda_ptr, weight_ptr,
-                       tile, T, log2_scale, eps, out_scale, 1, NOISE, SAVE_RAW, BLOCK_N, KEY_STAGES, VALUE_STAGES)),
+                       first_ptr, last_ptr, tile, start, steps, T, log2_scale, eps, out_scale,
+                       1, NOISE, SAVE_RAW, HAS_INTERVALS, BLOCK_N, KEY_STAGES, VALUE_STAGES)),
             (_load, (query, key, value, queries, keys, values, queries_ready, keys_ready, keys_empty, values_ready,
-                     values_empty, row, query_column, key_column, group * value_group, tile, BLOCK_N, KEY_STAGES,
-                     VALUE_STAGES)),
+                     values_empty, row, query_column, key_column, group * value_group, tile, start, steps, BLOCK_N,
+                     KEY_STAGES, VALUE_STAGES)),
         ],
         worker_num_warps=[4, 4], worker_num_regs=[240, 24],
     )  # fmt: skip

@@ -103,3 +103,34 @@ def start_scores(left, right, COLUMNS: gl.constexpr):
     """Starts left (64, K) times right (COLUMNS, K) transposed."""
     zero = gl.zeros([64, COLUMNS], gl.float32, mma_layout(COLUMNS))
     return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def keys_of(first_ptr, last_ptr, tile, T, BLOCK: gl.constexpr):
+    """Multiples of `BLOCK` between which a tile of 128 queries sees keys; one block even where it sees none."""
+    start = gl.minimum(gl.maximum(gl.load(first_ptr + tile * 128), 0), T - 1) // BLOCK * BLOCK
+    furthest = gl.minimum(gl.load(last_ptr + gl.minimum(tile * 128 + 127, T - 1)), T - 1)
+    return start, gl.maximum((furthest + BLOCK) // BLOCK * BLOCK, start + BLOCK)
+
+
+@gluon.jit
+def bounds_of(first_ptr, last_ptr, rows, first_row, T, HAS_INTERVALS: gl.constexpr):
+    """First and last key of 64 queries, (64,), and between which all of these see every key."""
+    first, last, all_from, all_to = rows, rows, 0, first_row
+    if HAS_INTERVALS:
+        first = gl.load(first_ptr + rows, mask=rows < T, other=T)
+        last = gl.minimum(gl.load(last_ptr + rows, mask=rows < T, other=-1), T - 1)
+        all_from = gl.load(first_ptr + gl.minimum(first_row + 63, T - 1))
+        all_to = gl.minimum(gl.load(last_ptr + gl.minimum(first_row, T - 1)), T - 1)
+    return first, last, all_from, all_to
+
+
+@gluon.jit
+def seen_from(runs_ptr, row, tile, tiles, T, interval_stride, HAS_INTERVALS: gl.constexpr):
+    """The first query that sees any key of 128, and the one after the last; equal where none does."""
+    start, end = tile * 128, T
+    if HAS_INTERVALS:
+        runs_ptr += row * gl.where(interval_stride > 0, 2 * tiles, 0) + tile
+        start = gl.load(runs_ptr)
+        end = gl.maximum(gl.load(runs_ptr + tiles), start)
+    return start, end
