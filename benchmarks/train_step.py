@@ -324,6 +324,9 @@ def parse() -> argparse.Namespace:
         "--only", nargs="*", default=[], help="run only sections whose title holds one of these patterns"
     )
     parser.add_argument("--unprofiled", action="store_true", help="write no profile")
+    parser.add_argument(
+        "--product_seconds", type=float, default=1.5, help="of products alone, for each number of rows"
+    )
     parser.add_argument("--budget_seconds", type=float, default=430, help="start no section after this")
     parser.add_argument(
         "--peak_tflops", type=float, default=None, help="of the device, where the program knows it not"
@@ -357,6 +360,7 @@ def main() -> None:
         bench.section("peer: DiffLlama, Trainer", lambda: time_peer(bench, shape, "DiffLlama", False))
         bench.section(f"step: {FP8.name}", lambda: time_variant(bench, shape, FP8))
         bench.section("linear part", lambda: parts.time_linear_part(bench, main_shape))
+        bench.section("products alone", lambda: parts.time_products(bench, shape))
         bench.section(f"step: {SDPA.name}", lambda: time_variant(bench, shape, SDPA))
     for variant in VARIANTS:
         bench.section(f"step: {variant.name}", lambda variant=variant: time_variant(bench, shape, variant))

@@ -14,6 +14,7 @@ from trainer.flops import count_parameters
 from trainer.head_loss import HeadLoss
 
 FP8_RECIPES = ("rowwise_with_gw_hp",)  # compiled, "rowwise" is refused
+PRODUCT_ROWS = (2, 4, 5, 8)  # at once
 FP8_BOUND = 0.15  # assumption: e4m3 rounds to 2^-4 of a value, and a gradient goes through two such products
 
 
@@ -62,6 +63,31 @@ def time_linear_part(bench, shape: Shape) -> None:
         columns = {"fp8": fp8, "compiled": bench.cuda, "note": note}
         bench.report("linear part", f"products of a layer, {fp8}", timing, shape.micro_rows, **columns)
         bench.clean(fp8)
+
+
+def time_products(bench, shape: Shape) -> None:
+    """All 21 products of a decoder layer's step in bfloat16, one after the other until the device is warm, by rows."""
+    device = torch.device("cuda" if bench.cuda else "cpu")
+    with torch.device("meta"):
+        layer = cases.Motif2ForCausalLM(replace(shape, layers=1).motif()).model.layers[0]
+    sizes = [tuple(module.weight.shape) for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    matrices = sum(width * depth for width, depth in sizes)
+    for micro_rows in PRODUCT_ROWS:
+        rows = micro_rows * shape.length
+        operands = [
+            [torch.randn(*size, device=device).bfloat16() for size in ((width, depth), (rows, depth), (rows, width))]
+            for width, depth in sizes
+        ]
+        times, started = [], time.perf_counter()
+        while not times or time.perf_counter() - started < bench.arguments.product_seconds:
+            start = cases.mark()
+            for weight, inputs, gradient in operands:
+                _ = inputs @ weight.T, gradient @ weight, gradient.T @ inputs
+            end = cases.mark()
+            cases.synchronize()
+            times.append(cases.between(start, end))
+        timing = Timing(times[len(times) // 3 :], rows, 6 * matrices * rows, matrices)
+        bench.report("products alone", f"products of a layer alone, {rows:,} rows", timing, micro_rows)
 
 
 def time_head(bench, shape: Shape, vocabulary: int) -> None:
