@@ -105,7 +105,7 @@ class Arm:
         sweep: learning rates to choose from, as settings; the first is tried first. None takes the recipe's.
         against: the arms it is compared with; None is the recipe's first.
         grow: arguments of `Growing` for a model that is grown from a small one; None starts from random weights.
-        turn: where the recipe has `seeds_first`, that of its runs at the first rate, see `Run`.
+        turn: added to its recipe's.
     """
 
     name: str
@@ -182,6 +182,7 @@ class Recipe:
         all_rates: every arm has all seeds at every learning rate, not at its best one only.
         seeds_first: every arm first gets all seeds at the first of its learning rates, then the other rates are tried:
             where there may be no time for both.
+        turn: of its runs, see `Run`.
         measures: rows of the table.
         compared: measures of which differences are shown; the first is what the verdict is about. Empty: the first of
             `measures`.
@@ -208,6 +209,7 @@ class Recipe:
     sweep: list[dict] = field(default_factory=list)
     all_rates: bool = False
     seeds_first: bool = False
+    turn: int = 0
     lower_is_better: bool = True
     compared: list[str] = field(default_factory=list)
     plot: list[str] = field(default_factory=lambda: ["heldout_mean"])
@@ -287,7 +289,8 @@ class Recipe:
             source |= {name: self.pretrain[name] for name in RATES if name in self.pretrain}
             self._set_length(source, growing.source_share)
             source["eval_steps"] = source["total_tokens"] // source["batch_tokens"]
-        return Run(self.name, arm, point, seed, settings, self.arms[arm].attention, growing, source)
+        turn = self.turn + self.arms[arm].turn
+        return Run(self.name, arm, point, seed, settings, self.arms[arm].attention, growing, source, turn)
 
     def _set_length(self, settings: dict, share: float) -> None:
         """Whole steps of a share of the run's tokens, and the phases of the learning rate and the mixture in them."""
@@ -321,8 +324,8 @@ class Recipe:
             return runs
         early = [self.run(arm, 0, seed) for seed in self.seeds for arm in self.arms]
         keys = {run.key for run in early}
-        return [replace(run, turn=self.arms[run.arm].turn) for run in early] + [
-            replace(run, turn=2 if run.seed == first else 3) for run in runs if run.key not in keys
+        return early + [
+            replace(run, turn=self.turn + (2 if run.seed == first else 3)) for run in runs if run.key not in keys
         ]
 
     def best_point(self, arm: str, records: Mapping[str, dict]) -> int | None:
