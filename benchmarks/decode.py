@@ -51,7 +51,7 @@ from modeling_motif2 import Motif2ForCausalLM
 GROUPS, RATIO, DIM = 8, 4, 128
 CONTEXTS, BATCHES = (1024, 16384, 32768), (1, 8, 64)
 LIMIT = 1.5e-2  # relative error in bfloat16
-ROUND_SECONDS = 0.5  # about what a round of steps may take (assumption)
+ROUND_SECONDS = 0.25  # about what a round of steps may take (assumption)
 LARGEST_RATIO = 1.5  # of a compiled step's error against float32 to the eager step's (assumption)
 # Of the memory beside the weights; a larger cache runs with fewer layers (assumption: what else a step needs).
 CACHE_SHARE = 0.6
@@ -361,6 +361,7 @@ def main() -> int:
     parser.add_argument("--sections", default=names)
     parser.add_argument("--models", help="of the sections models, compiled and profile: these alone, by name")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
+    parser.add_argument("--batches", help="of the sections kernel and models: these alone")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -368,6 +369,8 @@ def main() -> int:
         parser.error("there is no GPU: use --tiny to try the script")
     report = Report(options.output / ("decode_tiny.csv" if options.tiny else "decode.csv"), device)
     suite = Suite(report, device, options.tiny, options.models and options.models.split(","))
+    if options.batches:
+        suite.batches = [int(each) for each in options.batches.split(",")]
     sections = {"check": suite.check, "kernel": suite.time_kernel}
     sections |= {"profile": suite.profile, "models": suite.models, "compiled": suite.compiled_models}
     sections |= {"full_size": suite.full_size, "one_token": suite.one_token, "generate": suite.generate}

@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._decode_products_cpu_03d5f85
+ops = torch.ops._decode_products_cpu_116fd52
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_decode_products_cpu_03d5f85::{op_name}"
+    return f"_decode_products_cpu_116fd52::{op_name}"
