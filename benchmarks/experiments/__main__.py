@@ -144,7 +144,11 @@ def make_runs(recipes: list[Recipe], arguments: argparse.Namespace, devices: lis
         known = sorted(
             (run for recipe in recipes for run in recipe.runs(finished[recipe.name])), key=lambda run: run.turn
         )
-        return list({run.key: run for run in reversed(known) if run.key not in finished[run.recipe]}.values())[::-1]
+        missing: dict[str, Run] = {}
+        for run in known:  # what two recipes ask for is made once, for the first
+            if run.key not in finished[run.recipe]:
+                missing.setdefault(run.key, run)
+        return list(missing.values())
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)
