@@ -48,10 +48,10 @@ def _dion(module, bench, parameters: list[nn.Parameter]) -> Optimizer:
 # row: (package, how its optimizer is made); quick compilers first
 PEERS: dict[str, tuple[str, Callable]] = {
     "muon-fsdp2": ("muon_fsdp2", _muon_fsdp2),
-    "dtensor-muon, Muon": ("dtensor_muon", _dtensor_muon),
-    "dtensor-muon, MuonForeach": ("dtensor_muon", _dtensor_muon_foreach),
-    "muonium": ("muonium", _muonium),
     "dion Muon, Triton": ("dion", _dion),
+    "muonium": ("muonium", _muonium),
+    "dtensor-muon, MuonForeach": ("dtensor_muon", _dtensor_muon_foreach),
+    "dtensor-muon, Muon": ("dtensor_muon", _dtensor_muon),
 }
 
 

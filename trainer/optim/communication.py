@@ -1,8 +1,7 @@
 """The ranks that share an optimizer, and the collectives they run: one all-to-all with exact sizes, one maximum.
 
 A team has a process group of its own, so that its collectives neither wait for the training's nor delay them: NCCL
-runs each group on a stream of its own, beside the products on the current stream. That stream goes first where a
-multiprocessor falls free: a transfer that waits in line behind products holds those of its peers that have begun.
+runs each group on a stream of its own, beside the products on the current stream.
 """
 
 import contextlib
@@ -52,7 +51,7 @@ class Team:
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
             with self.clear_errors():
-                self.group = _new_group(self.ranks, timedelta(seconds=timeout_seconds), device)
+                self.group = _new_group(self.ranks, timedelta(seconds=timeout_seconds))
                 if device.type == "cuda":
                     self._connect(device)
                 if copy_engines:
@@ -124,27 +123,15 @@ class Team:
             )
 
 
-def _new_group(ranks: tuple[int, ...], timeout: timedelta, device: torch.device) -> dist.ProcessGroup:
+def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
     """A process group that its own ranks alone take part in making, since others may not know of it."""
     world = dist.group.WORLD
-    settings = {"timeout": timeout, "pg_options": _options(timeout, device)}
     if len(ranks) == world.size():
-        return dist.new_group(**settings)
+        return dist.new_group(timeout=timeout)
     # where the default group is bound to a device, NCCL would split the new communicator off the default one, and for
     # that all ranks of the world would have to come
     bound, world.bound_device_id = world.bound_device_id, None
     try:
-        return dist.new_group(ranks, use_local_synchronization=True, **settings)
+        return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     finally:
         world.bound_device_id = bound
-
-
-def _options(timeout: timedelta, device: torch.device):
-    """NCCL's options, for a stream that goes before others; None for other backends, which have none."""
-    if not dist.is_nccl_available():
-        return None
-    if device.type != "cuda" or not isinstance(dist.group.WORLD._get_backend(device), dist.ProcessGroupNCCL):
-        return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout
-    return options

@@ -60,7 +60,7 @@ class Strip:
         shape = (self.count, *self.shape)
         return (
             full.as_strided(shape, strides, start),
-            buffer.as_strided(shape, (self.offset_step, self.pitch, 1), self.offset),
+            buffer.as_strided(shape, (self.offset_step, self.pitch, 1), buffer.storage_offset() + self.offset),
         )
 
 
