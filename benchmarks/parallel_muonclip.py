@@ -394,15 +394,17 @@ def main() -> None:
     parser.add_argument("--copy_engines", action="store_true", help="rows whose matrices these carry, within a node")
     parser.add_argument("--peers", default="", help="folder that holds other packages")
     parser.add_argument("--peer_seconds", type=float, default=60, help="the longest a package may take")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only the table's rows that contain one of these")
     bench = Bench(parser.parse_args())
+    table = {row: how for row, how in TABLE.items() if any(part in row for part in bench.arguments.rows)}
     bench.say(f"{bench.common}")
     if not bench.arguments.skip_errors:
         bench.say("\n## Error against the float64 polynomial\n")
         check_kernels(bench)
     bench.say("\n## One layer's step\n")
-    first = check_step(bench, TABLE)
+    first = check_step(bench, table)
     bench.clean()
-    bench.section("A step in the form of Table 4", lambda: time_table(bench, TABLE))
+    bench.section("A step in the form of Table 4", lambda: time_table(bench, table))
     bench.section("Copy engines", lambda: time_copy_engines(bench, first))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
@@ -413,7 +415,7 @@ def main() -> None:
     for layers in bench.arguments.layers[1:]:
         bench.rows, bench.num_layers = [], layers
         bench.renew_layers(copies=1)
-        bench.section(f"{layers} layers", lambda: time_table(bench, TABLE))
+        bench.section(f"{layers} layers", lambda: time_table(bench, table))
     bench.rows, bench.num_layers = rows, bench.arguments.layers[0]
     bench.section("Other packages", lambda: time_peers(bench, bench.arguments.peers, bench.arguments.peer_seconds))
     bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))

@@ -8,6 +8,7 @@ Legend: R ranks of the team, C rounds, 2 directions: gather and scatter.
 """
 
 import itertools
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,9 @@ class PeerCopies:
         me: this rank's position in it.
         device: of the buffers.
         timeout_seconds: how long a barrier waits for a rank that does not come.
+
+    Raises:
+        ValueError: from `reserve`, where the ranks are on several hosts.
     """
 
     def __init__(self, group: dist.ProcessGroup, me: int, device: torch.device, timeout_seconds: float):
@@ -76,13 +80,17 @@ class PeerCopies:
     def _allocate(self, slot_bytes: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        ranks = range(dist.get_world_size(self.group))
+        hosts: list[str | None] = [None] * len(ranks)
+        dist.all_gather_object(hosts, socket.gethostname(), group=self.group)
+        if len(set(hosts)) > 1:
+            raise ValueError(f"copy_engines is set with ranks on {sorted(set(hosts))}: they must share one host")
         torch.cuda.synchronize(self.device)  # copies into the old buffers
         dist.barrier(self.group)
         self.peers, self._handle = [], None
         total = 2 * _TURNS * slot_bytes
         buffer = symmetric_memory.empty(total, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(buffer, self.group)
-        ranks = range(dist.get_world_size(self.group))
         self.peers = [self._handle.get_buffer(rank, (total,), torch.uint8) for rank in ranks]
         self.slot_bytes, self._buffer = slot_bytes, buffer
 
