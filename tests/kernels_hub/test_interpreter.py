@@ -24,6 +24,7 @@ QUICK = [
     f"{GDA}::test_two_tiles_of_sixteen[causal-torch.float16]",
     f"{GDA}::test_two_tiles_of_sixteen[window-torch.float32]",
     f"{GDA}::test_reads_of_both_kinds[causal-descriptors]",
+    f"{GDA}::test_where_kernels_in_gluon_fail_tritons_run[backward]",
     f"{DECODE}::test_full_caches[33-heads first-torch.float32]",
     f"{DECODE}::test_full_caches[16-heads first-torch.float16]",
     f"{PRODUCTS}::test_products[(40, 16, 16)-128-added-normed-torch.float32]",
@@ -49,7 +50,7 @@ def interpret(junit: Path, *options: str) -> dict[str, int]:
 @pytest.mark.timeout(600)
 def test_quickly(tmp_path):
     passed = interpret(tmp_path / "found.xml", *OTHERS, *QUICK)
-    least = {Path(test.partition("::")[0]).stem: 1 for test in OTHERS} | {Path(GDA).stem: 3, Path(DECODE).stem: 2}
+    least = {Path(test.partition("::")[0]).stem: 1 for test in OTHERS} | {Path(GDA).stem: 4, Path(DECODE).stem: 2}
     least |= {
         Path(PRODUCTS).stem: 3,
         "test_repository_polynorm": 40,
