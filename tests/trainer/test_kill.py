@@ -26,6 +26,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)  # twenty kills beside other work
 @pytest.mark.parametrize(
     ("num_ranks", "num_kills", "asynchronous"),
     [
