@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import kernels_hub
 
@@ -18,10 +20,11 @@ INT32 = {"first", "last", "runs"}
 FLOAT32 = {"lambda", "weight", "lse", "largest", "total", "partial", "delta"}
 
 
-def compile_for_hopper(function, constants: dict, warps: int, boxes: dict[str, list[int]]):
-    """A kernel compiled for compute capability 9.0 with bfloat16 heads; needs no device.
+def compile_for(capability: int, function, constants: dict, warps: int, boxes: dict[str, list[int]]):
+    """A kernel compiled for a compute capability with bfloat16 heads; needs no device.
 
     Args:
+        capability: 90 of Hopper.
         function: the kernel.
         constants: its compile-time arguments.
         warps: of a program.
@@ -48,16 +51,16 @@ def compile_for_hopper(function, constants: dict, warps: int, boxes: dict[str, l
         if name not in constants and name not in free and signature[name] != "fp32":
             divisible[index,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def hopper_case(launch, kernel: str, descriptors: bool):
-    """A kernel with the tile that Hopper takes, its compile-time arguments, and its descriptors' boxes."""
-    tiles = getattr(launch.HOPPER, kernel)
+def case(launch, plan, kernel: str, descriptors: bool):
+    """A kernel with its tile of a plan, its compile-time arguments, and its descriptors' boxes."""
+    tiles = getattr(plan, kernel)
     backward = launch.backward_kernels
     constants = {"RATIO": 4, "DIM": 128, "BLOCK_M": tiles.queries, "STAGES": tiles.stages, "PRECISION": "tf32"}
     constants |= {"HAS_INTERVALS": False}
-    edge, boxes = launch.HOPPER.query.queries, {}
+    edge, boxes = plan.query.queries, {}
     queries, keys = ([1, size, 1, 1, 128] for size in (tiles.queries, tiles.keys))
     if kernel == "decode":
         del constants["BLOCK_M"]
@@ -88,8 +91,8 @@ def test_the_hopper_kernels_use_its_units_and_fit(kernel, descriptors, tmp_path)
     from triton import knobs
 
     launch = kernels_hub.load_local("gda_attention").ops.launch
-    function, constants, boxes = hopper_case(launch, kernel, descriptors)
-    compiled = compile_for_hopper(function, constants, getattr(launch.HOPPER, kernel).warps, boxes)
+    function, constants, boxes = case(launch, launch.HOPPER, kernel, descriptors)
+    compiled = compile_for(90, function, constants, getattr(launch.HOPPER, kernel).warps, boxes)
     assert ("mma.sync" if kernel == "decode" else "wgmma.mma_async") in compiled.asm["ptx"]
     assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == descriptors
     assert compiled.metadata.shared <= HOPPER_SHARED_BYTES
@@ -99,8 +102,24 @@ def test_the_hopper_kernels_use_its_units_and_fit(kernel, descriptors, tmp_path)
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= LARGEST_SPILL.get((kernel, descriptors), 0), said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "query", "key", "value", "decode"])
+@pytest.mark.parametrize(
+    ("capability", "shared_bytes"), [(80, 166_912), (89, 101_376), (100, 232_448), (120, 101_376)]
+)
+def test_other_architectures_get_kernels_that_fit(monkeypatch, capability, shared_bytes, kernel):
+    launch = kernels_hub.load_local("gda_attention").ops.launch
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_bytes, shared_memory_per_block=49_152)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    plan = launch.plan.__wrapped__(128, 2, torch.device("cuda"))
+    function, constants, boxes = case(launch, plan, kernel, getattr(plan, kernel).descriptors)
+    compiled = compile_for(capability, function, constants, getattr(plan, kernel).warps, boxes)
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= shared_bytes
+
+
 def compile_gluon(function, constants: dict, boxes: dict[str, tuple[int, int]], options: dict):
-    """A Gluon kernel compiled for compute capability 9.0; arguments as in `compile_for_hopper`."""
+    """A Gluon kernel compiled for compute capability 9.0; arguments as in `compile_for`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
