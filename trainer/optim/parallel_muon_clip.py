@@ -108,6 +108,8 @@ class ParallelMuonClip(MuonClip):
                 raise ValueError(f"{name} is {number!r}: give a whole number from 1, or None for all together")
         if wire_dtype not in (None, *WIRE_DTYPES):
             raise ValueError(f"wire_dtype is {wire_dtype!r}: give one of {WIRE_DTYPES}, or None")
+        if copy_engines and mode == "distributed":
+            raise ValueError("copy_engines is set and mode is 'distributed', which moves matrices otherwise: drop one")
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
         self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced

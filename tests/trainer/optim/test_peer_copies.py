@@ -56,11 +56,13 @@ def test_pieces_land_where_they_are_looked_for(monkeypatch, ranks):
                 assert all(map(torch.equal, old, values))
 
 
-def test_other_devices_are_refused():
+def test_other_devices_and_modes_are_refused():
     parameter = torch.nn.Parameter(torch.randn(4, 4))
     parameter.grad = torch.randn(4, 4)
     with pytest.raises(ValueError, match="copy_engines is set and the parameters are on cpu"):
         ParallelMuonClip([parameter], lr=0.1, copy_engines=True).step()
+    with pytest.raises(ValueError, match="copy_engines is set and mode is 'distributed'"):
+        ParallelMuonClip([parameter], lr=0.1, copy_engines=True, mode="distributed")
 
 
 @pytest.mark.gpu
