@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kernels_hub import use_gda_attention, use_polynorm
+from kernels_hub.gda import ATTENTIONS
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from trainer.data.curriculum import DomainShare, Mixture
 from trainer.data.loader import CurriculumLoader
@@ -207,11 +208,12 @@ class OurRun:
         self.accelerator = make_accelerator("bf16")
         torch.manual_seed(0)
         self.config = self.shape.motif()
-        self.config._attn_implementation = "sdpa"
+        in_kernels = variant.attention in ATTENTIONS
+        self.config._attn_implementation = "sdpa" if in_kernels else variant.attention
         with self.accelerator.device:
             model = Motif2ForCausalLM(self.config)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        if variant.attention != "sdpa":
+        if in_kernels:
             use_gda_attention(model, attn_implementation=variant.attention)
         if variant.residual == "bfloat16":
             bfloat16_residual(model)

@@ -15,6 +15,11 @@ from trainer.head_loss import HeadLoss
 
 FP8_RECIPES = ("rowwise_with_gw_hp",)  # compiled, "rowwise" is refused
 PRODUCT_ROWS = (2, 4, 5, 8)  # at once
+CPU_VARIANTS = (
+    Variant("Motif-2"),
+    Variant("Motif-2, compiled", compiled=True),
+    Variant("Motif-2, compiled, attention in plain products", compiled=True, attention="eager"),
+)
 FP8_BOUND = 0.15  # assumption: e4m3 rounds to 2^-4 of a value, and a gradient goes through two such products
 
 
@@ -132,29 +137,27 @@ def time_head(bench, shape: Shape, vocabulary: int) -> None:
 def cpu_mark(bench, shape: Shape) -> None:
     """A 10M model's step beside a Llama of the same size, in turns, on one thread, and what the arithmetic allows."""
     torch.set_num_threads(1)
-    ours, compiled, peers = [], [], []
+    peer = "Llama by transformers' Trainer"
+    timings: dict[str, list[Timing]] = {variant.name: [] for variant in CPU_VARIANTS} | {peer: []}
     for _ in range(bench.arguments.rounds):
-        for variant, timings in ((Variant("eager"), ours), (Variant("compiled", compiled=True), compiled)):
+        for variant in CPU_VARIANTS:
             run = OurRun(shape, variant, backend="inductor")
-            timings.append(run.time(1, bench.arguments.repeats))
+            timings[variant.name].append(run.time(1, bench.arguments.repeats))
             config = run.config
             run.close()
-        peers.append(trainer_run(shape, "Llama", 1, bench.arguments.repeats))
+        timings[peer].append(trainer_run(shape, "Llama", 1, bench.arguments.repeats))
     taken = {}
-    for name, timings in (
-        ("Motif-2", ours),
-        ("Motif-2, compiled", compiled),
-        ("Llama by transformers' Trainer", peers),
-    ):
-        merged = replace(timings[0], seconds=[second for timing in timings for second in timing.seconds])
-        taken[name] = bench.report("cpu mark", f"{name}, 10M", merged, shape.micro_rows)["seconds"]
-    flops = trainer_optimizer_flops(config)
-    model, optimizer = ours[0].flops / peers[0].flops, flops / peers[0].flops
-    ratios = {name: seconds / taken["Llama by transformers' Trainer"] for name, seconds in taken.items()}
+    for name, of_rounds in timings.items():
+        merged = replace(of_rounds[0], seconds=[second for timing in of_rounds for second in timing.seconds])
+        columns = next((cases.describe(variant) for variant in CPU_VARIANTS if variant.name == name), {})
+        taken[name] = bench.report("cpu mark", f"{name}, 10M", merged, shape.micro_rows, **columns)["seconds"]
+    model = timings[CPU_VARIANTS[0].name][0].flops / timings[peer][0].flops
+    optimizer = trainer_optimizer_flops(config) / timings[peer][0].flops
+    ratios = ", ".join(f"{name} {seconds / taken[peer]:.3f}" for name, seconds in taken.items() if name != peer)
     bench.note(
         "cpu mark",
-        f"CPU seconds over the Llama's: {ratios['Motif-2']:.3f}, compiled {ratios['Motif-2, compiled']:.3f}; "
-        f"arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, Newton-Schulz {optimizer:.3f})",
+        f"CPU seconds over the Llama's: {ratios}; arithmetic's ratio {model + optimizer:.3f} (model {model:.3f}, "
+        f"Newton-Schulz {optimizer:.3f})",
     )
 
 
