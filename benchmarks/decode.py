@@ -329,7 +329,7 @@ class Suite:
             seconds.setdefault(tokens, []).append(time.perf_counter() - started)
         value = 1e3 * (seconds[many][-1] - seconds[few][-1]) / (many - few)
         read = parameters_read(model) + (prompt + (few + many) // 2) * self.cache_bytes(model.config)
-        note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s"
+        note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s; no guards on modules"
         share = read / self.bandwidth / value * 1e3
         shape = f"B1 S{prompt}"
         self.report.add("generate", "products", shape, "step", value, "ms", share=share, note=note)
