@@ -19,7 +19,10 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 ONE_SEED = "one seed"
 LEAST_SEEDS = 3  # pairs below which nothing is called a difference, whatever the interval
 # Columns that a run has at its end only.
-_MEASURED = ("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_")
+_MEASURED = (
+    *("heldout_", "forgotten_", "max_logit", "last_max_logit", "clipped_"),
+    *("recall_", "best_", "signal_", "noise_", "lambda"),
+)
 FULL_PARAMETERS, FULL_TOKENS = 110e6, 300e6  # the size that the question deserves
 
 
