@@ -58,7 +58,7 @@ def visible_intervals(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-    known = _one_run.get()
+    known = not torch.compiler.is_compiling() and _one_run.get()
     if use_vmap or (padding is not None and (is_tracing(padding) or not (known or _is_one_run(padding)))):
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
