@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
+from tests.trainer.optim.helpers import Bag, attention_of, groups_of, train
 from tests.trainer.optim.test_layout_and_plan import cost_of, row_layout
-from tests.trainer.optim.test_parallel_muon_clip import fsdp_on
-from trainer.optim import ParallelMuonClip
+from tests.trainer.optim.test_parallel_muon_clip import OPTIONS, fsdp, fsdp_on, hsdp, single_result
+from trainer.optim import ParallelMuonClip, communication
 from trainer.optim.peer_copies import PeerCopies
 from trainer.optim.plan import plan_chunks
 
@@ -63,6 +64,51 @@ def test_other_devices_and_modes_are_refused():
         ParallelMuonClip([parameter], lr=0.1, copy_engines=True).step()
     with pytest.raises(ValueError, match="copy_engines is set and mode is 'distributed'"):
         ParallelMuonClip([parameter], lr=0.1, copy_engines=True, mode="distributed")
+
+
+class SharedCopies(PeerCopies):
+    """Copies between processes through shared memory, which block until they are done."""
+
+    buffers: tuple[torch.Tensor, ...] = ()
+
+    def __init__(self, *args):
+        stream = SimpleNamespace(wait_stream=lambda _: None, record_event=lambda: None)
+        torch.cuda.Stream = lambda *_, **__: stream  # in a forked process of its own
+        torch.cuda.stream = lambda _: contextlib.nullcontext()
+        torch.cuda.current_stream = lambda: SimpleNamespace(wait_event=lambda _: None)
+        super().__init__(*args)
+
+    def _allocate(self, slot_bytes: int) -> None:
+        self.slot_bytes, self.peers = slot_bytes, self.buffers
+        assert self.reserved_bytes <= len(self.buffers[0])
+        self._handle = SimpleNamespace(barrier=lambda **_: dist.barrier())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("shard", [fsdp, hsdp])
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_steps_through_shared_memory_have_the_bits_of_one_device(monkeypatch, shard, chunk_size):
+    ranks = 4
+    buffers = tuple(torch.zeros(100_000, dtype=torch.uint8).share_memory_() for _ in range(ranks))
+    monkeypatch.setattr(SharedCopies, "buffers", buffers)
+    monkeypatch.setattr(communication, "PeerCopies", SharedCopies)
+
+    def run(rank):
+        bag = Bag(torch.float32)
+        shard(bag, ranks)
+        attention = attention_of(bag, rank, ranks)
+        optimizer = ParallelMuonClip(groups_of(bag), **OPTIONS, attentions=[attention], chunk_size=chunk_size)
+        team = communication.Team(tuple(range(ranks)), 30.0, torch.device("cpu"), copy_engines=True)
+        optimizer._teams[team.ranks] = team
+        weights = train(bag, optimizer, attention)
+        assert team.copies._landings, "nothing went this way"
+        return weights
+
+    expected = single_result(torch.float32)
+    for result in run_distributed(run, ranks):
+        assert result.keys() == expected.keys()
+        assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.mark.gpu
