@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from transformers import AutoModelForCausalLM
 
 from benchmarks.experiments import __main__ as entry
 from benchmarks.experiments import sharing
 from benchmarks.experiments.curves import summarise
+from benchmarks.experiments.data import prepare_data
 from benchmarks.experiments.figure import arm_curves
 from benchmarks.experiments.grown import undo_compensation
 from benchmarks.experiments.pool import Pool, Worker
@@ -26,6 +28,7 @@ from benchmarks.experiments.report import chosen_runs, crossing, interval, repor
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
 from benchmarks.experiments.training import softmax_flops
+from benchmarks.experiments.whole_text import make_whole_text
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from modeling_motif2.growth import grow
 from modeling_motif2.growth_options import GrowthOptions
@@ -455,6 +458,29 @@ def test_recall_documents_are_pairs_twice_in_other_orders(recall_shards):
         assert len(tokenizer(document["text"])["input_ids"]) == 4 * len(pairs) + 1
     texts = [[document["text"] for document in recall_documents(tokenizer, 500, seed)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_whole_text_brings_the_recall_task_along(recall_shards, tmp_path):
+    folder, _ = recall_shards
+    (tmp_path / "source" / "pretrain").mkdir(parents=True)
+    for name in ("general", "stem", "math", "code"):
+        lines = "".join(json.dumps({"text": f" bab {name} {number}"}) + "\n" for number in range(200))
+        path = tmp_path / "source" / "pretrain" / f"{name}.jsonl.zst"
+        path.write_bytes(zstandard.compress(lines.encode()))
+    manifest = make_whole_text(tmp_path / "source", folder / "tokenizer", tmp_path / "made", recall_tokens=3000)
+    assert list(manifest["domains"]) == ["general", "stem", "math", "code", "recall"]
+    counts = manifest["domains"]["math"]
+    assert counts["train"]["documents"] + counts["heldout"]["documents"] == 200
+    pretrain = {"total_tokens": 20_000, "batch_tokens": 1000, "num_hidden_layers": 2}
+
+    def recipe(share: float) -> Recipe:
+        domains = {"general": {"start": 1 - share, "end": 1 - share}, "recall": {"start": share, "end": share}}
+        return make_recipe(data_dir=str(tmp_path / "made"), pretrain=pretrain | {"domains": domains})
+
+    data = prepare_data([recipe(0.1)], tmp_path / "data", tiny=False)
+    assert (data / "shards" / "recall").resolve() == tmp_path / "made" / "shards" / "recall"
+    with pytest.raises(ValueError, match="prepare it anew"):
+        prepare_data([recipe(0.9)], tmp_path / "data", tiny=False)
 
 
 def test_uniform_maps_lie_on_distractors_as_often_as_there_are_any(recall_shards):
