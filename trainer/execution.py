@@ -37,6 +37,7 @@ KEPT_OPERATORS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
+KEPT_NAMES = frozenset({"gda_attention"})  # of our kernels' operators, whose namespace goes with their content
 
 
 def bfloat16_residual(model: nn.Module) -> None:
@@ -147,7 +148,8 @@ def recompute_layers(model: nn.Module, mode: str, every: int = 1) -> None:
 
 
 def _keep_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+    named = operator.name().partition("::")[2] in KEPT_NAMES
+    return CheckpointPolicy.MUST_SAVE if named or operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _recomputed(forward: Callable, context_fn: Callable | None) -> Callable:

@@ -168,6 +168,32 @@ class TestRecomputation:
             flops[mode] = counter.get_total_flops()
         assert flops["none"] == flops["selective"] < flops["full"]
 
+    def test_selective_recomputation_runs_the_attention_kernel_once(self):
+        """An operator of that name, in whatever namespace; another one runs again."""
+        runs = []
+
+        @torch.library.custom_op("test_execution::gda_attention", mutates_args=())
+        def attention(hidden: torch.Tensor) -> torch.Tensor:
+            runs.append("gda_attention")
+            return hidden.sin()
+
+        @torch.library.custom_op("test_execution::other", mutates_args=())
+        def other(hidden: torch.Tensor) -> torch.Tensor:
+            runs.append("other")
+            return hidden.sin()
+
+        for operator in (attention, other):
+            operator.register_autograd(
+                lambda context, gradient: gradient * context.saved_tensors[0].cos(),
+                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+            )
+        model = small_model(1)
+        layer = model.model.layers[0]
+        layer.forward = lambda hidden_states, **_: attention(other(hidden_states)) ** 2
+        recompute_layers(model, "selective")
+        loss_and_gradients(model)
+        assert sorted(runs) == ["gda_attention", "other", "other"]
+
 
 def live_activation_bytes(model) -> int:
     """Bytes that came into being in a forward pass and are still there after it, whoever holds them."""
