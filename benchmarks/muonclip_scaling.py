@@ -1,11 +1,11 @@
 """Parallel MuonClip on paper: a step of the 12.7B on 2 to 512 ranks, from kernel times and link speeds.
 
     python benchmarks/muonclip_scaling.py [--milliseconds 4.40 4.40 2.58 0.515 3.08] [--memory 3.8] [--link 264]
+    python benchmarks/muonclip_scaling.py --milliseconds 7.03 7.03 2.57 0.474 3.79 --chunk_size 4  # the classic form
 
 The optimizer's own plan is simulated round by round: a gather waits for the network and for every rank to have packed,
 a rank's products wait for its gather, a scatter for the slowest owner, and beside traffic products are slower. Eight
-ranks share a node. The first table holds
-what parallel_muonclip.py measures on fewer ranks: 10 layers on 2, 20 and 40 on 4.
+ranks share a node. The first table holds what was measured: 10 layers on 2 ranks, 20 and 40 on 4, 40 on 8.
 """
 
 import argparse
@@ -25,7 +25,6 @@ NUM_LAYERS, RANKS_A_NODE = 40, 8
 # matrices a layer: shape, how many, and milliseconds of Newton-Schulz for one on an H200
 SHAPES = (((16384, 4096), 2), ((4096, 16384), 1), ((5120, 4096), 1), ((2048, 4096), 2), ((4096, 8192), 1))
 MILLISECONDS = (4.40, 4.40, 2.58, 0.515, 3.08)
-CHUNK_SIZE = 1
 NETWORK_BYTES_PER_MS = 45e6  # assumption: one 400 Gbit/s adapter a rank, each way
 PEER_MS = 0.003  # assumption: cost of each peer in an all-to-all
 WIRE_BYTES = 2
@@ -135,24 +134,25 @@ def main() -> None:
                         help=f"Newton-Schulz of {[shape for shape, _ in SHAPES]}")  # fmt: skip
     parser.add_argument("--memory", type=float, default=3.8, help="TB/s of a copy; an H200's")
     parser.add_argument("--link", type=float, default=264.0, help="GB/s of an all-to-all in a node")
+    parser.add_argument("--chunk_size", type=int, default=1, help="large matrices a rank owns in a round")
     arguments = parser.parse_args()
     times = {shape: value for (shape, _), value in zip(SHAPES, arguments.milliseconds, strict=True)}
     machine = Machine(times, arguments.memory, arguments.link)
     small = [("FSDP", 2, 1, 1, 10), ("FSDP", 4, 1, 1, 20), ("FSDP", 4, 1, 1, 40), ("HSDP", 2, 2, 2, 20),
-             ("HSDP", 2, 2, 1, 20), ("HSDP", 2, 2, 2, 40)]  # fmt: skip
+             ("HSDP", 2, 2, 1, 20), ("HSDP", 2, 2, 2, 40), ("FSDP", 8, 1, 1, 40), ("HSDP", 4, 2, 2, 40)]  # fmt: skip
     rows = [("FSDP", ranks, 1, 1) for ranks in (8, 16, 32, 64, 128, 256, 512)]
     rows += [("HSDP", 8, copies, together) for copies, together in ((2, 2), (8, 1), (8, 2), (8, 8), (64, 1), (64, 2))]
     rows += [("HSDP", 64, 8, together) for together in (1, 2, 8)]
     header = ("layout", "ranks", "shards", "together", "step ms", "products ms", "balance", "network ms", "memory GB")
     print("| layers | " + " | ".join(header) + " | not pipelined ms |\n" + "|---" * (len(header) + 2) + "|")
     for name, shards, copies, together, layers in small:
-        result = simulate(shards, together, CHUNK_SIZE, machine, layers)
-        in_turn = simulate(shards, together, CHUNK_SIZE, machine, layers, pipelined=False)["step_ms"]
+        result = simulate(shards, together, arguments.chunk_size, machine, layers)
+        in_turn = simulate(shards, together, arguments.chunk_size, machine, layers, pipelined=False)["step_ms"]
         values = f"{name} | {shards * copies} | {shards} | {together} | {figures(result)}"
         print(f"| {layers} | {values} | {in_turn:.1f} |")
     print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name, shards, copies, together in rows:
-        result = simulate(shards, together, CHUNK_SIZE, machine)
+        result = simulate(shards, together, arguments.chunk_size, machine)
         print(f"| {name} | {shards * copies} | {shards} | {together} | {figures(result)} |")
 
 
