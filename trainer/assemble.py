@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from kernels_hub import use_polynorm
 from trainer.config import PretrainConfig
 from trainer.data.loader import CurriculumLoader, heldout_batches
 from trainer.data.shards import TokenCorpus, build_shards, check_tokenizer, load_manifest
@@ -71,6 +72,21 @@ def tokenise_sources(config: PretrainConfig, tokenizer) -> dict:
         num_workers=config.data_workers,
         progress=config.progress,
     )
+
+
+def put_kernels(config: PretrainConfig, model: nn.Module) -> None:
+    """Put PolyNorm's kernels into a model on its device.
+
+    Raises:
+        ValueError: a kernel that the settings name cannot be used here.
+    """
+    options = {"lockfile": config.kernels_lock, "trust_remote_code": config.trust_kernels}
+    choice = use_polynorm(model, config.polynorm, **options)
+    if config.polynorm not in ("auto", choice.source):
+        raise ValueError(
+            f"polynorm is {config.polynorm!r}, which cannot be used here ({'; '.join(choice.refused)}): set auto to "
+            "take what there is, or torch"
+        )
 
 
 def split_layers(config: PretrainConfig, accelerator: Accelerator, model: nn.Module) -> nn.Module:

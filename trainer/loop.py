@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
-from kernels_hub import use_polynorm
 from trainer.assemble import (
     build_optimizer,
     make_accelerator,
@@ -19,6 +18,7 @@ from trainer.assemble import (
     open_loader,
     prepare,
     prepare_shards,
+    put_kernels,
     split_layers,
 )
 from trainer.averaging import average_with_checkpoints
@@ -119,7 +119,7 @@ class _Run:
         model = build_model(config, self.tokenizer)
         self.measurements = Measurements(config, accelerator, model.config)
         model.to(accelerator.device)
-        use_polynorm(model, config.polynorm, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
+        put_kernels(config, model)
         model = split_layers(config, accelerator, model)
         self.model, self.optimizer = prepare(config, accelerator, model, build_optimizer(config, model))
         self.step = TrainStep(

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kernels_hub
 import trainer.loop
 from tests.distributed import run_distributed
 from trainer.assemble import open_loader, split_layers
@@ -144,6 +145,16 @@ def test_growing_batches_and_rows(make_config):
 def test_the_lock_of_kernels_reaches_the_loader(make_config):
     with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
         run_pretraining(make_config(polynorm="torch", kernels_lock="some.lock"))
+
+
+@pytest.mark.filterwarnings("ignore:PolyNorm runs in plain torch")
+def test_a_kernel_asked_for_by_name_is_not_replaced(make_config, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise kernels_hub.KernelUnavailable("not today")
+
+    monkeypatch.setattr("kernels_hub.loader.load_layers", refuse)
+    with pytest.raises(ValueError, match=r"polynorm is 'hub', which cannot be used here \(hub: not today\)"):
+        run_pretraining(make_config(polynorm="hub"))
 
 
 def test_a_finished_run_is_not_overwritten_by_mistake(make_config):
