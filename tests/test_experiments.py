@@ -35,6 +35,7 @@ from modeling_motif2.growth_options import GrowthOptions
 from trainer.config import PretrainConfig
 from trainer.data.shards import TokenCorpus, build_shards
 from trainer.data.tokenizer import train_tokenizer
+from trainer.execution import compile_layers
 from trainer.flops import flops_per_token
 from trainer.model import model_config
 
@@ -542,6 +543,29 @@ def test_the_control_is_initialised_saved_and_loaded_as_any_model(tmp_path):
     packed = model(ids, position_ids=positions, use_cache=False).logits
     alone = model(ids[:, 6:], use_cache=False).logits
     torch.testing.assert_close(packed[:, 6:], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_compiled_control_has_the_eager_gradients(norm_output):
+    torch.manual_seed(0)
+    shape = SHAPE | {"num_attention_heads": 8}
+    config = softmax_config(Motif2Config(**shape, attn_implementation="sdpa"), norm_output=norm_output)
+    model = SoftmaxForCausalLM(config)
+    ids = torch.randint(64, (3, 24))
+    positions = torch.arange(12).repeat(3, 2)  # two documents a row
+    losses, gradients = [], []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(ids, position_ids=positions, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        if len(losses) == 1:
+            compile_layers(model)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
