@@ -236,9 +236,11 @@ class Motif2Attention(nn.Module):
         if self.config.single_attention_call:
             key, value = for_single_call(key, value)  # (B, G, 4, T, D)
         if past_key_values is not None:
-            by_group = (key.shape[1], -1)
+            groups, tokens = key.shape[1], key.shape[3]
             cached = past_key_values.update(key.flatten(1, 2), value.flatten(1, 2), self.layer_idx)
-            key, value = (states.unflatten(1, by_group) for states in cached)  # (B, G, 2 or 4, S, D)
+            # A cache that holds nothing else gives back a copy, heads before tokens, which suits the kernel less.
+            if cached[0].shape[2] > tokens:
+                key, value = (states.unflatten(1, (groups, -1)) for states in cached)  # (B, G, 2 or 4, S, D)
         way = choose(self, signal_query, key, attention_mask, kwargs)
         arguments = (signal_query, noise_query, key, value, attention_mask)
         return self.attend(way, *arguments, visible=visible, **kwargs)

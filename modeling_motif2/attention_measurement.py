@@ -150,14 +150,15 @@ def _measure(attention, ways: list[Way], query, key, mask, training: bool, kwarg
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(training), torch.cuda.device_of(query), unhooked:
-            run = _trial(attention, query, key, mask, training, kwargs)
+            run = None
             for way in ways:
                 try:
+                    run = run or _trial(attention, query, key, mask, training, kwargs)
                     found = run(way)
                     wanted = found if wanted is None else wanted
                     _check(found, wanted)
                     del found
-                    times[way.name] = _milliseconds(lambda way=way: run(way), query.device)
+                    times[way.name] = _milliseconds(lambda run=run, way=way: run(way), query.device)
                 except Exception as error:  # whatever a library raises, another way does the work
                     said = str(error).splitlines()[0][:200] if str(error) else ""
                     refused[way.name] = f"{type(error).__name__}: {said}"

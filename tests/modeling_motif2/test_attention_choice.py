@@ -201,17 +201,34 @@ def test_generation_is_the_same():
     assert torch.equal(static, plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize("name", ["gda_kernel", pytest.param("gda_fastest", marks=pytest.mark.slow)])
-def test_the_layer_compiles_as_one_graph(name):
+def test_the_model_is_one_graph_with_the_kernel():
+    model, graphs = with_kernel(dtype=torch.float32, layers=1), []
+
+    def note(graph, inputs):
+        graphs.append(sum("gda_attention" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        compiled = torch.compile(model.forward, fullgraph=True, backend=note)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, want)
+    assert graphs == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layer"])
+@pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
+def test_gradients_of_compiled_code(name, whole):
     model = with_kernel(name, dtype=torch.float32, layers=1)
     ids = random_ids(2, 9)
-    want = model(ids).logits
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
-    got = model(ids).logits
+    want = model(ids, use_cache=False).logits
+    wanted = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+    part = model if whole else model.model.layers[0]
+    part.forward = torch.compile(part.forward, fullgraph=True, backend="aot_eager")
+    got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, want)
-    got.sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), list(model.parameters())), wanted)
 
 
 def test_the_kernel_can_be_taken_out_and_the_model_copied():
@@ -582,3 +599,37 @@ def test_which_packages_take_intervals(monkeypatch):
     monkeypatch.setattr(attention_ways, "is_recorded", lambda _: False)
     monkeypatch.setattr(layer.config, "layer_types", ["sliding_attention"] * 8)
     assert packages() == []
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache])
+def test_a_prompt_reaches_the_kernel_as_projections_leave_it(cache):
+    """Tokens before heads, as the kernels for Hopper take them; a static cache has more keys than they take."""
+    model = with_kernel()
+    layer, given = attention_modules(model)[0], []
+    functions = layer.kernel
+
+    def attend(*arguments, **options):
+        given.extend(arguments[:4])
+        return functions.attend(*arguments, **options)
+
+    layer.kernel = functions._replace(attend=attend)
+    options = {"max_cache_len": 20} if cache is StaticCache else {}
+    past = None if cache is None else cache(config=model.config, **options)
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        found = model(ids, past_key_values=past, use_cache=cache is not None).logits
+    assert relative_error(found[0], reference_logits(model, ids[0])) < FLOAT64_TOLERANCE
+    tokens_first = [each.stride(1) > each.stride(2) for each in given]
+    assert tokens_first == [True, True, cache is not StaticCache, cache is not StaticCache]
+
+
+def test_memory_that_runs_out_for_the_trial_costs_the_measurement_only(monkeypatch, capsys):
+    layer, _, _ = measuring(monkeypatch, {}, ())
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention_measurement, "_trial", fails)
+    choice = measure(layer)
+    assert (choice.name, list(choice.refused)) == ("sdpa", ["sdpa", "kernel"])
+    assert "SDPA runs" in capsys.readouterr().err
