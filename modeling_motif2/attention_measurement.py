@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention_ways import KERNEL, SDPA, WAYS, Way
 from .visible_intervals import is_intervals
@@ -141,15 +142,18 @@ def measured_choice(attention, situation: Situation, ways: list[Way], query, key
 def _measure(attention, ways: list[Way], query, key, mask, training: bool, kwargs) -> Choice:
     """Runs every way on random numbers of these shapes; the layer's diagnostics are off meanwhile.
 
-    The first way that runs, SDPA where it can, is what the others are compared with. Hooks on saved tensors, such as a
-    checkpointed layer's, do not see the measurement.
+    The first way that runs, SDPA where it can, is what the others are compared with. Hooks on saved tensors and modes
+    of dispatch, such as a checkpointed layer's, do not see the measurement: they would take its results for the layer's.
     """
     tracked = attention.max_logits, attention.output_norms
     attention.max_logits = attention.output_norms = None
     times, refused, wanted = {}, {}, None
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(training), torch.cuda.device_of(query), unhooked:
+        with (
+            torch.inference_mode(False), torch.set_grad_enabled(training), torch.cuda.device_of(query), unhooked,
+            _disable_current_modes(),
+        ):  # fmt: skip
             run = None
             for way in ways:
                 try:

@@ -23,6 +23,7 @@ from modeling_motif2.diagnostics import attention_modules, record_attention, tra
 from tests.modeling_motif2 import flash_kernel
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
+from trainer.execution import recompute_layers
 
 FLOAT64_TOLERANCE = 2e-6  # RoPE's angles are float32
 
@@ -394,24 +395,33 @@ def test_passes_that_fail_leave_the_kernel(monkeypatch):
     assert choice.refused == {"kernel, flash backward": refusal, "kernel, flash": refusal}
 
 
-def test_measuring_inside_a_checkpointed_layer(monkeypatch):
-    model = with_kernel("gda_fastest")
+@pytest.mark.parametrize("winner", ["sdpa", "kernel"])
+@pytest.mark.parametrize("kept", ["full", "selective"])
+def test_measuring_inside_a_checkpointed_layer(monkeypatch, kept, winner):
+    """Selective recomputation keeps results in the order of the calls: the trial's must not be among them."""
+    layers = 2
+    model, plain = with_kernel("gda_fastest", layers=layers), small_model(dtype=torch.float64, ratio=3, layers=layers)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    plain = small_model(dtype=torch.float64, ratio=3)
+    recompute_layers(model, kept)
     ids, names = random_ids(2, 9), []
     plain(ids, labels=ids, use_cache=False).loss.backward()
+
+    def timed(function, device):
+        function()
+        names.append(("sdpa", "kernel")[len(names) % 2])
+        return 1.0 if names[-1] == winner else 2.0
 
     def choose(attention, query, key, mask, kwargs):
         training = attention_ways.is_training(query, key)
         situation = attention_measurement.situation_of(query, key, "causal", training)
         choice = attention_measurement.measured_choice(attention, situation, [SDPA, KERNEL], query, key, mask, kwargs)
-        names.append(sorted(choice.milliseconds))
+        assert choice.name == winner
         return WAYS[choice.name]
 
     monkeypatch.setattr(attention, "choose", choose)
+    monkeypatch.setattr(attention_measurement, "_milliseconds", timed)
     model(ids, labels=ids, use_cache=False).loss.backward()
-    assert names[0] == ["kernel", "sdpa"]
+    assert names == ["sdpa", "kernel"]
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-9)
 
