@@ -5,7 +5,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -74,14 +74,20 @@ def tokenise_sources(config: PretrainConfig, tokenizer) -> dict:
     )
 
 
-def put_kernels(config: PretrainConfig, model: nn.Module) -> None:
-    """Put PolyNorm's kernels into a model on its device.
+def put_kernels(config: PretrainConfig, accelerator: Accelerator, model: nn.Module) -> None:
+    """Put PolyNorm's kernels into a model on its device, the same on all ranks.
 
     Raises:
-        ValueError: a kernel that the settings name cannot be used here.
+        ValueError: a kernel that the settings name cannot be used here, or ranks found different ones.
     """
     options = {"lockfile": config.kernels_lock, "trust_remote_code": config.trust_kernels}
     choice = use_polynorm(model, config.polynorm, **options)
+    chosen = sorted(set(gather_object([str(choice)])))
+    if len(chosen) > 1:
+        raise ValueError(
+            f"PolyNorm runs as {' and '.join(chosen)} on different ranks (on rank {accelerator.process_index} it is "
+            f"{choice}): set polynorm to one that all machines can use"
+        )
     if config.polynorm not in ("auto", choice.source):
         raise ValueError(
             f"polynorm is {config.polynorm!r}, which cannot be used here ({'; '.join(choice.refused)}): set auto to "

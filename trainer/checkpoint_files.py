@@ -6,12 +6,14 @@ A folder `step_00000100/` holds model and optimizer as torch.distributed.checkpo
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from trainer.data.shards import file_checksum
 
 PREFIX = "step_"
+NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 UNFINISHED = ".tmp"
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
@@ -30,8 +32,8 @@ def checkpoint_step(path: Path) -> int:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.suffix != UNFINISHED)
+    """Complete checkpoints of a run, oldest first; copies under other names are left alone."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and NAME.fullmatch(path.name))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -71,6 +73,10 @@ def verify_checkpoint(path: Path, rank: int = 0, num_ranks: int = 1) -> None:
         ValueError: a file is missing or corrupted; it is named.
     """
     mend = f"delete {path} to go on from the one before"
+    if not NAME.fullmatch(path.name) and not (path / CHECKSUMS).is_file():
+        raise ValueError(
+            f"{path} is no checkpoint of this trainer: give a folder {PREFIX}00001000 of a run's checkpoints"
+        )
     if not (path / CHECKSUMS).is_file():
         raise ValueError(f"{path} is no checkpoint of this trainer, or lost its {CHECKSUMS}: if it is one, {mend}")
     try:

@@ -119,7 +119,7 @@ class _Run:
         model = build_model(config, self.tokenizer)
         self.measurements = Measurements(config, accelerator, model.config)
         model.to(accelerator.device)
-        put_kernels(config, model)
+        put_kernels(config, accelerator, model)
         model = split_layers(config, accelerator, model)
         self.model, self.optimizer = prepare(config, accelerator, model, build_optimizer(config, model))
         self.step = TrainStep(
@@ -221,7 +221,7 @@ class _Run:
         if config.eval_steps and (finished or progress.step % config.eval_steps == 0):
             self._evaluate()
         if config.checkpoint_steps:
-            self._checkpoint(batch, finished)
+            self._checkpoint(batch, finished, outcome.skipped)
 
     def _count_tokens(self, batch: Batch) -> None:
         progress = self.progress
@@ -312,10 +312,11 @@ class _Run:
         self.progress.last_eval = losses
         self.metrics.evaluation({"step": self.progress.step, "tokens": self.progress.tokens, "eval": losses})
 
-    def _checkpoint(self, batch: Batch, finished: bool) -> None:
-        """Save when it is time, but not while the loss is high: that may be a spike to rewind from."""
+    def _checkpoint(self, batch: Batch, finished: bool, skipped: bool) -> None:
+        """Save when it is time, but not while the loss is high or not finite: that may be a spike to rewind from, and
+        weights that give nothing finite must not push good ones out."""
         self.checkpoint_due |= finished or self.progress.step % self.config.checkpoint_steps == 0
-        if self.checkpoint_due and (finished or not self.spikes.high_steps):
+        if self.checkpoint_due and (finished or not (self.spikes.high_steps or skipped)):
             state = {**vars(self.progress), "loader": batch.state, "spikes": self.spikes.state_dict()}
             self.checkpoints.save(self.model, self.optimizer, state)
             self.checkpoint_due = False

@@ -83,6 +83,11 @@ def open_run_folder(config: PretrainConfig, accelerator: Accelerator) -> Path:
 def _claim(config: PretrainConfig, folder: Path) -> None:
     if (folder / MODEL_CONFIG).exists():
         raise ValueError(f"output_dir {folder} is itself a model or a checkpoint: choose another output_dir")
+    if complete_checkpoints(folder) or (folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file()):
+        raise ValueError(
+            f"output_dir {folder} holds the checkpoints of a run: give {folder.parent} to go on with it, or choose "
+            "another output_dir"
+        )
     if config.overwrite and not _is_interrupted(config, folder):
         for name in (MODEL, CHECKPOINTS, METRICS, CONFIG):
             _delete(folder / name)

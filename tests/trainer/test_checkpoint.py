@@ -196,6 +196,16 @@ def test_every_so_many_steps_are_kept(tmp_path):
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [8, 17, 24, 26]
 
 
+def test_copies_under_other_names_are_no_checkpoints(tmp_path):
+    for name in ("step_00000002", "step_00000004.bak", "step_backup"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002"]
+    prune(tmp_path, keep_last=1, keep_every_steps=2)
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(ValueError, match="is no checkpoint of this trainer: give a folder step_00001000 of a run's"):
+        verify_checkpoint(tmp_path / "step_backup")
+
+
 def test_an_interrupted_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "step_00000002").mkdir()
     (tmp_path / "step_00000002/a").write_text("x")

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kernels_hub
 import trainer.loop
+from kernels_hub import use_polynorm
 from tests.distributed import run_distributed
 from trainer.assemble import open_loader, split_layers
 from trainer.checkpoint_files import complete_checkpoints
@@ -147,6 +149,20 @@ def test_the_lock_of_kernels_reaches_the_loader(make_config):
         run_pretraining(make_config(polynorm="torch", kernels_lock="some.lock"))
 
 
+@pytest.mark.distributed
+def test_ranks_that_found_different_kernels_are_refused(make_config, monkeypatch):
+    config = make_config(polynorm="auto")
+    original = use_polynorm
+
+    def differs(model, *args, **kwargs):
+        choice = original(model, *args, **kwargs)
+        return replace(choice, namespace="_polynorm_1") if torch.distributed.get_rank() else choice
+
+    monkeypatch.setattr("trainer.assemble.use_polynorm", differs)
+    with pytest.raises(RuntimeError, match="PolyNorm runs as plain torch and torch kernel _polynorm_1 on different"):
+        run_distributed(lambda rank: run_pretraining(config), 2, timeout_seconds=60)
+
+
 @pytest.mark.filterwarnings("ignore:PolyNorm runs in plain torch")
 def test_a_kernel_asked_for_by_name_is_not_replaced(make_config, monkeypatch):
     def refuse(*args, **kwargs):
@@ -219,6 +235,20 @@ def test_a_skipped_step_leaves_the_weights_alone(make_config, monkeypatch):
     assert result.steps == 8
     assert [pair for pair in seen if pair[0]] == [(True, True)]
     assert not any(same for skipped, same in seen if not skipped)
+
+
+def test_steps_that_are_skipped_push_no_good_checkpoint_out(make_config, monkeypatch):
+    original = TrainStep.run
+    calls = iter(range(1, 10**6))
+    monkeypatch.setattr(  # the fifth update breaks the weights
+        TrainStep, "run", lambda self, batch, factor: original(self, batch, 1e32 if next(calls) == 5 else factor)
+    )
+    config = make_config(max_skipped_steps=9, checkpoint_steps=1, keep_last=3, max_grad_norm=None, eval_steps=0)
+    run_pretraining(config)
+    steps = read_metrics(Path(config.output_dir) / "metrics.jsonl")[0]
+    assert [entry["skipped"] for entry in steps] == [False] * 5 + [True] * 3
+    kept = complete_checkpoints(Path(config.output_dir) / "checkpoints")
+    assert [path.name[-1] for path in kept] == ["4", "5", "8"]  # the last one for the run's end
 
 
 def test_evaluation_leaves_no_trace(make_config, tmp_path):

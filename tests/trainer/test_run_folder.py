@@ -65,6 +65,8 @@ def test_another_programs_folder_is_left_alone(make_config, tmp_path, trained_ru
     for inside in ("model", "checkpoints/step_00000004"):
         with pytest.raises(ValueError, match="is itself a model or a checkpoint"):
             open_run_folder(make_config(output_dir=str(trained_run / inside)), ALONE)
+    with pytest.raises(ValueError, match=r"holds the checkpoints of a run: give .* to go on with it"):
+        open_run_folder(make_config(output_dir=str(trained_run / "checkpoints")), ALONE)
     shutil.rmtree(folder)
     (folder / "logs").mkdir(parents=True)  # of whoever launched it
     open_run_folder(make_config(), ALONE)

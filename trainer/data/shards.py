@@ -321,6 +321,8 @@ def load_manifest(folder: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} holds no token shards (no {MANIFEST}): set `sources` so that they can be built")
     manifest = _read_json(path)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is corrupted (no mapping): restore it, or tokenise again")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format {manifest.get('format_version')!r}, not {FORMAT_VERSION}: tokenise again")
     if manifest.pop("checksum", None) != _json_checksum(manifest):

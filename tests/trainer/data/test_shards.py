@@ -192,6 +192,9 @@ def test_a_missing_or_damaged_manifest_is_named(tmp_path, tokenizer):
     (tmp_path / "manifest.json").write_text(manifest.replace('"format_version": 2', '"format_version": 1'))
     with pytest.raises(ValueError, match="has format 1, not 2: tokenise again"):
         load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json is corrupted \(no mapping\)"):
+        load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is corrupted"):
         load_manifest(tmp_path)
