@@ -5,7 +5,8 @@ FlexAttention, flash-attention's packages where they are installed, and the kern
 `kernels_hub.use_gda_attention` has put it into the model, with its own passes or FlashAttention-4's. A way that
 fails, or disagrees with SDPA, is refused. What won is kept by device, versions, heads, size and kind of mask,
 separately for training and inference, in a file of the user's cache folder. Nothing is measured outside a GPU (SDPA
-runs) or while compiling (what was last measured for the same kind of mask runs; before that the kernel, or SDPA).
+runs) or while compiling (what was last measured for the same kind of mask runs, one token a row apart from more;
+before that the kernel, or SDPA).
 `"gda_kernel"` runs the kernel wherever it can, unmeasured.
 
 Shapes: B batch, T query tokens, S key tokens, G groups, r signal heads a group, D head dimension.
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .attention_measurement import latest_way, measured_choice, situation_of
 from .attention_ways import KERNEL, SDPA, WAYS, Way, is_recorded, is_training, possible_ways
+from .diagnostics import keeps_max_logits
 from .visible_intervals import visible_intervals
 
 CHOOSERS = ("gda_fastest", "gda_kernel")
@@ -50,11 +52,11 @@ def choose(
         return KERNEL if name == "gda_kernel" and KERNEL in ways else SDPA
     training = is_training(query, key)
     if is_recorded(query):
-        latest = latest_way(kind, training)
+        latest = latest_way(kind, training, query.shape[2] == 1)
         if latest in ways:
             return latest
         return KERNEL if KERNEL in ways else SDPA
-    situation = situation_of(query, key, kind, training)
+    situation = situation_of(query, key, kind, training, keeps_max_logits(attention))
     return WAYS[measured_choice(attention, situation, ways, query, key, mask, kwargs).name]
 
 

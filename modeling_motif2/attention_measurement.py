@@ -42,6 +42,7 @@ class Situation:
         keys: S.
         kind: "causal", "masked" (padding, windows, packs told by positions) or "packed" (told by lengths).
         training: forward and backward, or the forward alone.
+        tracked: whether maximum logits are.
     """
 
     device: str
@@ -52,11 +53,12 @@ class Situation:
     keys: int
     kind: str
     training: bool
+    tracked: bool = False
 
     def key(self, ways: list[Way], namespace: str) -> str:
         """Returns this situation's name in the file, with the versions that matter and the ways to choose from."""
         sizes = f"{self.heads} B{self.rows} T{self.queries} S{self.keys}"
-        direction = "training" if self.training else "inference"
+        direction = ("training" if self.training else "inference") + " with maxima" * self.tracked
         names = ", ".join(way.name for way in ways)
         software = f"torch {torch.__version__} {_libraries()} {namespace}".strip()
         return f"{self.device} | {software} | {self.dtype} {sizes} {self.kind} {direction} | {names}"
@@ -88,13 +90,13 @@ class Choice:
 
 
 _choices: dict[str, Choice] = {}
-_latest: dict[tuple[str, bool], str] = {}  # by kind and training: what compiled code takes
+_latest: dict[tuple[str, bool, bool], str] = {}  # what compiled code takes: by kind, training, whether for one token
 _read_from: set[Path] = set()
 
 
-def latest_way(kind: str, training: bool) -> Way | None:
-    """Returns what was last measured, or read, for a kind of mask in this process."""
-    return WAYS.get(_latest.get((kind, training), ""))
+def latest_way(kind: str, training: bool, one_token: bool) -> Way | None:
+    """Returns what was last measured, or read, for a kind of mask in this process, one token or more a row."""
+    return WAYS.get(_latest.get((kind, training, one_token), ""))
 
 
 def cache_path() -> Path:
@@ -117,13 +119,15 @@ def forget_choices() -> None:
     cache_path().unlink(missing_ok=True)
 
 
-def situation_of(query: torch.Tensor, key: torch.Tensor, kind: str, training: bool) -> Situation:
+def situation_of(
+    query: torch.Tensor, key: torch.Tensor, kind: str, training: bool, tracked: bool = False
+) -> Situation:
     """Returns what a call with a query (B, G * r, T, D) and a key (B, G, 2, S, D) is measured as."""
     batch, heads, tokens, dim = query.shape
     groups, keys = key.shape[1], key.shape[3]
     rounded = (1 << max(0, size - 1).bit_length() for size in (batch, tokens, keys))
     name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else query.device.type
-    return Situation(name, query.dtype, (groups, heads // groups, dim), *rounded, kind, training)
+    return Situation(name, query.dtype, (groups, heads // groups, dim), *rounded, kind, training, tracked)
 
 
 def measured_choice(attention, situation: Situation, ways: list[Way], query, key, mask, kwargs) -> Choice:
@@ -135,18 +139,21 @@ def measured_choice(attention, situation: Situation, ways: list[Way], query, key
     if name not in _choices:
         _choices[name] = _measure(attention, ways, query, key, mask, situation.training, kwargs)
         _write()
-    _latest[situation.kind, situation.training] = _choices[name].name
+    _latest[situation.kind, situation.training, situation.queries == 1] = _choices[name].name
     return _choices[name]
 
 
 def _measure(attention, ways: list[Way], query, key, mask, training: bool, kwargs) -> Choice:
-    """Runs every way on random numbers of these shapes; the layer's diagnostics are off meanwhile.
+    """Runs every way on random numbers of these shapes.
 
     The first way that runs, SDPA where it can, is what the others are compared with. Hooks on saved tensors and modes
-    of dispatch, such as a checkpointed layer's, do not see the measurement: they would take its results for the layer's.
+    of dispatch, such as a checkpointed layer's, do not see the measurement: they would take its results for the
+    layer's. Maximum logits are tracked where the layer does, for that is part of each way's time, but on a copy.
     """
     tracked = attention.max_logits, attention.output_norms
-    attention.max_logits = attention.output_norms = None
+    attention.output_norms = None
+    if attention.max_logits is not None:
+        attention.max_logits = attention.max_logits.clone()
     times, refused, wanted = {}, {}, None
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:

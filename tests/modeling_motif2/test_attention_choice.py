@@ -297,7 +297,8 @@ def test_the_fastest_way_is_chosen_and_kept(monkeypatch, winner, training):
     assert measure(layer, training).name == winner
     assert measured == ["sdpa", "kernel"]
     assert measure(layer, training, tokens=5).name == winner  # 5 and 6 tokens are one size
-    assert attention_measurement._latest == {("causal", training): winner}
+    assert attention_measurement.latest_way("causal", training, False).name == winner
+    assert attention_measurement.latest_way("causal", training, True) is None  # a step of one token is not a prompt
     kept = json.loads(attention_measurement.cache_path().read_text())
     assert [entry["name"] for entry in kept.values()] == [winner]
     attention_measurement._choices.clear()  # another process reads the file
@@ -515,11 +516,23 @@ def test_a_way_that_raises_is_refused(monkeypatch):
 
 
 def test_measuring_leaves_diagnostics_alone(monkeypatch):
+    """Maxima are part of what is timed, so a choice without them is another one."""
     layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0})
     layer.max_logits = before = torch.full((8,), -torch.inf)
+    tracked, raised = [], attention.raise_max_logits
+
+    def noted(layer, largest):
+        raised(layer, largest)
+        tracked.append(bool(layer.max_logits.isfinite().all()))
+
+    monkeypatch.setattr(attention, "raise_max_logits", noted)
     measure(layer)
     assert layer.max_logits is before
     assert (before == -torch.inf).all()
+    assert tracked
+    assert all(tracked)
+    keys = {Situation("H100", torch.bfloat16, (8, 4, 128), 2, 8, 8, "causal", True, each) for each in (False, True)}
+    assert len({situation.key([SDPA], "") for situation in keys}) == 2
 
 
 def test_a_situation_names_what_matters():
