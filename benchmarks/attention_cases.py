@@ -26,13 +26,16 @@ EPS, OUT_SCALE = 1e-5, 0.64
 class Report:
     """Rows of results: printed and written to a CSV file as they come.
 
-    The file keeps what it holds of other sections and devices.
+    A row takes the place of the file's row of the same section, name, shape, direction and device.
     """
 
     def __init__(self, path: Path, device: torch.device):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, capture_output=True).returncode == 1
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.common = {"device": name, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+        self.common = {"device": name, "torch": torch.__version__, "commit": "unknown"}
+        if commit.stdout.strip():
+            self.common["commit"] = commit.stdout.strip() + "+changes" * changed
         try:
             import triton
 
@@ -63,19 +66,19 @@ class Report:
         return not any(each.startswith(f"{name}:") for each in self.failed)
 
     def write(self) -> None:
-        """Writes the CSV file: this run's rows after the file's rows of other sections and devices."""
+        """Writes the CSV file: this run's rows after those that the file keeps."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        measured, device = {row["section"] for row in self.rows}, self.common["device"]
+        names = ("section", "name", "shape", "direction", "device")
+        rows = [row | self.common for row in self.rows]
+        measured = {tuple(row[name] for name in names) for row in rows}
         kept = []
         if self.path.is_file():
             with self.path.open(newline="") as file:
-                kept = [
-                    row for row in csv.DictReader(file) if row["section"] not in measured or row["device"] != device
-                ]
+                kept = [row for row in csv.DictReader(file) if tuple(row[name] for name in names) not in measured]
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*FIELDS, *self.common])
             writer.writeheader()
-            writer.writerows([*kept, *(row | self.common for row in self.rows)])
+            writer.writerows([*kept, *rows])
 
     def finish(self) -> int:
         """Prints what failed and where the file is; returns the exit code."""

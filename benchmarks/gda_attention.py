@@ -1,10 +1,11 @@
 """Grouped differential attention on one GPU: correct first, then our kernel beside the libraries, and a whole layer.
 
-    python benchmarks/gda_attention.py [--sections check,operator,packed,sweep,layer] [--all_ways] [--output DIR]
+    python benchmarks/gda_attention.py [--sections check,operator,packed,layer,sweep] [--all_ways] [--output DIR]
 
 Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor,
 which a way marked "compiled" leaves to torch.compile. By default our kernel, with its own passes and with
-FlashAttention-4's, beside the fastest libraries (check and operator: a minute); `--all_ways` adds the slower ones.
+FlashAttention-4's, beside the fastest libraries, all but the sweep of tiles (three minutes); `--all_ways` adds the
+slower ones.
 "share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
 A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
 
@@ -265,7 +266,10 @@ class Suite:
 
             for direction, function in (("forward", forward), ("step", step)):
                 times = milliseconds(function, states, 3 if self.tiny else 7, self.device)
-                self.report.add("layer", name, f"B{batch} T{tokens}", direction, times.pop("value"), "ms", **times)
+                chosen = attention_measurement.latest_way("causal", direction == "step", False)
+                note = chosen.name if chosen is not None and name == "gda_fastest" else ""
+                shape, value = f"B{batch} T{tokens}", times.pop("value")
+                self.report.add("layer", name, shape, direction, value, "ms", note=note, **times)
         for situation, choice in attention_measurement.choices().items():
             print(f"chosen: {choice.name} of {choice.milliseconds}, refused {choice.refused}, for {situation}")
 

@@ -238,6 +238,13 @@ def test_intervals_on_hopper(kernel, device, poisoned, launches, monkeypatch, ca
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
+@pytest.mark.parametrize("ratio", range(1, 9))
+def test_ratios_on_hopper(kernel, device, poisoned, launches, ratio):
+    assert_matches(kernel, make(1, 200, 200, 1, ratio, 128, torch.bfloat16, device))
+    assert launches == GLUON
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="kernels for Hopper")
 def test_two_runs_are_equal_on_hopper(kernel, device, launches):
     inputs = make(2, 700, 700, 2, 4, 128, torch.bfloat16, device)
     dout = torch.randn(2, 700, 2, 4, 256, device=device).bfloat16()
