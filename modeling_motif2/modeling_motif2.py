@@ -5,13 +5,15 @@ Shapes: B batch, T query tokens, S key tokens, C hidden size, D head dimension.
 Source: arXiv 2511.07464 (Motif-2-12.7B), 2510.06949 (grouped differential attention), 2411.03884 (PolyNorm).
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -22,7 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -43,6 +45,8 @@ from .masks import (
 )
 from .one_token import one_token, takes_one_token
 from .visible_intervals import is_intervals, with_growing_padding
+
+logger = logging.get_logger(__name__)
 
 
 class Motif2DecoderLayer(GradientCheckpointingLayer):
@@ -241,6 +245,7 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_rep"}
     _pp_plan: ClassVar[dict[str, tuple]] = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    _compiled_without_guards: ClassVar[weakref.ref | None] = None  # the model that was, if any
 
     def __init__(self, config: Motif2Config):
         super().__init__(config)
@@ -260,6 +265,21 @@ class Motif2ForCausalLM(Motif2PreTrainedModel, GenerationMixin):
             return create_masks_for_generate(past_key_values=CacheWithFixedOffset(past_key_values), **kwargs)
 
         return with_growing_padding(make, past_key_values, kwargs.get("attention_mask"), tokens)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """Returns transformers' compiled call, after dropping code that would be mistaken for this model's.
+
+        Compiled code belongs to the class. A step compiled with a `guard_filter_fn` may not look at whose it is: it
+        would run for any other model too, with the first one's constants. Models in turns compile at every turn.
+        """
+        owner = Motif2ForCausalLM._compiled_without_guards
+        if owner is not None and owner() is not self:
+            logger.warning_once("Another model was compiled with a guard_filter_fn: all compiled code is dropped.")
+            torch.compiler.reset()
+            Motif2ForCausalLM._compiled_without_guards = None
+        if compile_config is not None and "guard_filter_fn" in (compile_config.options or {}):
+            Motif2ForCausalLM._compiled_without_guards = weakref.ref(self)
+        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     def forward(

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import CompileConfig
 
 import kernels_hub
+from modeling_motif2 import Motif2ForCausalLM
 from tests.modeling_motif2.builders import random_ids, small_model
 
 
@@ -44,6 +45,13 @@ def test_generation_is_the_same(attention):
             assert torch.equal(found.sequences, wanted.sequences)
 
 
+def without_guards(backend="eager") -> CompileConfig:
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None, options=options)
+    config._compile_all_devices = True
+    return config
+
+
 def test_generate_compiles_the_step_as_one_graph():
     model = small_model(ratio=3, layers=1)
     namespace = kernels_hub.use_decode_products(model)
@@ -55,18 +63,42 @@ def test_generate_compiles_the_step_as_one_graph():
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    config = CompileConfig(fullgraph=True, dynamic=False, backend=note, mode=None, options=options)
-    config._compile_all_devices = True
     ids = random_ids(1, 5)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     options |= {"output_logits": True}
     torch._dynamo.reset()
-    found = model.generate(ids, cache_implementation="static", compile_config=config, **options)
+    found = model.generate(ids, cache_implementation="static", compile_config=without_guards(note), **options)
     assert len(graphs) == 1
     assert sum(f"{namespace}.product." in target for target in graphs[0]) == 4
     wanted = small_model(ratio=3, layers=1).generate(ids, **options)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
+
+
+def test_code_that_knows_no_model_is_dropped_for_the_next_one(monkeypatch):
+    """It ran for a second model with the first one's norms: wrong by as much as the logits are large."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(Motif2ForCausalLM, "_compiled_without_guards", None)
+    first, second = small_model(layers=1), small_model(layers=1)
+    guarded = CompileConfig(backend="eager", mode=None)
+    expected = (first, guarded, 0), (second, guarded, 0), (first, without_guards(), 0), (first, without_guards(), 0)
+    expected += (second, without_guards(), 1), (first, without_guards(), 2), (second, guarded, 3), (first, guarded, 3)
+    for model, config, count in expected:
+        model.get_compiled_call(config)
+        assert len(resets) == count
+
+
+@pytest.mark.slow
+def test_two_models_compiled_without_guards_run_their_own_code():
+    models = [small_model(ratio=3, layers=1, **more) for more in ({}, {"rms_norm_eps": 0.5}, {"hidden_size": 64})]
+    ids = random_ids(1, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"output_logits": True}
+    torch._dynamo.reset()
+    for model in (*models, models[0]):
+        found = model.generate(ids, cache_implementation="static", compile_config=without_guards(), **options)
+        wanted = model.generate(ids, **options)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
 
 
 def hooked(model):
