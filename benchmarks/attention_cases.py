@@ -23,10 +23,17 @@ FIELDS = ("section", "name", "shape", "direction", "value", "unit", "p20", "p80"
 EPS, OUT_SCALE = 1e-5, 0.64
 
 
+def _place(row: dict) -> tuple:
+    """What a row measures: a later one of the same is put in its place."""
+    names = ("section", "name", "shape", "direction", "device", *["commit"] * (row["section"] == "copy"))
+    return tuple(row[name] for name in names)
+
+
 class Report:
     """Rows of results: printed and written to a CSV file as they come.
 
-    A row takes the place of the file's row of the same section, name, shape, direction and device.
+    A row takes the place of the file's row of the same section, name, shape, direction and device. A copy's rate stays
+    with the rows of its commit, whose shares are of it.
     """
 
     def __init__(self, path: Path, device: torch.device):
@@ -68,13 +75,12 @@ class Report:
     def write(self) -> None:
         """Writes the CSV file: this run's rows after those that the file keeps."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = ("section", "name", "shape", "direction", "device")
         rows = [row | self.common for row in self.rows]
-        measured = {tuple(row[name] for name in names) for row in rows}
+        measured = {_place(row) for row in rows}
         kept = []
         if self.path.is_file():
             with self.path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if tuple(row[name] for name in names) not in measured]
+                kept = [row for row in csv.DictReader(file) if _place(row) not in measured]
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*FIELDS, *self.common])
             writer.writeheader()
