@@ -2,6 +2,7 @@
 
 from torch.distributed import DistError
 
+SIGNAL_SIGN = "stopped this process"
 GLOO_SIGNS = ("gloo/transport", "Connection closed by peer", "caused pair closure")
 
 
@@ -13,12 +14,21 @@ class CheckpointError(RunStoppedError):
     """A checkpoint could not be written, on this rank or another."""
 
 
+class StoppedBySignalError(RunStoppedError):
+    """A launcher or a cluster asked the process to end."""
+
+
 class LostRankError(RunStoppedError):
     """Another rank died or hangs: it did not answer within the timeout."""
 
 
 class LossSpikeError(RunStoppedError):
     """The loss spiked again after as many rewinds as are allowed."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether an error comes of a signal to end; where that met the writing of a checkpoint, its words tell."""
+    return SIGNAL_SIGN in str(error)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -26,7 +26,15 @@ from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
 from trainer.data.loader import Batch
-from trainer.errors import LossSpikeError, LostRankError, RunStoppedError, is_lost_rank
+from trainer.errors import (
+    SIGNAL_SIGN,
+    LossSpikeError,
+    LostRankError,
+    RunStoppedError,
+    StoppedBySignalError,
+    is_lost_rank,
+    is_stop,
+)
 from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarning
 from trainer.measurements import Measurements
 from trainer.metrics import Metrics
@@ -348,6 +356,8 @@ class _Run:
         if is_lost_rank(error):
             rank = self.accelerator.process_index
             return LostRankError(f"rank {rank} lost another rank {where}: start the same command again ({error})")
+        if is_stop(error):
+            return StoppedBySignalError(f"a signal {SIGNAL_SIGN} {where}: start the same command again")
         if isinstance(error, OSError):
             return RunStoppedError(f"{error} {where}: mend it and start the same command again")
         return None

@@ -5,6 +5,8 @@ import re
 import shlex
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,25 @@ def test_a_shard_cut_short_under_the_run_says_where_the_run_died(recipe, tmp_pat
     process.join(60)
     assert process.exitcode == -signal.SIGBUS
     assert re.search(r"Bus error.*data/(packing|loader|shards)\.py", (tmp_path / "errors").read_text(), re.DOTALL)
+
+
+def test_a_launchers_signal_stops_the_run_with_its_last_checkpoint(recipe, tmp_path):
+    path, config = recipe
+
+    def train():
+        sys.stderr = (tmp_path / "errors").open("w", buffering=1)
+        main(["--config", str(path), "--total_tokens", str(128 * 2000), "--checkpoint_steps", "1"])
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    checkpoint = Path(config.output_dir) / "checkpoints/step_00000002"
+    while process.is_alive() and not checkpoint.is_dir():
+        time.sleep(0.05)
+    process.terminate()  # SIGTERM
+    process.join(60)
+    assert process.exitcode == 1
+    where = r"a signal stopped this process at step \d+; the last complete checkpoint is \S+step_\d+: start"
+    assert re.search(where, (tmp_path / "errors").read_text())
 
 
 def test_help_teaches(capsys):
