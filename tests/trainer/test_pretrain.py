@@ -88,7 +88,8 @@ def test_the_published_run_is_in_its_recipe(capsys):
 
 def test_tensor_parallelism_is_reckoned_without_gathering_and_chunks(capsys):
     path = str(ROOT / "recipes/pretrain/motif2_150m.yaml")
-    options = ["--compile_layers", "false", "--micro_batch_tokens", "8192", "--dry_run", "--dry_run_gpus", "2"]
+    options = ["--compile_layers", "false", "--loss", "auto", "--micro_batch_tokens", "8192"]
+    options += ["--dry_run", "--dry_run_gpus", "2"]
     printed = []
     for ranks in ("1", "2"):
         main(["--config", path, *options, "--tensor_parallel", ranks])
