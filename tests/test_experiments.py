@@ -24,7 +24,7 @@ from benchmarks.experiments.grown import undo_compensation
 from benchmarks.experiments.pool import Pool, Worker
 from benchmarks.experiments.recall import measure_recall, recall_documents
 from benchmarks.experiments.recipe import CUT, DIVERGED, Growing, Recipe
-from benchmarks.experiments.report import chosen_runs, crossing, interval, report, spent_to_equal
+from benchmarks.experiments.report import chosen_runs, crossing, interval, lengths, report, spent_to_equal
 from benchmarks.experiments.results import Results
 from benchmarks.experiments.softmax_attention import SoftmaxConfig, SoftmaxForCausalLM, softmax_config
 from benchmarks.experiments.training import softmax_flops
@@ -327,6 +327,28 @@ def test_curves_of_differences_are_paired_by_seed(tmp_path):
     assert curves == [{0: 0.0, 500: 0.0, 1000: 0.0}, {0: 0.0, 500: 2.0, 1000: 2.0}]
 
 
+def test_an_arm_has_one_colour_in_all_figures_of_a_page():
+    recipes = [Recipe.read(path) for path in RECIPES]
+    for page in {recipe.page for recipe in recipes}:
+        assert len({tuple(recipe.arms) for recipe in recipes if recipe.page == page}) == 1, page
+
+
+def test_four_panels_are_drawn_two_by_two(tmp_path):
+    domains = ["heldout_mean", "heldout_stem", "heldout_math", "heldout_code"]
+    sizes = []
+    for count in (2, 3, 4):
+        recipe = make_recipe(sweep=[{"learning_rate": 1.0}], plot=domains[:count])
+        results = Results(tmp_path / str(count))
+        for seed in recipe.seeds:
+            made = record(recipe, "a", 0, seed, 2.0)
+            curve = [(tokens, name, value) for name in domains for tokens, _, value in made["curve"]]
+            results.add(made | {"curve": curve})
+        report(recipe, results, tmp_path)
+        header = (tmp_path / "example.png").read_bytes()[16:24]
+        sizes.append((int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")))
+    assert sizes == [(920, 340), (1380, 340), (920, 680)]
+
+
 def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_path):
     recipe = make_recipe(sweep=[{"learning_rate": 1.0}], seeds=[0, 1])
     results = Results(tmp_path)
@@ -336,6 +358,7 @@ def test_arms_that_only_have_cut_runs_are_compared_where_all_of_them_came(tmp_pa
         results.add(cut | {"tokens": 500, "curve": [(0, "heldout_mean", 9.0), (500, "heldout_mean", 2.0 + seed)]})
     text = report(recipe, results, tmp_path)
     assert "those after 0.0M tokens" in text
+    assert "4 runs (2 of them cut for lack of time), 0.0M tokens each, on" in text
     assert "| B | A | loss, mean | 2 | -0.5000 | -6.8530 to +5.8530 | too few seeds |" in text
     assert [run.arm for run in recipe.runs(results.finished) if run.key not in results.finished] == ["b", "b"]
 
@@ -482,6 +505,21 @@ def test_whole_text_brings_the_recall_task_along(recall_shards, tmp_path):
     assert (data / "shards" / "recall").resolve() == tmp_path / "made" / "shards" / "recall"
     with pytest.raises(ValueError, match="prepare it anew"):
         prepare_data([recipe(0.9)], tmp_path / "data", tiny=False)
+
+
+@pytest.mark.parametrize("name", ["sft_stages", "whole_text"])
+def test_text_that_is_missing_is_named_with_the_commands_that_make_it(tmp_path, name):
+    with pytest.raises(ValueError, match=r"sft_stages\.py --prepare DATA`") as error:
+        prepare_data([make_recipe(data_dir=str(tmp_path / name))], tmp_path / "data", tiny=False)
+    whole = "then `python -m benchmarks.experiments.whole_text --prepare DATA`" in str(error.value)
+    assert whole == (name == "whole_text")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [((6.29e6, 6.29e6), "6.3M tokens each"), ((41.4e6, 50.3e6), "41.4M to 50.3M tokens")]
+)
+def test_runs_of_different_lengths_have_no_common_one(tokens, words):
+    assert lengths([{"tokens": str(count)} for count in tokens]) == words
 
 
 def test_uniform_maps_lie_on_distractors_as_often_as_there_are_any(recall_shards):

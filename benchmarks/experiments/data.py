@@ -18,6 +18,8 @@ from trainer.model import load_tokenizer
 TINY_BYTES, TINY_VOCABULARY = 150_000, 2048
 TINY_HELDOUT = 0.2
 RECALL_MARGIN = 1.1
+# The larger models' data_dir, and what fills it once the smaller set's tokenizer is there.
+WHOLE_TEXT, WHOLE_TEXT_COMMAND = "whole_text", "python -m benchmarks.experiments.whole_text --prepare DATA"
 
 
 def prepare_data(recipes: list[Recipe], folder: Path, tiny: bool) -> Path:
@@ -73,9 +75,10 @@ def _link_text(recipes: list[Recipe], folder: Path) -> None:
         raise ValueError(f"the recipes have data_dir {sorted(folders)}: run those of one data_dir at a time")
     source = Path(folders.pop()).resolve()
     if not (source / "shards" / MANIFEST).is_file():
+        then = f", then `{WHOLE_TEXT_COMMAND}`" if source.name == WHOLE_TEXT else ""
         raise ValueError(
-            f"data_dir {source} holds no shards: make them with `python benchmarks/sft_stages.py --prepare DATA`, "
-            "or try everything with --tiny"
+            f"data_dir {source} holds no shards: make them with `python benchmarks/sft_stages.py --prepare DATA`"
+            f"{then}, or try everything with --tiny"
         )
     (folder / "tokenizer").symlink_to(source / "tokenizer")
     shutil.copy(source / "shards" / MANIFEST, folder / "shards" / MANIFEST)

@@ -1,5 +1,6 @@
 """A recipe's figure: what its arms' measures were over tokens or compute."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,13 @@ def draw(recipe: Recipe, results: Results, chosen: Mapping[str, dict[int, dict]]
 
     measured = {measure for key in results.records for _, measure, _ in results.curves[key]}
     shown = [entry for entry in recipe.plot if measure_of(entry) in measured]
-    size = (4.6 * len(shown), 3.4)
-    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for axes, entry in zip(panels[0], shown, strict=True):
+    columns = 2 if len(shown) > 3 else max(1, len(shown))  # four in a row would be too small to read
+    rows = max(1, math.ceil(len(shown) / columns))
+    size = (4.6 * columns, 3.4 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
+    for axes, entry in zip(panels.flat, shown, strict=False):
         measure, compute, difference = measure_of(entry), entry.endswith(OVER_COMPUTE), entry.endswith(DIFFERENCE)
         for color, arm in zip(COLORS, recipe.arms, strict=False):
             curves = arm_curves(recipe, results, chosen, arm, measure, difference)

@@ -336,13 +336,20 @@ def settings_lines(recipe: Recipe, results: Results) -> list[str]:
     unmade = f", {len(missing)} not made yet" if missing else ""
     full_hours = seconds / tokens * FULL_TOKENS * (len(records) + len(missing)) * FULL_PARAMETERS / parameters / 3600
     return [
-        f"{len(records)} runs{stopped}{unmade}, {tokens / len(records) / 1e6:.1f}M tokens each, on "
+        f"{len(records)} runs{stopped}{unmade}, {lengths(records)}, on "
         f"{'; '.join(places)}; "
         f"{seconds / 3600:.2f} GPU-hours in all, {speed:,.0f} tokens a second a run (median) with "
         f"{shared} runs a GPU at once. As many runs of {FULL_PARAMETERS / 1e6:.0f}M "
         f"parameters and {FULL_TOKENS / 1e6:.0f}M tokens would take about {full_hours:,.0f} GPU-hours at this "
         "throughput a parameter, which larger models exceed."
     ]
+
+
+def lengths(records: list[dict]) -> str:
+    """How many tokens the runs read, from the shortest to the longest."""
+    read = [float(record["tokens"]) / 1e6 for record in records]
+    shortest, longest = f"{min(read):.1f}", f"{max(read):.1f}"
+    return f"{shortest}M tokens each" if shortest == longest else f"{shortest}M to {longest}M tokens"
 
 
 def sharing(record: Mapping) -> str:
