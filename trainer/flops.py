@@ -6,6 +6,9 @@ Legend: C hidden size, I intermediate size, H query heads, G groups, D head dime
 from modeling_motif2 import Motif2Config
 
 BYTES_FLOAT32, BYTES_BFLOAT16 = 4, 2
+# Of the values that a layer keeps, what its backward holds at once when it recomputes them: gradients and attention's
+# copies besides. From the peaks of full-size steps on 4 and 8 GPUs (benchmarks/results/full_size_step_*.csv).
+BACKWARD_OF_A_LAYER = 3.2
 
 
 def count_parameters(config: Motif2Config) -> dict[str, int]:
@@ -89,7 +92,11 @@ def memory_by_rank(
     accumulates: bool = False,
     muon: bool = True,
 ) -> dict[str, float]:
-    """Rough bytes on one rank.
+    """Rough bytes on one rank; the sum is about the peak of a step.
+
+    Measured peaks lie below it: by 2 to 12% in full-size steps under FSDP2 and HSDP (full recomputation, no
+    accumulation), and without recomputation, 1.5B and accumulating, by 3 to 22% on one GPU and 22 to 23% under FSDP2.
+    Not compiled, one GPU took 20% more. tests/trainer/test_flops.py compares.
 
     Args:
         config: of the model.
@@ -105,7 +112,8 @@ def memory_by_rank(
 
     Returns:
         dict: bytes of `weights`, `gradients`, `optimizer`, `gathered` (two layers and the head, or autocast's copies),
-        `activations` and `loss`.
+        `activations` and `loss`. Gradients come as the layers' values go, which count only beyond them; but not where
+        an earlier micro-batch left gradients on a single rank.
     """
     counts = count_parameters(config)
     value = BYTES_BFLOAT16 if autocast else BYTES_FLOAT32
@@ -118,13 +126,15 @@ def memory_by_rank(
         gathered = total if autocast else 0
     recomputed = -(-layers // recompute_every) if recompute != "none" else 0
     kept = recomputed * layer_values(config, recompute) + (layers - recomputed) * layer_values(config, "none")
-    at_work = layer_values(config, "none") if recomputed else 0  # the layer whose backward runs
+    at_work = BACKWARD_OF_A_LAYER * layer_values(config, "none") if recomputed else 0
+    gradients = total * BYTES_FLOAT32 / shards
+    room = 0 if accumulates and shards == 1 else gradients  # for the layers' values, until gradients come
     logits = 2 * config.vocab_size * micro_batch_tokens * BYTES_FLOAT32  # and their gradient
     return {
         "weights": total * BYTES_FLOAT32 / shards,
-        "gradients": total * BYTES_FLOAT32 / shards,
+        "gradients": gradients,
         "optimizer": states * BYTES_FLOAT32 / shards,
         "gathered": gathered * value,
-        "activations": (kept + at_work) * micro_batch_tokens * value,
+        "activations": max(0, kept * micro_batch_tokens * value - room) + at_work * micro_batch_tokens * value,
         "loss": vocabulary * BYTES_FLOAT32 if chunked_loss else logits,
     }

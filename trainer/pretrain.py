@@ -115,7 +115,9 @@ def _describe_memory(config: PretrainConfig, architecture: Motif2Config) -> str:
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
     return (
         f"memory by rank   {sum(memory.values()) / 2**30:.2f} GiB, states over {shards} of {gpus} ranks, "
-        f"{micro:,} tokens at once, {'chunked' if chunked else 'full'} loss ({parts})"
+        f"{micro:,} tokens at once, {'chunked' if chunked else 'full'} loss ({parts});\n"
+        f"{'':17}measured peaks were 2 to 12% lower at 12.7B under FSDP2 and HSDP, 3 to 23% lower at 1.5B, and 20% "
+        "higher without compile_layers"
     )
 
 

@@ -1,8 +1,12 @@
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.train_step_cases import LARGE
 from kernels_hub import use_polynorm
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.trainer.storages import Storages
@@ -15,6 +19,8 @@ from trainer.flops import (
     run_flops,
     training_flops,
 )
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 
 
 def small(**settings):
@@ -75,10 +81,10 @@ def test_a_run_counts_each_stage_of_row_lengths():
 
 
 def test_memory_is_shared_by_ranks_but_for_activations():
-    one, four = (memory_by_rank(small(), 64, ranks, autocast=False) for ranks in (1, 4))
+    one, four = (memory_by_rank(small(), 64, ranks, autocast=False, accumulates=True) for ranks in (1, 4))
     for name in ("weights", "gradients", "optimizer"):
         assert one[name] == 4 * four[name]
-    assert one["activations"] == four["activations"]
+    assert one["activations"] == four["activations"] + four["gradients"]  # still empty when the values are most
     assert one["gathered"] == 0
     config = small()
     whole = count_parameters(config)["total"]
@@ -86,6 +92,34 @@ def test_memory_is_shared_by_ranks_but_for_activations():
     assert memory_by_rank(config, 64, 1, muon=False)["optimizer"] == 8 * whole
     assert memory_by_rank(config, 64, 1)["optimizer"] == 4 * (2 * whole - count_parameters(config)["matrices"])
     assert one["loss"] == 2 * 4 * 64 * 100
+
+
+def measured_rows(pattern):
+    return [row for path in RESULTS.glob(pattern) for row in csv.DictReader(path.open())]
+
+
+def test_memory_is_what_full_size_steps_took():
+    """--dry_run tells with it whether a run fits."""
+    rows = measured_rows("full_size_step_*.csv")
+    assert len(rows) >= 5
+    for row in rows:
+        replicas = int(row["layout"].removeprefix("hsdp").split("x")[0]) if row["layout"].startswith("hsdp") else 1
+        shards, tokens = int(row["world_size"]) // replicas, 4096 * int(row["rows_a_rank"])
+        counted = memory_by_rank(Motif2Config(), tokens, shards, recompute=row["recompute"], chunked_loss=True)
+        measured = max(float(peak) for peak in row["peak_gb_by_rank"].split())
+        assert 0.88 < measured / (sum(counted.values()) / 1e9) < 0.99, row["row"]
+
+
+def test_memory_is_what_accumulating_steps_took():
+    rows = [row for row in measured_rows("train_step*.csv") if row["row"].startswith("Motif-2") and row["peak_gib"]]
+    assert {row["world_size"] for row in rows} == {"1", "2", "4"}
+    for row in rows:
+        tokens, ranks = 4096 * int(row["micro_rows"]), int(row["world_size"])
+        assert row["recompute"] == "none"
+        assert tokens * ranks < int(row["tokens_a_step"])
+        counted = sum(memory_by_rank(LARGE.motif(), tokens, ranks, accumulates=True).values()) / 2**30
+        low, high = (0.75, 0.98) if row["compiled"] == "True" else (1.15, 1.2)
+        assert low < float(row["peak_gib"]) / counted < high, row["row"]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

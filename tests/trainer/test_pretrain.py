@@ -38,6 +38,7 @@ def test_every_recipe_loads_and_says_what_it_would_do(path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"days on \d+ x 989 TFLOP/s", printed)
     assert float(re.search(r"memory by rank   ([\d.]+) GiB", printed)[1]) < 70  # of the 80 of an H100
+    assert "measured peaks were 2 to 12% lower at 12.7B" in printed
     (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
     sources = [source for domain in config.domains.values() for source in domain["sources"]]
     assert len(sources) >= len(config.domains)
