@@ -76,6 +76,8 @@ def build_model(config: PretrainConfig, tokenizer) -> Motif2ForCausalLM:
     """
     architecture = model_config(config, tokenizer)
     name = config.attn_implementation
+    if name == "flex_attention" and not torch.accelerator.is_available():
+        raise ValueError("attn_implementation flex_attention has no backward pass on CPUs: set sdpa, or gda_kernel")
     options = {"dtype": torch.float32, "attn_implementation": "sdpa" if name in ATTENTIONS else name}
     if config.model_name_or_path is None:
         model = AutoModelForCausalLM.from_config(architecture, **options)

@@ -284,6 +284,13 @@ def test_the_settings_reach_the_model(make_config):
         make_config(gradient_checkpointing_every=0)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of CPUs")
+def test_attention_that_cannot_train_on_a_cpu_is_refused(make_config):
+    config = make_config(attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="no backward pass on CPUs: set sdpa"):
+        build_model(config, load_tokenizer(config.tokenizer))
+
+
 @pytest.mark.slow
 def test_a_run_in_fp8_with_recomputation_and_chunks_learns_and_exports_a_plain_model(make_config):
     options = {"fp8": "rowwise_with_gw_hp", "fp8_skip_edge_layers": 0, "fp8_emulate": True, "head_dim": 16}
