@@ -139,6 +139,7 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Opt
         model: not yet prepared by accelerate.
     """
     options = {"lr": config.learning_rate, "adamw_lr": config.adamw_learning_rate, "weight_decay": config.weight_decay}
+    options |= {"timeout_seconds": config.timeout_seconds}
     if config.optimizer == "adamw":
         decays = {"other": config.weight_decay}
         return build_muon_clip(model, adamw_patterns=(".*",), weight_decays=decays, qk_clip_threshold=None, **options)

@@ -3,6 +3,7 @@
 The parts come from `trainer/assemble.py`; what a step does is in `trainer/step.py`.
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,13 +103,12 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
         LostRankError: another rank died or hangs.
         RunStoppedError: the disk refused something else.
     """
-    accelerator = make_accelerator(config)
     try:
-        return _Run(config, accelerator).train()
+        return _Run(config, make_accelerator(config)).train()
     except RuntimeError as error:
         if isinstance(error, RunStoppedError) or not is_lost_rank(error):
             raise
-        rank = accelerator.process_index
+        rank = os.environ.get("RANK", 0)
         raise LostRankError(f"rank {rank} lost another rank before the first step, see that rank's message") from error
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

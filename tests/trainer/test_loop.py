@@ -15,10 +15,11 @@ import kernels_hub
 import trainer.loop
 from kernels_hub import use_polynorm
 from tests.distributed import run_distributed
-from trainer.assemble import open_loader, split_layers
+from trainer.assemble import build_optimizer, open_loader, split_layers
 from trainer.checkpoint_files import complete_checkpoints
+from trainer.errors import LostRankError
 from trainer.loop import NonFiniteLossError, run_pretraining
-from trainer.model import model_config
+from trainer.model import build_model, load_tokenizer, model_config
 from trainer.step import TrainStep
 
 CURVE = ("step", "tokens", "loss", "loss_by_domain", "learning_rate", "mixture", "realised", "grad_norm", "max_logits")
@@ -147,6 +148,23 @@ def test_growing_batches_and_rows(make_config):
 def test_the_lock_of_kernels_reaches_the_loader(make_config):
     with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
         run_pretraining(make_config(polynorm="torch", kernels_lock="some.lock"))
+
+
+@pytest.mark.parametrize("optimizer", ["muon_clip", "adamw"])
+def test_the_timeout_reaches_the_optimizer(make_config, optimizer):
+    config = make_config(optimizer=optimizer, timeout_seconds=77.0)
+    model = build_model(config, load_tokenizer(config.tokenizer))
+    assert build_optimizer(config, model).timeout_seconds == 77.0
+
+
+def test_ranks_that_do_not_meet_in_time_are_named(make_config, monkeypatch):
+    def too_late(config):
+        raise torch.distributed.DistStoreError("timed out: 1/2 clients joined")
+
+    monkeypatch.setattr(trainer.loop, "make_accelerator", too_late)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(LostRankError, match="rank 1 lost another rank before the first step"):
+        run_pretraining(make_config())
 
 
 @pytest.mark.distributed
