@@ -83,17 +83,20 @@ class Team:
         dist.all_to_all_single(element.clone(), element, one_each, one_each, group=self.group)
         dist.all_reduce(element, dist.ReduceOp.MAX, group=self.group)
 
-    def reserve(self, chunks: Sequence[Chunk], itemsize: int) -> None:
-        """Get ready to exchange along the routes of a plan; `itemsize` bytes an element at most."""
-        if self.copies is not None:
-            self.copies.reserve(chunks, itemsize)
+    def reserve(self, chunks: Sequence[Chunk], itemsize: int) -> tuple[Chunk, ...]:
+        """The chunks of a plan, ready to be exchanged along; `itemsize` bytes an element at most."""
+        if self.copies is None:
+            return tuple(chunks)
+        with self.clear_errors():
+            return self.copies.reserve(chunks, itemsize)
 
     def exchange(self, send: Tensor, route: Route, scatter: bool = False) -> Flight:
         """Start an all-to-all of flat `send` along `route`, to owners or back from them, without waiting for it."""
         if self.group is None:
             return Flight(send)
         if self.copies is not None:
-            received, arrival = self.copies.exchange(send, route, scatter)
+            with self.clear_errors():
+                received, arrival = self.copies.exchange(send, route, scatter)
             return Flight(received, send, arrival, self)
         receive = send.new_empty(sum(route.receive_splits))
         with self.clear_errors():

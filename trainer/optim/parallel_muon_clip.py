@@ -266,7 +266,7 @@ class ParallelMuonClip(MuonClip):
         layouts = tuple(layout for _, _, layout in members)
         chunks = plan_chunks(layouts, team.me, self.orthogonalise.cost, self.chunk_size, self.balanced)
         wire_dtype = functools.reduce(torch.promote_types, (self._direction_dtype(p) for _, p, _ in members))
-        team.reserve(chunks, wire_dtype.itemsize)
+        chunks = team.reserve(chunks, wire_dtype.itemsize)
         matrices = tuple((index, parameter) for index, parameter, _ in members)
         return TeamPlan(team, matrices, layouts, tuple(layout.shape for layout in layouts), chunks, wire_dtype)
 

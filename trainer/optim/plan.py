@@ -66,12 +66,16 @@ class Strip:
 
 @dataclass(frozen=True)
 class Route:
-    """One all-to-all as one rank sees it: pieces in the buffers' order, and elements to and from each position."""
+    """One all-to-all as one rank sees it: pieces in the buffers' order, and elements to and from each position.
+
+    `landings`, which copies into peers' buffers need, is where this rank's elements start in each position's buffer.
+    """
 
     sends: tuple[Piece, ...]
     receives: tuple[Piece, ...]
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
+    landings: tuple[int, ...] = ()
 
     @cached_property
     def send_strips(self) -> tuple[Strip, ...]:
