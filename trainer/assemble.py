@@ -149,6 +149,7 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Opt
         qk_clip_threshold=config.qk_clip_threshold,
         qk_clip_rule=config.qk_clip_rule,
         chunk_size=config.muon_chunk_size,
+        copy_engines=config.muon_copy_engines,
         **options,
     )
 

@@ -129,6 +129,9 @@ class PretrainConfig:
     muon_chunk_size: int | None = setting(
         1, "large matrices that a rank orthogonalises at once; more takes memory and fewer launches, null takes all"
     )
+    muon_copy_engines: bool = setting(
+        False, "let the GPUs' copy engines carry matrices instead of NCCL; for the GPUs of one host"
+    )
     max_grad_norm: float | None = setting(1.0, "gradient norm is clipped to this; null is off")
     max_skipped_steps: int = setting(
         0, "steps with a non-finite loss or gradient that may be skipped before the run stops"
@@ -337,6 +340,8 @@ class PretrainConfig:
             )
 
     def _check_execution(self) -> None:
+        if self.muon_copy_engines and self.optimizer == "adamw":
+            raise ValueError("muon_copy_engines is set, and optimizer adamw moves no matrices: drop one of them")
         if self.fp8 == "rowwise" and self.compile_layers and not self.fp8_emulate:
             raise ValueError(
                 "fp8 is 'rowwise' with compile_layers: compiled so, torchao 0.18 gave wrong gradients on an H100 "

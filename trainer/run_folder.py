@@ -28,6 +28,7 @@ FREE_SETTINGS = frozenset(
         "trust_kernels",
         "attn_implementation",
         "muon_chunk_size",
+        "muon_copy_engines",
         "verify_checksums",
         "micro_batch_tokens",
         "gradient_checkpointing",

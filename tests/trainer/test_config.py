@@ -21,6 +21,7 @@ import pytest
         ({"batch_tokens": 16}, "raise batch_tokens"),
         ({"fp8": "rowwise", "compile_layers": True}, "set fp8 rowwise_with_gw_hp, or compile_layers false"),
         ({"muon_chunk_size": 0}, "muon_chunk_size is 0"),
+        ({"muon_copy_engines": True, "optimizer": "adamw"}, "muon_copy_engines is set, and optimizer adamw moves no"),
         ({"eval_steps": -1}, "eval_steps is -1"),
         ({"reasoning_domains": ["c"]}, "not among the domains"),
         ({"dry_run_gpus": 0}, "dry_run_gpus is 0: use a value above 0"),

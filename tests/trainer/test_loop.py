@@ -157,6 +157,13 @@ def test_the_timeout_reaches_the_optimizer(make_config, optimizer):
     assert build_optimizer(config, model).timeout_seconds == 77.0
 
 
+def test_copy_engines_reach_the_optimizer_and_are_refused_without_gpus(make_config):
+    config = make_config(muon_copy_engines=True)
+    model = build_model(config, load_tokenizer(config.tokenizer)).cpu()
+    with pytest.raises(ValueError, match="copy_engines is set and the parameters are on cpu: leave it off there"):
+        build_optimizer(config, model).step()
+
+
 def test_ranks_that_do_not_meet_in_time_are_named(make_config, monkeypatch):
     def too_late(config):
         raise torch.distributed.DistStoreError("timed out: 1/2 clients joined")
