@@ -40,7 +40,8 @@ class PeerCopies:
         group: of the team, all on one node.
         me: this rank's position in it.
         device: of the buffers.
-        timeout_seconds: how long a barrier waits for a rank that does not come.
+        timeout_seconds: how long a barrier waits for a rank that does not come; then its kernel traps, and CUDA
+            reports a failed launch at the host's next wait.
 
     Raises:
         ValueError: from `reserve`, where the ranks are on several hosts.
