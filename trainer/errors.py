@@ -2,7 +2,6 @@
 
 from torch.distributed import DistError
 
-SIGNAL_SIGN = "stopped this process"
 GLOO_SIGNS = ("gloo/transport", "Connection closed by peer", "caused pair closure")
 
 
@@ -24,11 +23,6 @@ class LostRankError(RunStoppedError):
 
 class LossSpikeError(RunStoppedError):
     """The loss spiked again after as many rewinds as are allowed."""
-
-
-def is_stop(error: BaseException) -> bool:
-    """Whether an error comes of a signal to end; where that met the writing of a checkpoint, its words tell."""
-    return SIGNAL_SIGN in str(error)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ The parts come from `trainer/assemble.py`; what a step does is in `trainer/step.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,13 +29,11 @@ from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
 from trainer.data.loader import Batch
 from trainer.errors import (
-    SIGNAL_SIGN,
     LossSpikeError,
     LostRankError,
     RunStoppedError,
     StoppedBySignalError,
     is_lost_rank,
-    is_stop,
 )
 from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarning
 from trainer.measurements import Measurements
@@ -89,11 +88,12 @@ class Progress:
     last_eval: dict[str, float] = field(default_factory=dict)
 
 
-def run_pretraining(config: PretrainConfig) -> PretrainResult:
+def run_pretraining(config: PretrainConfig, stop_asked: Callable[[], bool] = lambda: False) -> PretrainResult:
     """Pre-train a Motif-2 model, from its last checkpoint if the run was interrupted.
 
     Args:
         config: all settings; `config.output_dir` gets everything the run writes.
+        stop_asked: asked before every step whether this process is to end.
 
     Raises:
         ValueError: the output folder, corpus, tokenizer or checkpoint does not fit the settings.
@@ -101,10 +101,11 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
         LossSpikeError: the loss spiked more than `max_rewinds` times.
         CheckpointError: a checkpoint could not be written.
         LostRankError: another rank died or hangs.
+        StoppedBySignalError: `stop_asked` said so.
         RunStoppedError: the disk refused something else.
     """
     try:
-        return _Run(config, make_accelerator(config)).train()
+        return _Run(config, make_accelerator(config), stop_asked).train()
     except RuntimeError as error:
         if isinstance(error, RunStoppedError) or not is_lost_rank(error):
             raise
@@ -115,8 +116,8 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
 
 
 class _Run:
-    def __init__(self, config: PretrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator, stop_asked: Callable[[], bool]):
+        self.config, self.accelerator, self.stop_asked = config, accelerator, stop_asked
         self.folder = open_run_folder(config, accelerator)
         self.tokenizer = load_tokenizer(config.tokenizer)
         prepare_shards(config, self.tokenizer, accelerator)
@@ -166,6 +167,10 @@ class _Run:
         try:
             self._start()
             while self.progress.tokens < config.total_tokens:
+                if self.stop_asked():
+                    self.checkpoints.wait()
+                    where = self._where()
+                    raise StoppedBySignalError(f"a signal stopped this process {where}: start the same command again")
                 self._train_step()
             self.checkpoints.wait()
             model_dir = self._finish()
@@ -350,14 +355,15 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return self.folder / MODEL
 
+    def _where(self) -> str:
+        return f"at step {self.progress.step}; the last complete checkpoint is {self.checkpoints.latest()}"
+
     def _explain(self, error: Exception) -> RunStoppedError | None:
         """What a person needs to know when the machine stops the run; None for other errors."""
-        where = f"at step {self.progress.step}; the last complete checkpoint is {self.checkpoints.latest()}"
+        where = self._where()
         if is_lost_rank(error):
             rank = self.accelerator.process_index
             return LostRankError(f"rank {rank} lost another rank {where}: start the same command again ({error})")
-        if is_stop(error):
-            return StoppedBySignalError(f"a signal {SIGNAL_SIGN} {where}: start the same command again")
         if isinstance(error, OSError):
             return RunStoppedError(f"{error} {where}: mend it and start the same command again")
         return None

@@ -14,7 +14,7 @@ import yaml
 from modeling_motif2 import Motif2Config
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
-from trainer.errors import SIGNAL_SIGN, RunStoppedError, StoppedBySignalError
+from trainer.errors import RunStoppedError
 from trainer.flops import BYTES_BFLOAT16, BYTES_FLOAT32, count_parameters, flops_per_token, memory_by_rank, run_flops
 from trainer.head_loss import FULL_LOGITS_BYTES
 from trainer.loop import run_pretraining
@@ -36,12 +36,19 @@ def main(argv: list[str] | None = None) -> None:
     if not faulthandler.is_enabled():  # a shard that is cut short while it is read kills without an exception
         faulthandler.enable(file=2)
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
-    before = signal.signal(signal.SIGTERM, _stop)  # a launcher sends it where another rank has died
+    signals: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, _) -> None:  # a launcher's, where another rank has died: acted on between two steps
+        signals.append(number)
+        signal.signal(number, before)  # a second one ends the process at once
+
+    signal.signal(signal.SIGTERM, note)
     try:
         if config.dry_run:
             print(describe_run(config))
             return
-        result = run_pretraining(config)
+        result = run_pretraining(config, stop_asked=lambda: bool(signals))
     except (ValueError, OSError, NonFiniteLossError, RunStoppedError) as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
     finally:
@@ -54,10 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  padding took {result.padding_share:.2%} of them, {result.lost_share:.2%} were not learnt from in all")
     for name, loss in result.last_eval.items():
         print(f"  held-out loss {name}: {result.first_eval[name]:.4f} -> {loss:.4f}")
-
-
-def _stop(number: int, _) -> None:
-    raise StoppedBySignalError(f"{signal.Signals(number).name} {SIGNAL_SIGN}")
 
 
 def describe_run(config: PretrainConfig) -> str:
