@@ -36,14 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     if not faulthandler.is_enabled():  # a shard that is cut short while it is read kills without an exception
         faulthandler.enable(file=2)
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
-    signals: list[int] = []
-    before = signal.getsignal(signal.SIGTERM)
-
-    def note(number: int, _) -> None:  # a launcher's, where another rank has died: acted on between two steps
-        signals.append(number)
-        signal.signal(number, before)  # a second one ends the process at once
-
-    signal.signal(signal.SIGTERM, note)
+    signals: list[int] = []  # a launcher's, where another rank has died: acted on between two steps
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
         if config.dry_run:
             print(describe_run(config))
