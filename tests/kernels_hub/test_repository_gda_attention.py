@@ -2,4 +2,4 @@
 
 from tests.kernels_hub.own_tests import own_tests
 
-globals().update(own_tests("gda_attention", "test_gda_attention", "test_flash"))
+globals().update(own_tests("gda_attention", "test_gda_attention", "test_hopper", "test_flash"))

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from .definition import make, relative_error
-from .test_gda_attention import EPS, OUT_SCALE, assert_matches, values_and_gradients
+from .checks import assert_matches, values_and_gradients
+from .definition import EPS, OUT_SCALE, make, relative_error
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 TILES = (64, 96)  # queries, keys
