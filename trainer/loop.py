@@ -28,13 +28,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import complete_checkpoints
 from trainer.config import PretrainConfig
 from trainer.data.loader import Batch
-from trainer.errors import (
-    LossSpikeError,
-    LostRankError,
-    RunStoppedError,
-    StoppedBySignalError,
-    is_lost_rank,
-)
+from trainer.errors import LossSpikeError, LostRankError, RunStoppedError, StoppedBySignalError, is_lost_rank
 from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarning
 from trainer.measurements import Measurements
 from trainer.metrics import Metrics
