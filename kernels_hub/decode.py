@@ -4,16 +4,14 @@ A layer then multiplies a single token, as decoding at batch 1 has it, with kern
 memory's rate and take norms and sums along. All else of the model stays as it is.
 """
 
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
-from .sources import KernelUnavailable, _load_remote, load_local
+from .functions import layers_with, load_functions, namespace_in_use
 
 REPOSITORY = "motif2/decode-products"
-SOURCES = ("auto", "local", "hub", "torch")
 
 
 class ProductFunctions(NamedTuple):
@@ -33,10 +31,7 @@ class ProductFunctions(NamedTuple):
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    found = [module for module in model.modules() if hasattr(module, "products") and hasattr(module, "self_attn")]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layers that take products: is it a Motif-2 model?")
-    return found
+    return layers_with(model, ("products", "self_attn"), "layers that take products")
 
 
 def use_decode_products(
@@ -58,28 +53,14 @@ def use_decode_products(
         ValueError: unknown source, or a model without such layers.
         KernelUnavailable: the source that was asked for cannot be had.
     """
-    if source not in SOURCES:
-        raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
     layers = _layers(model)
-    functions, refused = None, []
-    for candidate in ("local", "hub") if source == "auto" else (source,) * (source != "torch"):
-        try:
-            if candidate == "local":
-                package = load_local("decode_products")
-            else:
-                package = _load_remote(REPOSITORY, revision, None, trust_remote_code)
-        except KernelUnavailable as error:
-            if source != "auto":
-                raise
-            refused.append(f"{candidate}: {error}")
-            continue
-        functions = ProductFunctions(package.product, package.poly_norm_mul, package.supports, package.__name__)
-        break
-    if functions is None and source == "auto":
-        print(f"one token is multiplied by the model's own code: {'; '.join(refused)}", file=sys.stderr)
+    names = ("product", "poly_norm_mul", "supports", "__name__")
+    without = "one token is multiplied by the model's own code"
+    found = load_functions("decode_products", REPOSITORY, names, source, revision, trust_remote_code, without)
+    functions = ProductFunctions(*found) if found else None
     for layer in layers:
         layer.products = functions
-    return functions.namespace if functions is not None else ""
+    return functions.namespace if functions else ""
 
 
 def decode_products_in_use(model: nn.Module) -> str:
@@ -88,7 +69,4 @@ def decode_products_in_use(model: nn.Module) -> str:
     Raises:
         ValueError: the layers differ, or the model has none.
     """
-    found = {layer.products.namespace if layer.products is not None else "" for layer in _layers(model)}
-    if len(found) > 1:
-        raise ValueError(f"the model's layers hold different products: {sorted(found)}")
-    return found.pop()
+    return namespace_in_use(_layers(model), "products")

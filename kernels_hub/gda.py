@@ -4,16 +4,14 @@ The layers then run it where their configuration's `attn_implementation` is "gda
 "gda_fastest" (where it was measured to be the fastest). Nothing else of the model changes.
 """
 
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
-from .sources import KernelUnavailable, _load_remote, load_local
+from .functions import layers_with, load_functions, namespace_in_use
 
 REPOSITORY = "motif2/gda-attention"
-SOURCES = ("auto", "local", "hub", "torch")
 ATTENTIONS = ("gda_fastest", "gda_kernel")
 
 
@@ -36,10 +34,7 @@ class KernelFunctions(NamedTuple):
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    found = [module for module in model.modules() if hasattr(module, "lambda_value") and hasattr(module, "kernel")]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no grouped differential attention: is it a Motif-2 model?")
-    return found
+    return layers_with(model, ("lambda_value", "kernel"), "grouped differential attention")
 
 
 def use_gda_attention(
@@ -67,39 +62,17 @@ def use_gda_attention(
         ValueError: unknown source or attention, or a model without this attention.
         KernelUnavailable: the source that was asked for cannot be had.
     """
-    if source not in SOURCES:
-        raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
     if attn_implementation not in ATTENTIONS:
         raise ValueError(f"attn_implementation is {attn_implementation!r}: choose one of {', '.join(ATTENTIONS)}")
     layers = _layers(model)
-    functions, refused = None, []
-    for candidate in ("local", "hub") if source == "auto" else (source,) * (source != "torch"):
-        try:
-            if candidate == "local":
-                package = load_local("gda_attention")
-            else:
-                package = _load_remote(REPOSITORY, revision, None, trust_remote_code)
-        except KernelUnavailable as error:
-            if source != "auto":
-                raise
-            refused.append(f"{candidate}: {error}")
-            continue
-        names = ("gda_attention", "gda_decode", "supports", "supports_flash", "__name__")
-        lacking = [name for name in names if not hasattr(package, name)]
-        if lacking:
-            error = KernelUnavailable(f"{package.__name__} is too old, it has no {', '.join(lacking)}")
-            if source != "auto":
-                raise error
-            refused.append(f"{candidate}: {error}")
-            continue
-        functions = KernelFunctions(*(getattr(package, name) for name in names))
-        break
-    if functions is None and source == "auto":
-        print(f"attention chooses among libraries, without a kernel: {'; '.join(refused)}", file=sys.stderr)
+    names = ("gda_attention", "gda_decode", "supports", "supports_flash", "__name__")
+    without = "attention chooses among libraries, without a kernel"
+    found = load_functions("gda_attention", REPOSITORY, names, source, revision, trust_remote_code, without)
+    functions = KernelFunctions(*found) if found else None
     for layer in layers:
         layer.kernel = functions
         layer.config._attn_implementation = "sdpa" if source == "torch" else attn_implementation
-    return functions.namespace if functions is not None else ""
+    return functions.namespace if functions else ""
 
 
 def gda_attention_in_use(model: nn.Module) -> str:
@@ -108,7 +81,4 @@ def gda_attention_in_use(model: nn.Module) -> str:
     Raises:
         ValueError: the layers differ, or the model has none.
     """
-    found = {layer.kernel.namespace if layer.kernel is not None else "" for layer in _layers(model)}
-    if len(found) > 1:
-        raise ValueError(f"the model's layers hold different kernels: {sorted(found)}")
-    return found.pop()
+    return namespace_in_use(_layers(model), "kernel")

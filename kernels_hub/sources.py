@@ -100,7 +100,15 @@ def _check_lock(variant: Path, locks: dict, repository: str) -> None:
     validate_kernel(repo_path=variant.parents[1], variant=variant.name, hash=locks[variant.name].hash)
 
 
-def _load_remote(repository: str, revision: str | None, lockfile: Path | None, trust_remote_code: bool) -> ModuleType:
+def load_remote(repository: str, revision: str | None, lockfile: Path | None, trust_remote_code: bool) -> ModuleType:
+    """The kernel package of a repository on the Hub, at a lock file's commit where one is given.
+
+    Raises:
+        KernelUnavailable: it cannot be had here.
+        NotLocked: the lock file does not name the repository.
+        ValueError: there is no such lock file, the files do not have the locked hashes, or `LOCAL_KERNELS` replaces
+            what is locked.
+    """
     if not is_kernels_available():
         found = importlib.util.find_spec("kernels") and importlib.import_module("kernels").__version__
         raise KernelUnavailable(
@@ -163,7 +171,7 @@ def load_layers(
     if source == "local":
         module = load_local("polynorm")
     else:
-        module = _load_remote(REPOSITORIES[source], revision, lockfile, trust_remote_code)
+        module = load_remote(REPOSITORIES[source], revision, lockfile, trust_remote_code)
     missing = [name for name in sorted(names) if not hasattr(module.layers, name)]
     if missing:
         raise KernelUnavailable(f"it has no layer {', '.join(missing)}")

@@ -256,8 +256,8 @@ def test_a_kernel_that_was_asked_for_and_cannot_be_had_is_an_error(monkeypatch):
     def missing(*_):
         raise kernels_hub.KernelUnavailable("no variant")
 
-    monkeypatch.setattr(kernels_hub.gda, "load_local", missing)
-    monkeypatch.setattr(kernels_hub.gda, "_load_remote", missing)
+    monkeypatch.setattr(kernels_hub.functions, "load_local", missing)
+    monkeypatch.setattr(kernels_hub.functions, "load_remote", missing)
     model = small_model(dtype=torch.float64)
     with pytest.raises(kernels_hub.KernelUnavailable, match="no variant"):
         kernels_hub.use_gda_attention(model, "local")

@@ -182,5 +182,5 @@ def test_sources():
     model = small_model(layers=2)
     kernels_hub.use_decode_products(model)
     model.model.layers[0].products = None
-    with pytest.raises(ValueError, match="different products"):
+    with pytest.raises(ValueError, match="different kernels as products"):
         kernels_hub.decode_products_in_use(model)
