@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .configuration_motif2 import Motif2Config, OfficialMotifConfig, OfficialMotifLowerCaseConfig
+from .late_stop import stopping_late
 from .modeling_motif2 import (
     Motif2Attention,
     Motif2DecoderLayer,
@@ -55,4 +56,5 @@ __all__ = [
     "Motif2PolyNormMul",
     "Motif2PreTrainedModel",
     "Motif2RMSNorm",
+    "stopping_late",
 ]
