@@ -81,7 +81,7 @@ def check_kernels(bench) -> None:
             real = gradients.get(spectrum.removeprefix("gradient of "))
             matrix = matrix_of(spectrum, shape, bench.device, seed=index) if real is None else real
             expected = newton_schulz_reference(matrix.double())
-            results = [plain_bfloat16(matrix), *(maker(matrix.clone()[None])[0] for maker in makers.values())]
+            results = [plain_bfloat16(matrix), *(maker([matrix.clone()[None]])[0][0] for maker in makers.values())]
             errors += torch.tensor([relative_error(result, expected) for result in results], device=bench.device)
         dist.all_reduce(errors)
         plain, classic, gram = errors.tolist()

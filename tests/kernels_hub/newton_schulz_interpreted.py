@@ -111,6 +111,20 @@ def test_whole_pass(method):
     assert relative_error(package.newton_schulz(matrices.mT, backend="triton", **run).mT, got.double()) < 1e-6
 
 
+@pytest.mark.parametrize("method", ["gram", "classic"])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+def test_gate_up_and_down_are_one_batch(method, dtype, monkeypatch):
+    parts = [torch.randn(2, 17, 9, dtype=dtype), torch.randn(1, 9, 17, dtype=dtype)]
+    run = {"method": method, "backend": "triton", "compute_dtype": torch.float16}
+    run["coefficients"] = package.COEFFICIENTS["motif"][:3]
+    alone = [package.newton_schulz(part, **run) for part in parts]
+    batches, product = [], kernels.symmetric_product
+    monkeypatch.setattr(kernels, "symmetric_product", lambda *a, **k: batches.append(len(a[0])) or product(*a, **k))
+    together = package.newton_schulz(parts, **run)
+    assert set(batches) == {3}, "each product is one launch for all"
+    assert all(map(torch.equal, together, alone))
+
+
 def test_whole_pass_into_half_results_and_zeros():
     matrices = torch.randn(2, 33, 20).half()
     matrices[1] = 0

@@ -136,6 +136,38 @@ def test_batch_orientation_and_repeats_are_exact(method, compute_dtype):
     assert torch.equal(got.mT, run(matrices.mT.contiguous()))
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+@pytest.mark.parametrize("method", ["classic", "gram"])
+def test_parts_of_either_orientation_are_as_alone(method, compute_dtype):
+    gate_and_up, down, nothing = torch.randn(2, 33, 20), torch.randn(20, 33), torch.empty(0, 20, 33)
+    parts = [gate_and_up, down, nothing]
+    got = newton_schulz(parts, method, compute_dtype=compute_dtype)
+    for part, found in zip(parts, got, strict=True):
+        assert torch.equal(found, newton_schulz(part, method, compute_dtype=compute_dtype))
+    outs = [torch.full_like(part, float("nan")) for part in parts]
+    written = newton_schulz(tuple(parts), method, compute_dtype=compute_dtype, out=outs)
+    assert all(one is out and torch.equal(out, found) for one, out, found in zip(written, outs, got, strict=True))
+    compiled = torch.compile(newton_schulz, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(parts, method, compute_dtype=compute_dtype), got))
+
+
+@pytest.mark.parametrize(
+    ("parts", "out", "message"),
+    [
+        ([], None, "empty sequence"),
+        ([torch.ones(4, 6), torch.ones(4, 7)], None, r"\(4, 6\).*\(4, 7\).*up to transposition"),
+        ([torch.ones(4, 6), torch.ones(6, 4).double()], None, "one type"),
+        ([torch.ones(4, 6), torch.ones(6)], None, "rows, columns"),
+        ([torch.ones(4, 6), torch.ones(6, 4)], [torch.ones(4, 6)], "one for each of 2"),
+        ([torch.ones(4, 6), torch.ones(6, 4)], [torch.ones(4, 6), torch.ones(4, 6)], r"out has shape \(4, 6\)"),
+        ([torch.ones(4, 6), torch.ones(6, 4)], [torch.ones(4, 6), torch.ones(6, 4).half()], "of one type"),
+    ],
+)
+def test_bad_parts(parts, out, message):
+    with pytest.raises(ValueError, match=message):
+        newton_schulz(parts, out=out)
+
+
 @pytest.mark.parametrize("method", ["classic", "gram"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_zeros_give_zeros_and_a_scale_gives_the_same(dtype, method):

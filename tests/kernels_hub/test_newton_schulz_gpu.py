@@ -71,6 +71,15 @@ def test_passes(shape, method):
     assert package.newton_schulz(torch.zeros_like(matrices), method).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("method", ["classic", "gram"])
+@pytest.mark.parametrize("shape", [(520, 1000), (4096, 16384)], ids=str)
+def test_gate_up_and_down_are_as_alone(shape, method):
+    rows, columns = shape
+    parts = [torch.randn(2, columns, rows, device="cuda").bfloat16(), torch.randn(1, *shape, device="cuda").bfloat16()]
+    alone = [package.newton_schulz(part, method) for part in parts]
+    assert all(map(torch.equal, package.newton_schulz(parts, method), alone))
+
+
 def test_the_gram_form_beats_the_classic_form_at_full_size():
     for power, (rows, columns) in itertools.product((0.0, 1.0), ((4096, 5120), (2048, 4096))):
         decay = torch.arange(1, rows + 1, device="cuda")[:, None] ** -power

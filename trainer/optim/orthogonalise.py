@@ -1,5 +1,7 @@
 """Newton-Schulz as the parallel optimizer calls it: which kernels, in which dtype."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,9 +43,12 @@ class Orthogonaliser:
             return wire_dtype
         return torch.float16 if self.method == "gram" else torch.bfloat16
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        """Orthogonalise a contiguous batch (count, A, B); the result takes the batch's memory where it fits."""
-        dtype = self.result_dtype(batch.dtype, batch.device)
-        fits = dtype.itemsize == batch.dtype.itemsize
-        out = batch.view(dtype) if fits else torch.empty_like(batch, dtype=dtype)  # (count, A, B)
-        return self.kernels.newton_schulz(batch, self.method, self.coefficients, backend=self.backend, out=out)
+    def __call__(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Orthogonalise a batch in contiguous parts (count, A, B) of shapes that are equal up to transposition.
+
+        Results take the parts' memory where they fit.
+        """
+        dtype = self.result_dtype(parts[0].dtype, parts[0].device)
+        fits = dtype.itemsize == parts[0].dtype.itemsize
+        outs = [part.view(dtype) if fits else torch.empty_like(part, dtype=dtype) for part in parts]
+        return self.kernels.newton_schulz(parts, self.method, self.coefficients, backend=self.backend, out=outs)

@@ -301,7 +301,7 @@ class ParallelMuonClip(MuonClip):
                 placement = (parameter.device_mesh, parameter.placements)
                 shape = {"shape": parameter.shape, "stride": parameter.stride()}
                 direction = DTensor.from_local(direction, *placement, run_check=False, **shape).full_tensor()
-            update = self.orthogonalise(direction[None])[0]
+            update = self.orthogonalise([direction[None]])[0][0]
             part = torch.empty_like(local, dtype=update.dtype)
             block = layout.blocks[plan.team.me]
             for full, own in block.tiles(update, part):

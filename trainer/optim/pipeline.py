@@ -18,7 +18,8 @@ from torch import Tensor
 from trainer.optim.communication import Flight, Team
 from trainer.optim.plan import Chunk, Piece, Strip
 
-Batch = tuple[list[int], Tensor]  # numbers of matrices of one shape, and these matrices (N, A, B)
+Part = tuple[list[int], Tensor]  # numbers of matrices of one shape, and these matrices (N, A, B)
+Batch = list[Part]  # parts of shapes that are equal up to transposition: gate and up, and down
 
 
 def run_pipeline(
@@ -26,7 +27,7 @@ def run_pipeline(
     shapes: Sequence[tuple[int, int]],
     team: Team,
     prologue: Callable[[int, Tensor | None], None],
-    orthogonalise: Callable[[Tensor], Tensor],
+    orthogonalise: Callable[[list[Tensor]], list[Tensor]],
     epilogue: Callable[[int, Tensor], None],
     gather_dtype: torch.dtype,
     scatter_dtype: torch.dtype,
@@ -41,8 +42,8 @@ def run_pipeline(
         team: the ranks that exchange.
         prologue: called once for each matrix; writes this rank's part of the direction, shaped as its block, into the
             tensor it is given (None: nobody asks this rank for it).
-        orthogonalise: maps a batch (N, A, B) in `gather_dtype` to updates of the same shape in `scatter_dtype`; it may
-            reuse the batch.
+        orthogonalise: maps a batch, parts (N, A, B) in `gather_dtype`, to updates of the same shapes in
+            `scatter_dtype`; it may reuse the parts' memory.
         epilogue: called with this rank's part of each update, shaped as its block.
         gather_dtype: dtype of directions on the wire.
         scatter_dtype: dtype of updates on the wire.
@@ -60,9 +61,9 @@ def run_pipeline(
     def start_scatter(chunk: Chunk, gathered: Flight) -> Flight:
         batches, updates = _assemble(chunk, shapes, gathered), []
         while batches:  # each batch is freed once it is done with
-            numbers, batch = batches.pop(0)
-            updates.append((numbers, orthogonalise(batch)))
-            del batch
+            numbers, parts = zip(*batches.pop(0), strict=True)
+            updates += zip(numbers, orthogonalise(parts), strict=True)
+            del parts
         return team.exchange(_to_send(chunk, updates, scatter_dtype, device), chunk.scatter, scatter=True)
 
     def finish(chunk: Chunk, scattered: Flight) -> None:
@@ -89,28 +90,29 @@ def run_pipeline(
 
 
 def _assemble(chunk: Chunk, shapes: Sequence[tuple[int, int]], gathered: Flight) -> list[Batch]:
-    """Put owned matrices together, batched by shape; in the received buffer itself where they lie there whole."""
+    """Put owned matrices together, batched by shape up to transposition; in the received buffer where whole there."""
     received = gathered.arrive()
     numbers_by_shape: dict[tuple[int, int], list[int]] = {}
     for number in chunk.owned:
         numbers_by_shape.setdefault(shapes[number], []).append(number)
-    strips, batches, wholes = chunk.gather.receive_strips, [], {}
+    strips, wholes = chunk.gather.receive_strips, {}
+    batches: dict[tuple[int, int], Batch] = {}
     for shape, numbers in numbers_by_shape.items():
         start = _start_of_run(strips, numbers, shape)
         if start is None:
-            batch = received.new_empty(len(numbers), *shape)  # (N, A, B)
-            wholes |= dict(zip(numbers, batch, strict=True))
+            part = received.new_empty(len(numbers), *shape)  # (N, A, B)
+            wholes |= dict(zip(numbers, part, strict=True))
         else:
-            batch = received[start:][: len(numbers) * shape[0] * shape[1]].view(-1, *shape)  # (N, A, B)
-        batches.append((numbers, batch))
+            part = received[start:][: len(numbers) * shape[0] * shape[1]].view(-1, *shape)  # (N, A, B)
+        batches.setdefault((min(shape), max(shape)), []).append((numbers, part))
     for strip in strips:
         if strip.matrix in wholes:
             in_matrix, in_buffer = strip.views(wholes[strip.matrix], received)
             _copy(in_buffer, in_matrix)
-    return batches
+    return list(batches.values())
 
 
-def _to_send(chunk: Chunk, updates: list[Batch], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _to_send(chunk: Chunk, updates: list[Part], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The buffer of a scatter: the updates themselves where they lie as they are sent, else a copy in parts."""
     strips, size = chunk.scatter.send_strips, sum(chunk.scatter.send_splits)
     for numbers, batch in updates:

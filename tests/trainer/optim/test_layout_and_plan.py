@@ -183,6 +183,7 @@ def test_a_copy_everywhere_is_gathered_from_the_owner_itself():
         (Shard(0), [(8, 6), (8, 6)], False),  # each rank sends its part of both
         (Shard(1), [(8, 6)], False),
         (Replicate(), [(4, 6), (4, 6), (3, 5)], True),
+        (Replicate(), [(4, 6), (6, 4)], True),  # one batch in two parts
     ],
 )
 def test_matrices_are_worked_on_where_they_arrive_and_sent_from_there(placement, shapes, in_place):
@@ -200,10 +201,13 @@ def test_matrices_are_worked_on_where_they_arrive_and_sent_from_there(placement,
         pieces.append(part.flatten())
     received = torch.cat([torch.empty(4), *pieces])[4:]  # not at its memory's start
     batches = _assemble(chunk, [layout.shape for layout in layouts], Flight(received))
-    for numbers, batch in batches:
-        assert all(torch.equal(batch[index], wholes[number]) for index, number in enumerate(numbers))
-        assert (batch.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()) == in_place
-    sent = _to_send(chunk, batches, torch.float32, received.device)
+    assert len(batches) == len({tuple(sorted(layouts[number].shape)) for number in chunk.owned})
+    parts = [part for batch in batches for part in batch]
+    assert sorted(number for numbers, _ in parts for number in numbers) == sorted(chunk.owned)
+    for numbers, matrices in parts:
+        assert all(torch.equal(matrices[index], wholes[number]) for index, number in enumerate(numbers))
+        assert (matrices.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()) == in_place
+    sent = _to_send(chunk, parts, torch.float32, received.device)
     assert len(sent) == sum(chunk.scatter.send_splits)
     for piece in chunk.scatter.sends:
         local = sent[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)

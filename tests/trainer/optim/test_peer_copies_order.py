@@ -62,9 +62,9 @@ class Recorder:
             self.next_scattered = slot
         return self.view(rank, slot, offset, *rest)
 
-    def orthogonalise(self, batch: torch.Tensor) -> torch.Tensor:
+    def orthogonalise(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         self.add("orthogonalise", ((self.me, self.gathered, "all"),))
-        return batch
+        return parts
 
     def epilogue(self, *_) -> None:
         self.add("epilogue", ((self.me, self.scattered, None),))

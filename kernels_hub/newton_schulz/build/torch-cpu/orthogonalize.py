@@ -1,10 +1,11 @@
 """The entry: checks, choice of backend and types, and the batch laid out for it.
 
-Shapes: N matrices in the batch (all leading dimensions as one), rows and columns in either order.
+Shapes: N matrices of a part of the batch (all leading dimensions as one), rows and columns in either order.
 """
 
 import importlib.util
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -78,23 +79,58 @@ def _check_restarts(restarts: tuple[int, ...], num_steps: int) -> tuple[int, ...
     return restarts
 
 
+def _check_parts(parts: Sequence[torch.Tensor]) -> None:
+    for part in parts:
+        if part.dim() < 2 or not part.is_floating_point():
+            raise ValueError(
+                f"matrices is {part.dtype} of shape {tuple(part.shape)}: floating (..., rows, columns) needed"
+            )
+    if not parts:
+        raise ValueError("matrices is an empty sequence: pass a tensor, or at least one")
+    first = parts[0]
+    shapes = (tuple(first.shape[-2:]), (first.shape[-1], first.shape[-2]))
+    for part in parts[1:]:
+        if tuple(part.shape[-2:]) not in shapes or part.dtype != first.dtype or part.device != first.device:
+            found = ", ".join(f"{tuple(part.shape)} {part.dtype} on {part.device}" for part in parts)
+            raise ValueError(
+                f"matrices are {found}: parts of a batch need one type, one device, and one shape up to transposition"
+            )
+
+
+def _outputs(parts: Sequence[torch.Tensor], out: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    """Where to write each part: `out`, checked, or new tensors."""
+    if out is None:
+        return [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
+    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    if len(outs) != len(parts) or any(each.dtype != outs[0].dtype for each in outs):
+        raise ValueError(f"out has {len(outs)} tensors: it must have one for each of {len(parts)}, of one type")
+    for part, each in zip(parts, outs, strict=True):
+        if each.shape != part.shape or each.device != part.device or not each.is_contiguous():
+            raise ValueError(
+                f"out has shape {tuple(each.shape)} on {each.device}: it must be a contiguous tensor like matrices, "
+                f"{tuple(part.shape)} on {part.device}"
+            )
+    return outs
+
+
 @torch.no_grad()
 def newton_schulz(
-    matrices: torch.Tensor,
+    matrices: torch.Tensor | Sequence[torch.Tensor],
     method: str = "gram",
     coefficients: str | tuple[Step, ...] = "motif",
     restarts: tuple[int, ...] | None = None,
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    out: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor | list[torch.Tensor]:
     """Approximate U V' of each matrix's singular value decomposition U S V' by a few polynomial steps.
 
     Each matrix is divided by its Frobenius norm + 1e-7 in float32, then cast. Matrices are independent: the batch one
     comes in does not change a bit of its result, and results repeat bit for bit. A zero matrix gives zeros.
 
     Args:
-        matrices: (..., rows, columns), any floating type; tall matrices are treated as their transposes.
+        matrices: (..., rows, columns), any floating type; tall matrices are treated as their transposes. Or a sequence
+            of such tensors whose shapes (rows, columns) are equal up to transposition: one batch all the same.
         method: `"gram"` iterates on the Gram matrix (fewest operations), `"classic"` on the matrix itself.
         coefficients: `"motif"`, `"polar_express"`, `"jordan"`, or (a, b, c) for each step.
         restarts: steps before which the Gram form computes its Gram matrix anew; by default (2,), and (2, 3) for
@@ -104,67 +140,59 @@ def newton_schulz(
         compute_dtype: type of every stored intermediate. Default: float16 for `"gram"` and bfloat16 for `"classic"` on
             accelerators; float32 on the CPU; float64 for float64 matrices.
         out: contiguous tensor of the same shape to write to, in any floating type; it may share the memory of
-            `matrices` where both have elements of one size.
+            `matrices` where both have elements of one size. For a sequence, one for each tensor.
 
     Returns:
-        (..., rows, columns) in the type of `matrices`, or `out`.
+        (..., rows, columns) in the type of `matrices`, or `out`; for a sequence a list of these.
 
     Raises:
         ValueError: for settings that contradict each other, the tensors or the machine; the message names the mend.
 
     Source: Muon (Jordan 2024); the Gram form after Dao-AILab/gram-newton-schulz; Motif-2-12.7B report, section 4.3.
     """
-    if matrices.dim() < 2 or not matrices.is_floating_point():
-        raise ValueError(
-            f"matrices is {matrices.dtype} of shape {tuple(matrices.shape)}: floating (..., rows, columns) needed"
-        )
+    single = isinstance(matrices, torch.Tensor)
+    parts = [matrices] if single else list(matrices)
+    _check_parts(parts)
     steps = resolve_coefficients(coefficients)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
     if restarts is None:
-        restarts = default_restarts(*matrices.shape[-2:], len(steps))
+        restarts = default_restarts(*parts[0].shape[-2:], len(steps))
     restarts = _check_restarts(restarts, len(steps))
-    if out is None:
-        out = torch.empty(matrices.shape, dtype=matrices.dtype, device=matrices.device)
-    elif out.shape != matrices.shape or out.device != matrices.device or not out.is_contiguous():
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} on {out.device}: it must be a contiguous tensor like matrices, "
-            f"{tuple(matrices.shape)} on {matrices.device}"
-        )
+    outs = _outputs(parts, out)
     if torch.compiler.is_compiling():
         flat = [value for step in steps for value in step]
-        _operator(matrices, out, method, flat, list(restarts), backend, compute_dtype)
+        _operator(parts, outs, method, flat, list(restarts), backend, compute_dtype)
     else:
-        _orthogonalize(matrices, out, method, steps, restarts, backend, compute_dtype)
-    return out
+        _orthogonalize(parts, outs, method, steps, restarts, backend, compute_dtype)
+    return outs[0] if single else outs
 
 
 def _orthogonalize(
-    matrices: torch.Tensor,
-    out: torch.Tensor,
+    parts: list[torch.Tensor],
+    outs: list[torch.Tensor],
     method: str,
     steps: tuple[Step, ...],
     restarts: tuple[int, ...],
     backend: str,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    backend = choose_backend(backend, matrices)
-    dtype = _choose_compute_dtype(compute_dtype, backend, method, matrices)
-    if out.numel() == 0:
+    backend = choose_backend(backend, parts[0])
+    dtype = _choose_compute_dtype(compute_dtype, backend, method, parts[0])
+    sources = [part.reshape(math.prod(part.shape[:-2]), *part.shape[-2:]) for part in parts if part.numel()]
+    results = [out.view(-1, *out.shape[-2:]) for out in outs if out.numel()]  # (N, rows, columns) each, as sources
+    if not sources:
         return
-    batch = math.prod(matrices.shape[:-2])
-    source = matrices.reshape(batch, *matrices.shape[-2:])  # (N, rows, columns)
-    result = out.view(source.shape)  # (N, rows, columns)
     if backend == "torch":
-        runs = (TorchProducts(source[index], result[index], dtype, EPS) for index in range(batch))
+        pairs = (pair for both in zip(sources, results, strict=True) for pair in zip(*both, strict=True))
+        runs = (TorchProducts(source, result, dtype, EPS) for source, result in pairs)
     else:
-        if source.stride(2) != 1:
-            source = source.contiguous()
+        sources = [source if source.stride(2) == 1 else source.contiguous() for source in sources]
         if backend == "quack":
             from .quack_products import QuackProducts as BatchedProducts
         else:
             from .triton_products import TritonProducts as BatchedProducts
-        runs = (BatchedProducts(source, result, dtype, EPS),)
+        runs = (BatchedProducts(sources, results, dtype, EPS),)
     for products in runs:
         if method == "gram":
             gram_iteration(products, steps, restarts)
@@ -174,8 +202,8 @@ def _orthogonalize(
 
 @torch.library.custom_op(f"{__package__}::orthogonalize", mutates_args=("out",))
 def _operator(
-    matrices: torch.Tensor,
-    out: torch.Tensor,
+    matrices: list[torch.Tensor],
+    out: list[torch.Tensor],
     method: str,
     coefficients: list[float],
     restarts: list[int],

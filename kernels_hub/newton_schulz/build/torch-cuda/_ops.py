@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_cuda_aeb0170
+ops = torch.ops._newton_schulz_cuda_89aea08
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_cuda_aeb0170::{op_name}"
+    return f"_newton_schulz_cuda_89aea08::{op_name}"

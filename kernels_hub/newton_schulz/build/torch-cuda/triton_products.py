@@ -3,6 +3,7 @@
 Shapes: N matrices in the batch, S rows, L columns, S <= L, K depth of a product.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -219,15 +220,17 @@ def normalise(source: torch.Tensor, out: torch.Tensor, eps: float, transpose: bo
 
 
 class TritonProducts:
-    """Products of a batch of equal shapes.
+    """Products of a batch of shapes that are equal up to transposition, in parts that are equal as they lie.
+
+    Each part is normalised as it lies, by itself, and written as (N, S, L): from there on all are one batch.
 
     X lives in N of N + 1 slots of one buffer. `left @ X` is written matrix by matrix into the slot that the one before
     has just left free, so a batch needs one matrix more than its own size, not twice that. One matrix at a time also
     keeps cuBLAS from choosing its algorithm by the batch's size, which would make results depend on it.
 
     Args:
-        source: (N, rows, columns), last dimension contiguous, any floating type, either orientation.
-        result: (N, rows, columns), where `apply(last=True)` writes.
+        sources: of each part (N, rows, columns), last dimension contiguous, any floating type, either orientation.
+        results: of each part (N, rows, columns), where `apply(last=True)` writes.
         dtype: float16 or bfloat16, of every stored intermediate.
         eps: added to the Frobenius norm.
         config: tiles; the device's default when None.
@@ -235,20 +238,20 @@ class TritonProducts:
 
     def __init__(
         self,
-        source: torch.Tensor,
-        result: torch.Tensor,
+        sources: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
         dtype: torch.dtype,
         eps: float,
         config: TileConfig | None = None,
     ):
-        self.batch, rows, columns = source.shape
-        self.transposed = rows > columns
-        self.result = result
         self.config = config
-        size, length = min(rows, columns), max(rows, columns)
-        self.slots = aligned_empty(self.batch + 1, size, length, dtype, source.device)  # (N + 1, S, L)
+        self.results = [(whole, len(whole) > whole.size(1)) for result in results for whole in result]  # and if tall
+        self.batch = len(self.results)
+        size, length = sorted(sources[0].shape[1:])
+        self.slots = aligned_empty(self.batch + 1, size, length, dtype, sources[0].device)  # (N + 1, S, L)
         self.first = 1
-        normalise(source, self.x, eps, self.transposed)
+        for source, x in zip(sources, self.x.split([len(source) for source in sources]), strict=True):
+            normalise(source, x, eps, transpose=source.size(1) > source.size(2))
 
     @property
     def x(self) -> torch.Tensor:
@@ -276,15 +279,16 @@ class TritonProducts:
         return shifted
 
     def apply(self, left: torch.Tensor, last: bool = False) -> None:
-        direct = last and self.result.dtype == self.slots.dtype
         x, target = self.x, 1 - self.first
         for index in range(self.batch) if self.first else reversed(range(self.batch)):
+            result, transposed = self.results[index]
+            direct = last and result.dtype == self.slots.dtype
             factors = (left[index], x[index])
             out = self.slots[target + index]
             if direct:
-                out = self.result[index]
-                factors = (x[index].mT, left[index]) if self.transposed else factors
+                out = result
+                factors = (x[index].mT, left[index]) if transposed else factors
             torch.mm(*factors, out=out)
             if last and not direct:
-                self.result[index].copy_(out.mT if self.transposed else out)
+                result.copy_(out.mT if transposed else out)
         self.first = target
