@@ -42,7 +42,8 @@ from decode_cases import (
     models_of_one_size,
     parameters_read,
 )
-from transformers import CompileConfig, StaticCache
+from decode_prompts import generations, prompt_milliseconds
+from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 import kernels_hub
@@ -281,7 +282,7 @@ class Suite:
         model.config._attn_implementation = attention
 
     def full_size(self) -> None:
-        """Motif-2-12.7B in bfloat16, eager: batches and prefill, ours and SDPA."""
+        """Motif-2-12.7B in bfloat16, its own layers uncompiled: batches, ours and SDPA."""
         model = full_size_model(self.tiny, self.device, self.dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.report.add("full_size", "motif2", "", "size", parameters / 1e9, "B")
@@ -289,11 +290,6 @@ class Suite:
             self.prepare(model, attention)
             for batch, context in itertools.product((1, 2) if self.tiny else (1, 16), self.contexts[:2]):
                 self.decode_steps("full_size", attention, model, batch, context)
-            for batch, tokens in ((1, 30),) if self.tiny else ((1, 4096), (1, 16384), (4, 4096)):
-                try:
-                    self.prefill(model, attention, batch, tokens)
-                except Exception as error:
-                    print(f"full_size prefill {attention} B{batch}: {type(error).__name__}: {str(error)[:200]}")
 
     def one_token(self, name: str = "products", options: dict = COMBO) -> None:
         """The 12.7B's compiled step at batch 1: with our products, or without, by cuBLAS or Inductor."""
@@ -308,56 +304,41 @@ class Suite:
         model = full_size_model(self.tiny, self.device, self.dtype)
         self.prepare(model, "gda_kernel")
         kernels_hub.use_decode_products(model, "local")
-        prompt, few, many = (8, 3, 5) if self.tiny else (1024, 32, 160)
-        ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=self.device)
+        prompt, tokens = (8, (3, 5)) if self.tiny else (1024, (32, 160))
         options = COMBO | {"triton.cudagraphs": True} if self.device.type == "cuda" else {}
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
-        compile_config._compile_all_devices = True
-        torch._dynamo.reset()
-        cache = StaticCache(config=model.config, max_cache_len=prompt + many)
-        seconds = {}
-        for tokens in (few, few, many):  # the first compiles
-            cache.reset()
-            started = time.perf_counter()
-            written = model.generate(
-                ids, past_key_values=cache, compile_config=compile_config, max_new_tokens=tokens, do_sample=False,
-                eos_token_id=None,
-            )  # fmt: skip
-            assert written.shape[1] == prompt + tokens
-            written.sum().item()  # waits for the device
-            seconds.setdefault(tokens, []).append(time.perf_counter() - started)
-        value = 1e3 * (seconds[many][-1] - seconds[few][-1]) / (many - few)
-        read = parameters_read(model) + (prompt + (few + many) // 2) * self.cache_bytes(model.config)
-        note = f"{1e3 / value:.0f} tokens/s; the first call took {seconds[few][0]:.0f} s; no guards on modules"
-        share = read / self.bandwidth / value * 1e3
-        shape = f"B1 S{prompt}"
-        self.report.add("generate", "products", shape, "step", value, "ms", share=share, note=note)
+        read = parameters_read(model) + (prompt + sum(tokens) // 2) * self.cache_bytes(model.config)
+        for name, times, note in generations(model, prompt, tokens, options):
+            value = times["value"]
+            note, share = f"{1e3 / value:.0f} tokens/s; {note}", read / self.bandwidth / value * 1e3
+            self.report.add(
+                "generate", f"products{name}", f"B1 S{prompt}", "step", value, "ms", share=share, note=note
+            )
 
-    def prefill(self, model, attention: str, batch: int, tokens: int) -> None:
-        """Tokens a second of a prompt without a cache, logits of the last token only."""
-        ids = torch.randint(3, model.config.vocab_size, (batch, tokens), device=self.device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        times = []
-        with torch.no_grad():
-            for _ in range(4):
-                started = time.perf_counter()
-                model(ids, use_cache=False, logits_to_keep=1).logits.sum().item()  # waits for the device
-                times.append(time.perf_counter() - started)
-        best = sorted(times[1:])[1]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        note = f"{batch * tokens / best:.0f} tokens/s"
-        self.report.add(
-            "full_size", attention, f"B{batch} T{tokens}", "prefill", 1e3 * best, "ms", peak_gib=peak, note=note
-        )
+    def prefill(self) -> None:
+        """Tokens a second of a prompt through the 12.7B, without a cache and into either kind, by attention."""
+        model = full_size_model(self.tiny, self.device, self.dtype)
+        sizes = ((1, 30),) if self.tiny else ((1, 4096), (4, 4096), (1, 16384))
+        for attention, (batch, tokens) in itertools.product(("gda_kernel", "sdpa"), sizes):
+            self.prepare(model, attention)
+            for cache in ("", "static", "dynamic"):
+                name, shape = attention + (cache and f", {cache} cache"), f"B{batch} T{tokens}"
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    value = prompt_milliseconds(model, batch, tokens, cache)
+                except Exception as error:
+                    print(f"prefill {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+                    continue
+                peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+                note = f"{batch * tokens / value * 1e3:.0f} tokens/s"
+                self.report.add("full_size", name, shape, "prefill", value, "ms", peak_gib=peak, note=note)
 
 
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = "check,kernel,profile,models,compiled,full_size,one_token,generate,cublas,inductor"
+    names = "check,kernel,profile,models,compiled,full_size,prefill,one_token,generate,cublas,inductor"
     parser.add_argument("--sections", default=names)
     parser.add_argument("--models", help="of the sections models, compiled and profile: these alone, by name")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
@@ -373,7 +354,8 @@ def main() -> int:
         suite.batches = [int(each) for each in options.batches.split(",")]
     sections = {"check": suite.check, "kernel": suite.time_kernel}
     sections |= {"profile": suite.profile, "models": suite.models, "compiled": suite.compiled_models}
-    sections |= {"full_size": suite.full_size, "one_token": suite.one_token, "generate": suite.generate}
+    sections |= {"full_size": suite.full_size, "prefill": suite.prefill}
+    sections |= {"one_token": suite.one_token, "generate": suite.generate}
     sections |= {"cublas": lambda: suite.one_token("cublas"), "inductor": lambda: suite.one_token("inductor", TUNED)}
     for name in options.sections.split(","):
         if not report.section(name, sections[name]) and name == "check":

@@ -1,8 +1,8 @@
 """`generate` without waiting for the device between its steps: whether to stop is read one step late.
 
-After each token `generate` asks whether every sequence has ended, and waits for the answer: what the host then does for
-the next step (guards, masks, sampling) it does while the device has nothing to do. transformers 5.17 has a check that
-is read while the next step already runs (`DeferredStopCheck`), but takes it for Apple's devices only.
+After each token `generate` asks whether every sequence has ended, and waits for the answer: what the host then does
+for the next step (guards, masks, sampling) it does while the device has nothing to do. transformers 5.17 has a check
+that is read while the next step already runs (`DeferredStopCheck`), but takes it for Apple's devices only.
 """
 
 import contextlib

@@ -1,0 +1,92 @@
+"""What `decode.py` times of whole calls: transformers' `generate`, and a prompt's prefill.
+
+Shapes: B rows, T tokens of the prompt.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+from modeling_motif2 import stopping_late
+
+
+def generations(
+    model, prompt: int, tokens: tuple[int, int], options: dict
+) -> Iterator[tuple[str, dict[str, float], str]]:
+    """Times a token of `generate` in four ways: without and with every guard, stopping one step late and at once.
+
+    A token's time is the difference of two calls over that of their lengths, so that the prompt is not in it.
+
+    Args:
+        model: ready to decode.
+        prompt: tokens of the prompt.
+        tokens: new tokens of a short and of a long call.
+        options: for Inductor.
+
+    Yields:
+        A name's end, the milliseconds of a token as "value", and what else is worth telling.
+
+    Raises:
+        AssertionError: if a way writes other tokens than the first.
+    """
+    few, many = tokens
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=model.device)
+    cache = StaticCache(config=model.config, max_cache_len=prompt + many)
+    first = None
+
+    def call(count: int, config: CompileConfig) -> tuple[torch.Tensor, float]:
+        cache.reset()
+        started = time.perf_counter()
+        written = model.generate(
+            ids, past_key_values=cache, compile_config=config, max_new_tokens=count, do_sample=False, eos_token_id=None
+        )
+        written.sum().item()  # waits for the device
+        return written, time.perf_counter() - started
+
+    for filtered in (True, False):
+        more = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if filtered else {}
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options | more)
+        config._compile_all_devices = True
+        torch.compiler.reset()
+        _, compiling = call(few, config)
+        for late in (True, False):
+            with stopping_late() if late else contextlib.nullcontext():
+                call(few, config)
+                (_, short), (written, long) = call(few, config), call(many, config)
+            first = written if first is None else first
+            assert torch.equal(written, first), "another way to stop or to guard wrote other tokens"
+            name = (", late stop" if late else "") + ("" if filtered else ", every guard")
+            note = f"the first call took {compiling:.0f} s; a prompt and {few} tokens {short:.3f} s"
+            yield name, {"value": 1e3 * (long - short) / (many - few)}, note
+
+
+@torch.no_grad()
+def prompt_milliseconds(model, batch: int, tokens: int, kind: str) -> float:
+    """Median time of a prompt (B, T), logits of the last token only.
+
+    Args:
+        model: ready.
+        batch: B.
+        tokens: T.
+        kind: of cache, "static" or "dynamic"; empty for none.
+    """
+    ids = torch.randint(3, model.config.vocab_size, (batch, tokens), device=model.device)
+    cache = StaticCache(config=model.config, max_cache_len=tokens + 64) if kind == "static" else None
+    times = []
+    for _ in range(4):
+        if kind == "static":
+            cache.reset()
+        else:
+            cache = DynamicCache(config=model.config) if kind else None
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        model(
+            ids, past_key_values=cache, use_cache=bool(kind), logits_to_keep=1
+        ).logits.sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times[1:])
