@@ -153,7 +153,8 @@ def make_inputs(batch, tokens, keys, groups, ratio, dim, dtype, device, gradient
     shapes = ((batch, tokens, groups, ratio, dim), (batch, tokens, groups, dim))
     shapes += ((batch, keys, groups, 2, dim),) * 2
     inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-    inputs += [torch.tensor(0.4, device=device), 1 + 0.1 * torch.randn(2 * dim, device=device)]
+    # lambda in the heads' type: the model's own layers round it, and an error of that would not be attention's.
+    inputs += [torch.tensor(0.4, device=device, dtype=dtype).float(), 1 + 0.1 * torch.randn(2 * dim, device=device)]
     return [each.requires_grad_(gradients) for each in inputs]
 
 
