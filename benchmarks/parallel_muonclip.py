@@ -7,9 +7,10 @@
 The first number of layers gives a rank the same share each time, that of all 40 on eight; with further numbers only
 the table is timed. First the results are compared with a float64 polynomial; nothing is timed if one is wrong. Then
 every row is timed in this one run, beside the report's own, and written to `parallel_muonclip_x<ranks>_l<layers>.csv`
-in $OUT, else in benchmarks/results/. With --peers DIR, other packages are timed too, if DIR holds them (what `pip
-download --no-deps` fetches, unpacked). `--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its times
-mean nothing.
+in $OUT, else in benchmarks/results/. After the timed steps a row's weights must have the bits of the other rows of its
+method. With --peers DIR, other packages are timed too, if DIR holds them (what `pip download --no-deps` fetches,
+unpacked), each for --peer_seconds at most. `--scale 64 --repeats 1` on gloo tries the program itself on a CPU; its
+times mean nothing.
 
 "Equivalent" TFLOPS count the classic form without symmetry (the table's own count), "executed" what the kernels do.
 """
@@ -34,12 +35,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parallel_muonclip_checks import check_kernels, check_step, compare_step
-from benchmarks.parallel_muonclip_peers import time_peers, time_torch_muon
+from benchmarks.parallel_muonclip_parts import KINDS, kernel_times, time_agreement, time_link, time_newton_schulz
+from benchmarks.parallel_muonclip_peers import time_peer, time_peers, time_torch_muon
 from trainer.optim import ParallelMuonClip
 from trainer.optim.orthogonalise import Orthogonaliser
 
@@ -83,17 +84,9 @@ PROFILED = (
     *("Parallel, pipelined, balanced", "Gram, not pipelined", "Gram, chunk 1", "Gram, chunk 2"),
     "Gram, chunk 1, copy engines",
 )
-KINDS = {  # kernels by words in their names; the first match wins
-    "symmetric products": ("symmetric_product_kernel",),
-    "network": ("nccl",),
-    "other products": ("gemm", "nvjet", "cutlass"),
-    "normalisation": ("square_sums_kernel", "normalise_kernel"),
-    "momentum and update": ("_nesterov_kernel", "_apply_update_kernel"),
-    "looking for bad gradients": ("_mark_not_finite_kernel",),
-}
 COLUMNS = ("row", "chunk", "ms", "p20_ms", "p80_ms", "extra_mb", "equivalent_tflops", "executed_tflops",
-           "reported_ms", "reported_mb", *KINDS, "rest", "commit", "device", "torch", "world_size",
-           "layers")  # fmt: skip
+           "reported_ms", "reported_mb", *KINDS, "rest", "bfloat16_error", "classic_error", "gram_error", "sent_mb",
+           "gb_per_second", "commit", "device", "torch", "world_size", "layers")  # fmt: skip
 
 
 class Bench:
@@ -106,13 +99,17 @@ class Bench:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         where = {"backend": "nccl", "device_id": self.device} if self.cuda else {"backend": "gloo"}
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if arguments.peer:  # beside its parents, which have the launcher's address
+            where |= {"init_method": f"file://{arguments.peer_folder}/ranks", "rank": self.rank}
+            where["world_size"] = self.world_size
         dist.init_process_group(**where, timeout=timedelta(seconds=90))
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.num_layers = arguments.layers[0]
         self.shapes = {name: (a // arguments.scale, b // arguments.scale) for name, (a, b) in LAYER.items()}
         self.renew_layers(copies=1)
         self.rows: list[dict] = []
         self.teams: dict = {}
+        self.checksums: dict[tuple, int] = {}  # of the weights after a row, by method and layout
         self.failed = False
         root = Path(__file__).resolve().parents[1]
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -134,10 +131,11 @@ class Bench:
         self.shards, self.shard = shards, self.rank % shards
 
     def renew_layers(self, copies: int) -> None:
-        """New random layers in place of those there are, shared out anew."""
+        """New layers in place of those there are, shared out anew; each time the same random numbers."""
         self.layers: list[dict[str, nn.Parameter]] = []
         self.clean()
         self.share_out(copies)
+        torch.manual_seed(self.shard)
         self.layers = [self._new_layer() for _ in range(self.num_layers)]
 
     def own_rows(self, matrix: Tensor) -> Tensor:
@@ -226,9 +224,38 @@ class Bench:
         values = (row, chunk, statistics.median(times), *quantiles(times), extra_mb, *rates)
         reported = REPORTED.get(row, ("", ""))
         found = dict(zip(COLUMNS, (*values, *reported), strict=False))
-        self.rows.append(found | self.common | {"layers": self.num_layers})
+        self.keep(found)
         figures = [f"{value:9.2f}" if value != "" else " " * 9 for value in (*values[2:], *reported)]
         self.say(f"| {row:34} | {chunk!s:>5} | " + " | ".join(figures) + " |")
+
+    def keep(self, row: dict) -> None:
+        """Add a row to those that are written."""
+        self.rows.append(row | self.common | {"layers": self.num_layers})
+
+    def keep_times(self, row: str, times: list[float], **columns) -> None:
+        """Print and keep what is no optimizer's step."""
+        low, high = quantiles(times)
+        found = {"row": row, "ms": statistics.median(times), "p20_ms": low, "p80_ms": high, **columns}
+        self.keep(found)
+        self.say(
+            "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in found.items())
+        )
+
+    def check_weights(self, row: str, method: str) -> None:
+        """Compare all weights after a row's steps with those after the first row of this method and layout.
+
+        Raises:
+            RuntimeError: they differ in a bit.
+        """
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for parameter in (parameter for layer in self.layers for parameter in layer.values()):
+            words = parameter.detach().to_local().flatten().view(torch.int32).long()
+            total = 31 * total + (words * torch.arange(1, len(words) + 1, device=self.device)).sum()
+        total *= self.rank + 1
+        dist.all_reduce(total)
+        first = self.checksums.setdefault((method, self.shards, self.num_layers), int(total))
+        if int(total) != first:
+            raise RuntimeError(f"{row}: weights differ from those of other {method} rows after the same steps")
 
     @contextlib.contextmanager
     def guard(self, title: str):
@@ -275,35 +302,27 @@ def quantiles(times: list[float]) -> tuple[float, float]:
 
 
 def time_table(bench: Bench, table: dict[str, dict]) -> None:
-    """Rows of a table."""
+    """Rows of a table, each from the same weights, to the same weights for each method."""
     header = ("row", "chunk", "ms", "p20", "p80", "extra MB", "equiv.", "exec.", "report's ms", "report's MB")
     bench.say("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for row, options in table.items():
-        chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
-        optimizer = bench.optimizer(bench.layers, **options)
-        with bench.guard(row):
-            times, extra = bench.measure(optimizer.step)
-            copies = [team.copies for team in optimizer._teams.values() if team.copies]
-            extra += sum(each.reserved_bytes for each in copies) / 1e6  # PyTorch's allocator knows nothing of it
-            bench.report(row, chunk, options["method"], times, extra)
-        optimizer.state.clear()
-        bench.clean()
-        bench.save()
+        time_row(bench, row, options)
 
 
-def kernel_times(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of each kind of kernel on this rank in one step; kinds run beside each other."""
-    dist.barrier()
-    with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as recorded:
-        step()
-        if bench.cuda:
-            torch.cuda.synchronize()
-    spent = dict.fromkeys((*KINDS, "rest"), 0.0)
-    for event in recorded.key_averages():
-        name = event.key.lower()
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "rest")
-        spent[kind] += 1e-3 * (event.self_device_time_total if bench.cuda else event.self_cpu_time_total)
-    return spent
+def time_row(bench: Bench, row: str, options: dict) -> None:
+    """One row of a table."""
+    chunk = "all" if options.get("chunk_size", 0) is None else options.get("chunk_size", "-")
+    bench.renew_layers(bench.world_size // bench.shards)
+    optimizer = bench.optimizer(bench.layers, **options)
+    with bench.guard(row):
+        times, extra = bench.measure(optimizer.step)
+        bench.check_weights(row, options["method"])
+        peers = [team.copies for team in optimizer._teams.values() if team.copies]
+        extra += sum(each.reserved_bytes for each in peers) / 1e6  # PyTorch's allocator knows nothing of it
+        bench.report(row, chunk, options["method"], times, extra)
+    optimizer.state.clear()
+    bench.clean()
+    bench.save()
 
 
 def profile_rows(bench: Bench) -> None:
@@ -327,7 +346,6 @@ def time_copies(bench: Bench, first: dict) -> None:
     bench.share_out(copies=2)
     for row, options in HSDP_TABLE.items():
         compare_step(bench, row, options, first)
-    bench.renew_layers(copies=2)
     time_table(bench, HSDP_TABLE)
 
 
@@ -337,51 +355,10 @@ def time_copy_engines(bench: Bench, first: dict) -> None:
         bench.say("not run: it takes --copy_engines, and GPUs of one node")
         return
     for row, options in COPY_ENGINES_TABLE.items():
+        bench.teams.pop(True, None)  # a team a row, so that its buffers are that row's
+        bench.clean()
         compare_step(bench, row, options, first)
-    bench.renew_layers(copies=1)
-    time_table(bench, COPY_ENGINES_TABLE)
-
-
-def time_newton_schulz(bench: Bench) -> None:
-    """Newton-Schulz of one rank's share alone, in the batches of a chunk of two."""
-    largest = max(rows * columns for rows, columns in bench.shapes.values())
-    shapes = list(bench.shapes.values())
-    work = []  # (batch, times)
-    for shape in sorted(set(shapes)):
-        count = shapes.count(shape) * bench.num_layers // bench.world_size
-        batch = max(1, 2 * largest // (shape[0] * shape[1]))
-        matrices = torch.randn(min(batch, count), *shape, device=bench.device)
-        matrices = matrices.bfloat16() if bench.cuda else matrices
-        work += [(matrices, count // batch), (matrices[: count % batch], 1 if count % batch else 0)]
-    for method in ("classic", "gram"):
-        maker = Orthogonaliser(method, "motif", "auto")
-        out = torch.empty(2 * largest, device=bench.device, dtype=maker.result_dtype(matrices.dtype, bench.device))
-
-        def run(method=method, maker=maker, out=out) -> None:
-            for matrices, times in work:
-                for _ in range(times):
-                    results = out[: matrices.numel()].view_as(matrices)
-                    maker.kernels.newton_schulz(matrices, method, maker.coefficients, backend="auto", out=results)
-
-        bench.report(f"Newton-Schulz alone, {method}", 2, method, *bench.measure(run))
-
-
-def time_agreement(bench: Bench) -> None:
-    """The part of a step before any matrix moves: finiteness of all gradients and the packed maximum."""
-    optimizer = bench.optimizer(bench.layers)
-    optimizer.step()
-    times, _ = bench.measure(optimizer._agree)
-    bench.say(f"agreement on gradients and maxima: {statistics.median(times):.2f} ms")
-
-
-def time_link(bench: Bench) -> None:
-    """All-to-all alone, of as much as a chunk of two sends."""
-    numel = 2 * max(a * b for a, b in bench.shapes.values())
-    send, receive = (torch.zeros(numel, dtype=torch.bfloat16, device=bench.device) for _ in range(2))
-    times, _ = bench.measure(lambda: dist.all_to_all_single(receive, send))
-    sent = 2 * numel * (bench.world_size - 1) / bench.world_size
-    milliseconds = statistics.median(times)
-    bench.say(f"all-to-all of {sent / 1e6:.0f} MB a rank: {milliseconds:.2f} ms, {sent / milliseconds / 1e6:.0f} GB/s")
+        time_row(bench, row, options)
 
 
 def main() -> None:
@@ -393,9 +370,13 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide all dimensions, to try the program on a CPU")
     parser.add_argument("--copy_engines", action="store_true", help="rows whose matrices these carry, within a node")
     parser.add_argument("--peers", default="", help="folder that holds other packages")
-    parser.add_argument("--peer_seconds", type=float, default=60, help="the longest a package may take")
+    parser.add_argument("--peer_seconds", type=float, default=60, help="the longest each package may take")
+    parser.add_argument("--peer", default="", help=argparse.SUPPRESS)  # one package, in a process of its own
+    parser.add_argument("--peer_folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--rows", nargs="+", default=[""], help="only the table's rows that contain one of these")
     bench = Bench(parser.parse_args())
+    if bench.arguments.peer:
+        return time_peer(bench)
     table = {row: how for row, how in TABLE.items() if any(part in row for part in bench.arguments.rows)}
     bench.say(f"{bench.common}")
     if not bench.arguments.skip_errors:
@@ -417,7 +398,7 @@ def main() -> None:
         bench.renew_layers(copies=1)
         bench.section(f"{layers} layers", lambda: time_table(bench, table))
     bench.rows, bench.num_layers = rows, bench.arguments.layers[0]
-    bench.section("Other packages", lambda: time_peers(bench, bench.arguments.peers, bench.arguments.peer_seconds))
+    bench.section("Other packages", lambda: time_peers(bench))
     bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
     bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     if bench.failed:

@@ -1,18 +1,23 @@
 """Other Muons for parallel_muonclip.py: torch's on whole matrices, and packages from a folder on the same shards.
 
-`bench` is that program's `Bench`. A package that cannot run is printed with its reason. One that compiles for longer
-than its limit ends the program, since the ranks can then be anywhere; so packages come last, and slow compilers last
-of them.
+`bench` is that program's `Bench`. Packages come one after the other, each in processes of its own, one a rank, which
+are ended when its time is up: one that compiles for longer takes nothing from the next. One that cannot run says why.
 """
 
+import contextlib
 import importlib
+import json
 import os
+import subprocess
 import sys
-import threading
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -45,10 +50,10 @@ def _dion(module, bench, parameters: list[nn.Parameter]) -> Optimizer:
     return module.Muon(groups, distributed_mesh=bench.mesh, **options)
 
 
-# row: (package, how its optimizer is made); quick compilers first
+# row: (package, how its optimizer is made)
 PEERS: dict[str, tuple[str, Callable]] = {
-    "muon-fsdp2": ("muon_fsdp2", _muon_fsdp2),
     "dion Muon, Triton": ("dion", _dion),
+    "muon-fsdp2": ("muon_fsdp2", _muon_fsdp2),
     "muonium": ("muonium", _muonium),
     "dtensor-muon, MuonForeach": ("dtensor_muon", _dtensor_muon_foreach),
     "dtensor-muon, Muon": ("dtensor_muon", _dtensor_muon),
@@ -66,32 +71,71 @@ def time_torch_muon(bench) -> None:
     bench.report("torch.optim.Muon, whole share", "-", "plain", *bench.measure(optimizer.step))
 
 
-def time_peers(bench, folder: str, limit_seconds: float) -> None:
-    """Every package of `PEERS` that lies in a folder, on fresh shards; what fails says why."""
-    if not folder:
+def time_peers(bench) -> None:
+    """Every package of `PEERS`, each in processes of its own, with the seconds that one may take."""
+    arguments = bench.arguments
+    if not arguments.peers:
         bench.say("not run: name a folder that holds the packages with --peers")
         return
-    sys.path.insert(0, folder)
-    for row, (package, make) in PEERS.items():
-        bench.renew_layers(copies=1)  # some write into gradients
-        parameters = [parameter for layer in bench.layers for parameter in layer.values()]
-        watch = threading.Timer(limit_seconds, _give_up, (bench, row, limit_seconds))
-        watch.daemon = True
-        watch.start()
-        optimizer = None
-        try:
-            optimizer = make(importlib.import_module(package), bench, parameters)
-            bench.report(row, "-", None, *bench.measure(optimizer.step))
-        except Exception as error:
+    bench.layers.clear()
+    bench.clean()
+    with contextlib.ExitStack() as stack:
+        folder = [
+            stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if bench.rank == 0 else ""
+        ]
+        dist.broadcast_object_list(folder)
+        for number, row in enumerate(PEERS):
+            told = ["--peer", row, "--peer_folder", f"{folder[0]}/{number}"]
             if bench.rank == 0:
-                print(f"{row}: does not run here: {type(error).__name__}: {error}"[:600], flush=True)
-                print(traceback.format_exc()[-1500:], file=sys.stderr, flush=True)
-        finally:
-            watch.cancel()
-        del optimizer, parameters
-        bench.save()
+                os.mkdir(told[-1])
+            dist.barrier()
+            reason = _run(bench, told)
+            found = Path(told[-1]) / "rows.json"
+            if bench.rank == 0 and found.is_file():
+                bench.rows += json.loads(found.read_text())
+            elif bench.rank == 0:
+                bench.keep({"row": f"{row}: {reason}"})
+            if reason:
+                bench.say(f"{row}: {reason}")
+            bench.save()
+        dist.barrier()  # the folder goes after that
 
 
-def _give_up(bench, row: str, limit_seconds: float) -> None:
-    bench.say(f"{row}: took over {limit_seconds:.0f} s, most likely to compile; the program ends here")
-    os._exit(0)
+def _run(bench, told: list[str]) -> str:
+    """Run this program on this rank for one package; why there is no row of it, if so."""
+    limit, failed = bench.arguments.peer_seconds, Path(told[-1]) / "failed"
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(failed.parents[1] / f"inductor_{bench.rank}")}  # ranks race for a common one
+    process = subprocess.Popen([sys.executable, *sys.argv, *told], env=os.environ | own)
+    started, ended = time.perf_counter(), None
+    while process.poll() is None:
+        now = time.perf_counter()
+        ended = ended or (now if failed.exists() else None)
+        if now - started > limit or (ended and now - ended > 5):  # another rank has failed: this one may wait for it
+            process.kill()
+            process.wait()
+            return "failed on another rank" if ended else f"not done after {limit:.0f} s"
+        time.sleep(0.2)
+    if process.returncode:
+        failed.touch()
+        return f"does not run here: exit code {process.returncode}"
+    return ""
+
+
+def time_peer(bench) -> None:
+    """One package on fresh shards, in a process group of its own; its row goes to the folder."""
+    arguments = bench.arguments
+    sys.path.insert(0, arguments.peers)
+    package, make = PEERS[arguments.peer]
+    try:
+        parameters = [parameter for layer in bench.layers for parameter in layer.values()]
+        optimizer = make(importlib.import_module(package), bench, parameters)
+        bench.report(arguments.peer, "-", None, *bench.measure(optimizer.step))
+    except Exception as error:
+        if bench.rank == 0:
+            print(f"{arguments.peer}: {type(error).__name__}: {error}"[:600], flush=True)
+            print(traceback.format_exc()[-1500:], file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the others
+    if bench.rank == 0:
+        (Path(arguments.peer_folder) / "rows.json").write_text(json.dumps(bench.rows))
+    dist.barrier()
+    dist.destroy_process_group()
