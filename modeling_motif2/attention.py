@@ -220,14 +220,16 @@ class Motif2Attention(nn.Module):
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
         visible: torch.Tensor | None = None,
+        own_keys: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Does what lies between the projections; arguments as for `forward`, and three more.
+        """Does what lies between the projections; arguments as for `forward`, and four more.
 
         Args:
             query: (B, T, G * (r + 1) * D), what `q_proj` gave.
             key: (B, T, 2 * G * D).
             value: (B, T, 2 * G * D).
+            own_keys: whether the mask is over these keys alone, whatever the cache has room for: it was empty.
 
         Returns:
             (B, T, G, r, 2D), and the differential map or None.
@@ -239,7 +241,7 @@ class Motif2Attention(nn.Module):
             groups, tokens = key.shape[1], key.shape[3]
             cached = past_key_values.update(key.flatten(1, 2), value.flatten(1, 2), self.layer_idx)
             # A cache that holds nothing else gives back a copy, heads before tokens, which suits the kernel less.
-            if cached[0].shape[2] > tokens:
+            if cached[0].shape[2] > tokens and not own_keys:
                 key, value = (states.unflatten(1, (groups, -1)) for states in cached)  # (B, G, 2 or 4, S, D)
         way = choose(self, signal_query, key, attention_mask, kwargs)
         arguments = (signal_query, noise_query, key, value, attention_mask)

@@ -44,7 +44,7 @@ from .masks import (
     visible_positions,
 )
 from .one_token import one_token, takes_one_token
-from .visible_intervals import is_intervals, with_growing_padding
+from .visible_intervals import is_intervals, over_own_keys, with_growing_padding
 
 logger = logging.get_logger(__name__)
 
@@ -168,6 +168,8 @@ class Motif2Model(Motif2PreTrainedModel):
         visible = {}
         if self._is_recording() and not all(is_intervals(mask) for mask in masks.values()):
             visible = visible_positions(*mask_arguments, documents)
+        own = over_own_keys(masks, past_key_values, inputs_embeds)
+        masks = masks if own is None else own
         if documents is not None and takes_lengths(self.config):
             kwargs |= packed_lengths(documents, attention_mask, past_key_values)
         if position_ids is None:
@@ -186,6 +188,7 @@ class Motif2Model(Motif2PreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                own_keys=own is not None,
                 use_cache=use_cache,
                 **kwargs,
             )

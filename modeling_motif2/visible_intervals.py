@@ -127,6 +127,30 @@ def _first_visible(mask_function: Callable, queries: torch.Tensor, low: torch.Te
     return high
 
 
+def over_own_keys(masks: dict[str, Any], cache: Any, queries: torch.Tensor) -> dict[str, Any] | None:
+    """Returns a prompt's masks over its own keys, where these are all that its cache will hold; else None.
+
+    A static cache gives all its room, heads before tokens; the prompt's own keys lie as the projections leave them, as
+    many as the queries, and suit more kernels. Their intervals are the same; plain causal order needs none. Asks the
+    device, once a prompt.
+
+    Args:
+        masks: by type of layer.
+        cache: of the call, or None.
+        queries: (B, T, …), of the call.
+    """
+    tokens = queries.shape[1]
+    if cache is None or tokens == 1 or not all(is_intervals(mask) for mask in masks.values()) or is_tracing(queries):
+        return None
+    if cache.get_seq_length() != 0:
+        return None
+    order = torch.arange(tokens, device=queries.device)
+    return {
+        layer_type: None if bool((mask[0] == 0).all() & (mask[1] == order).all()) else mask
+        for layer_type, mask in masks.items()
+    }
+
+
 def is_intervals(mask: Any) -> bool:
     """Whether a mask is intervals (2, B, T)."""
     return isinstance(mask, torch.Tensor) and mask.ndim == 3

@@ -624,26 +624,61 @@ def test_which_packages_take_intervals(monkeypatch):
     assert packages() == []
 
 
-@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache])
-def test_a_prompt_reaches_the_kernel_as_projections_leave_it(cache):
-    """Tokens before heads, as the kernels for Hopper take them; a static cache has more keys than they take."""
-    model = with_kernel()
+def given_to_the_kernel(model) -> list[tuple]:
+    """What a model's first layer hands to its kernel: keys, values, and the intervals' first keys."""
     layer, given = attention_modules(model)[0], []
     functions = layer.kernel
 
     def attend(*arguments, **options):
-        given.extend(arguments[:4])
+        given.append((*arguments[2:4], options.get("first")))
         return functions.attend(*arguments, **options)
 
     layer.kernel = functions._replace(attend=attend)
+    return given
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_prompt_reaches_the_kernel_as_projections_leave_it(cache, padding):
+    """As many keys as queries, tokens before heads, as kernels for Hopper take them, at a cache's second use too."""
+    model = with_kernel()
+    given = given_to_the_kernel(model)
     options = {"max_cache_len": 20} if cache is StaticCache else {}
     past = None if cache is None else cache(config=model.config, **options)
-    ids = random_ids(1, 9)
+    ids = torch.cat([torch.zeros(2, padding, dtype=torch.long), random_ids(2, 9)], dim=1)
+    mask = (torch.arange(9 + padding) >= padding).long().repeat(2, 1)
+    mask[1] = 1
+    for _ in range(1 if cache is DynamicCache else 2):
+        if cache is StaticCache:
+            past.reset()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        arguments = {"attention_mask": mask, "position_ids": positions} if padding else {}
+        with torch.no_grad():
+            found = model(ids, past_key_values=past, use_cache=cache is not None, **arguments).logits
+        assert relative_error(found[0, padding:], reference_logits(model, ids[0, padding:])) < FLOAT64_TOLERANCE
+        assert relative_error(found[1], reference_logits(model, ids[1])) < FLOAT64_TOLERANCE
+        key, value, first = given.pop()
+        assert key.shape[1] == value.shape[1] == ids.shape[1]
+        assert key.stride(1) > key.stride(2)
+        assert value.stride(1) > value.stride(2)
+        assert (first is None) == (padding == 0)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_prompt_after_another_sees_the_whole_static_cache(padding):
+    model = with_kernel()
+    given = given_to_the_kernel(model)
+    ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), random_ids(1, 12)], dim=1)
+    mask = (torch.arange(padding + 12) >= padding).long()[None] if padding else None
+    cache, logits = StaticCache(config=model.config, max_cache_len=20), []
     with torch.no_grad():
-        found = model(ids, past_key_values=past, use_cache=cache is not None).logits
-    assert relative_error(found[0], reference_logits(model, ids[0])) < FLOAT64_TOLERANCE
-    tokens_first = [each.stride(1) > each.stride(2) for each in given]
-    assert tokens_first == [True, True, cache is not StaticCache, cache is not StaticCache]
+        for start, end in ((0, padding + 7), (padding + 7, padding + 12)):
+            arguments = {} if mask is None else {"attention_mask": mask[:, :end]}
+            arguments["position_ids"] = (torch.arange(start, end) - padding).clamp(min=0)[None]
+            logits.append(model(ids[:, start:end], past_key_values=cache, **arguments).logits[0])
+    assert [each[0].shape[1] for each in given] == [padding + 7, 20]
+    wanted = reference_logits(model, ids[0, padding:])
+    assert relative_error(torch.cat(logits)[padding:], wanted) < FLOAT64_TOLERANCE
 
 
 def test_memory_that_runs_out_for_the_trial_costs_the_measurement_only(monkeypatch, capsys):
