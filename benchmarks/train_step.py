@@ -3,14 +3,15 @@
     python benchmarks/train_step.py                                  # one GPU, about a quarter of an hour
     torchrun --nproc_per_node 2 benchmarks/train_step.py             # FSDP2; compares itself with the table of one GPU
     python benchmarks/train_step.py --ranks 1 2 4                    # the main step alone on 1, 2 and 4 GPUs
+    python benchmarks/train_step.py --max_logits --repeats 6         # what QK-clip's maximum logits cost in a step
     python benchmarks/train_step.py --tiny                           # tries the program itself, on a CPU
     python benchmarks/train_step.py --cpu_mark                       # a 10M model beside a Llama on this CPU
 
 The first loss and gradient norm of each way to run are compared with the eager step's; a wrong way is not timed. A
 step is the trainer's: next batch, forward, backward, norm, MuonClip with QK-clip, numbers on the host. FLOPs are
 counted exactly, attention over visible pairs included, recomputation and the optimizer not. FP8 needs torchao, the
-chunked loss TRL. Writes train_step.csv (train_step_x<N>.csv on N ranks), and train_step_profile.md: what limits the
-step and by how much.
+chunked loss TRL. Writes train_step.csv (train_step_x<N>.csv on N ranks, train_step_logits.csv with --max_logits), and
+train_step_profile.md: what limits the step and by how much.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import train_step_cases as cases
+from benchmarks import train_step_logits as logits
 from benchmarks import train_step_parts as parts
 from benchmarks import train_step_profile as step_profile
 from benchmarks.train_step_cases import OurRun, Shape, Timing, Variant
@@ -43,7 +45,8 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 COLUMNS = (
     "section", "row", *cases.describe(Variant("")), "parameters", "tokens_a_step", "micro_rows", "seconds", "p20",
     "p80", "tokens_per_second", "flops_a_step", "mfu", "peak_gib", "data_wait_share", "forward_share",
-    "backward_share", "optimizer_share", "note", "commit", "device", "torch", "transformers", "world_size",
+    "backward_share", "optimizer_share", "logits", "logits_share", "note", "commit", "device", "torch", "transformers",
+    "world_size",
 )  # fmt: skip
 # What a recipe sets as compile_layers, residual, muon_chunk_size, loss, micro_batch_tokens and
 # attn_implementation.
@@ -86,10 +89,12 @@ class Bench:
         self.common["world_size"] = self.world_size
         self.rows: list[dict] = []
         self.lost = ""  # section after which the device answers no more
+        self.largest_logits: dict[str, list[float]] = {}
         self.references: dict[tuple[bool, int | None], tuple[float, float]] = {}
         self.folder = Path(arguments.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        suffix = "_cpu" if arguments.cpu_mark else f"_x{self.world_size}" if self.world_size > 1 else ""
+        suffix = f"_x{self.world_size}" if self.world_size > 1 else ""
+        suffix = "_cpu" if arguments.cpu_mark else "_logits" if arguments.max_logits else suffix
         self.path = self.folder / f"train_step{suffix}.csv"
 
     def say(self, text: str = "") -> None:
@@ -314,6 +319,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", default=os.environ.get("OUT") or str(ROOT / "benchmarks/results"), help="folder")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program; times mean nothing")
     parser.add_argument("--cpu_mark", action="store_true", help="only the 10M model on the CPU")
+    parser.add_argument("--max_logits", action="store_true", help="only the cost of maximum logits, by attention")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps a row")
     parser.add_argument("--warm_ups", type=int, default=3, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3, help="turns of the CPU mark")
@@ -347,6 +353,10 @@ def main() -> None:
         return
     shape = cases.TINY if arguments.tiny else cases.LARGE
     shape = replace(shape, rows=arguments.rows or shape.rows, micro_rows=arguments.micro_rows or shape.micro_rows)
+    if arguments.max_logits:
+        for variant in (SDPA, MAIN):
+            bench.section(f"maximum logits: {variant.name}", lambda v=variant: logits.time_max_logits(bench, shape, v))
+        return
     main_shape = replace(shape, micro_rows=MAIN.micro_rows)
     packing = any(variant.packed and bench.wants(f"step: {variant.name}") for variant in VARIANTS)
     for packed in (False, True) if packing else (False,):
