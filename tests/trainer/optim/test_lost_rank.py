@@ -1,0 +1,68 @@
+"""A rank that dies or does not come: the other ends in time and says why, on gloo, NCCL and with copy engines."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import _free_port
+from tests.trainer.optim.lost_rank import TIMEOUT_SECONDS
+
+ROOT = Path(__file__).resolve().parents[3]
+# PyTorch's watchdog looks every few seconds, and writes down what all ranks were at before it ends a process.
+SECONDS_TO_END = 30
+OURS = r"MuonClip on rank 0 lost a rank among \[0, 1\]"
+WATCHDOG = "Watchdog caught collective operation timeout"
+BARRIER = r"CUDA error|[Bb]arrier.*(signal|timed out)"
+
+on_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("backend", "copy_engines", "how", "message"),
+    [
+        pytest.param("gloo", "0", "dies before", OURS, marks=pytest.mark.slow),
+        pytest.param("gloo", "0", "hangs within", OURS, marks=pytest.mark.slow),
+        pytest.param("nccl", "0", "dies before", f"{OURS}|{WATCHDOG}", marks=on_gpus),
+        pytest.param("nccl", "0", "stays away", f"{OURS}|{WATCHDOG}", marks=on_gpus),
+        pytest.param("nccl", "1", "dies within", f"{OURS}|{BARRIER}", marks=on_gpus),
+        pytest.param("nccl", "1", "hangs within", f"{OURS}|{BARRIER}", marks=on_gpus),
+    ],
+)
+def test_the_other_rank_ends_in_time_and_says_why(backend, copy_engines, how, message):
+    port = str(_free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer.optim.lost_rank", str(rank), port, backend, copy_engines, how],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        text = ""
+        while "READY" not in text:
+            line = ranks[0].stdout.readline()
+            assert line, f"the first rank ended before the other was lost:\n{text[-3000:]}"
+            text += line
+        started = time.perf_counter()
+        text += ranks[0].communicate(timeout=SECONDS_TO_END)[0]
+        seconds = time.perf_counter() - started
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    print(f"{backend}, copy engines {copy_engines}, {how}: exit code {ranks[0].returncode} after {seconds:.1f} s")
+    print(text[-1500:])
+    assert "the step went through" not in text
+    assert ranks[0].returncode not in (0, None)
+    assert re.search(message, text), text[-3000:]
+    if how != "dies before" or backend == "nccl":
+        assert seconds > 0.8 * TIMEOUT_SECONDS, "it did not wait for a rank that might still have come"
