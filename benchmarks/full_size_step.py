@@ -11,8 +11,8 @@ once, since FSDP2 holds whole gradients while it accumulates. Without --rows it 
 `trainer.flops.memory_by_rank` lets fit. A first loss that is not that of random weights ends the run, untimed.
 
 Writes full_size_step_x<ranks>_<layout>_<precision>_l<layers>.csv in $OUT, else in benchmarks/results/, and beside it
-as .md where the first rank's time goes. FLOPs are the model's, attention over visible pairs included, recomputation
-and optimizer not.
+as .md where the first rank's time goes; attention other than SDPA, and other recomputation, stand at the name's end.
+FLOPs are the model's, attention over visible pairs included, recomputation and optimizer not.
 """
 
 import argparse
@@ -137,6 +137,13 @@ def peak_tflops(device: str) -> float | None:
     return next((value for key, value in PEAK_TFLOPS.items() if key in device), None)
 
 
+def name_of(layout: str, layers: int, fp8: str, attention: str, recompute: str) -> str:
+    """Name of a run's row and files; what is not as by default is in it."""
+    precision = {"none": "bf16", "rowwise_with_gw_hp": "fp8"}.get(fp8, f"fp8_{fp8}")
+    others = [attention] * (attention != "sdpa") + [f"recompute_{recompute}"] * (recompute != "full")
+    return "_".join([layout, precision, f"l{layers}", *others])
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model: HSDP")
@@ -170,8 +177,8 @@ def main() -> None:
     shape = replace(size, rows=rows, micro_rows=rows)
     counted = count_memory(shape, rows, shards, arguments.recompute)
     say(f"{layout}, {rows} rows a rank; GB counted: { ({part: round(size, 1) for part, size in counted.items()}) }")
-    name = f"{layout}_{'bf16' if arguments.fp8 == 'none' else 'fp8'}_l{shape.layers}"
     settings = {key: getattr(arguments, key) for key in ("fp8", "attention", "recompute")}
+    name = name_of(layout, shape.layers, **settings)
     run = OurRun(shape, Variant(name, compiled=not arguments.eager, loss="chunked", **settings))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what whole layers left behind before they were sharded; NCCL needs some
