@@ -46,3 +46,29 @@ def small_model(seed: int = 0, attention: str = "eager", dtype: torch.dtype = to
 def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Token ids (rows, tokens) above the special tokens."""
     return torch.randint(3, VOCAB_SIZE, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_of_documents(model, layout: str, documents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of each document (tokens, vocabulary) from one call.
+
+    Args:
+        model: whose.
+        layout: padded at the "left" or "right", "packed" into a row by positions, or by borders ("cu_seq_lens").
+        documents: (tokens,) each.
+    """
+    lengths = [len(document) for document in documents]
+    row = torch.cat(documents)[None]
+    with torch.no_grad():
+        if layout == "packed":
+            position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+            return model(row, position_ids=position_ids).logits[0].split(lengths)
+        if layout == "cu_seq_lens":
+            borders = torch.tensor([0, *lengths]).cumsum(0).int()
+            return model(row, cu_seq_lens_q=borders, cu_seq_lens_k=borders).logits[0].split(lengths)
+        width = max(lengths)
+        spans = [slice(width - n, None) if layout == "left" else slice(0, n) for n in lengths]
+        ids = torch.zeros(len(lengths), width, dtype=torch.long)
+        for index, (span, document) in enumerate(zip(spans, documents, strict=True)):
+            ids[index, span] = document
+        logits = model(ids, attention_mask=(ids != 0).long()).logits
+    return [logits[index, span] for index, span in enumerate(spans)]

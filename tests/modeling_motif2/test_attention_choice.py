@@ -21,7 +21,7 @@ from modeling_motif2.attention_measurement import Choice, Situation
 from modeling_motif2.attention_ways import FLASH, FLASH_BACKWARD, KERNEL, SDPA, WAYS, Way, possible_ways
 from modeling_motif2.diagnostics import attention_modules, record_attention, track_max_logits
 from tests.modeling_motif2 import flash_kernel
-from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.builders import outputs_of_documents, random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 from trainer.execution import recompute_layers
 
@@ -72,25 +72,8 @@ def test_masks_are_right(layout, window, name):
     overrides = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
     model = with_kernel(name, **overrides)
     called = kernel_calls(model)
-    lengths = (5, 11, 1, 7)
-    documents = [random_ids(1, length, seed=length)[0] for length in lengths]
-    row = torch.cat(documents)[None]
-    with torch.no_grad():
-        if layout == "packed":
-            position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-            outputs = model(row, position_ids=position_ids).logits[0].split(lengths)
-        elif layout == "cu_seq_lens":
-            boundaries = torch.tensor([0, 5, 16, 17, 24], dtype=torch.int32)
-            outputs = model(row, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries).logits[0].split(lengths)
-        else:
-            width = max(lengths)
-            spans = [slice(width - n, None) if layout == "left" else slice(0, n) for n in lengths]
-            ids = torch.zeros(len(lengths), width, dtype=torch.long)
-            for index, (span, document) in enumerate(zip(spans, documents, strict=True)):
-                ids[index, span] = document
-            logits = model(ids, attention_mask=(ids != 0).long()).logits
-            outputs = [logits[index, span] for index, span in enumerate(spans)]
-    for output, document in zip(outputs, documents, strict=True):
+    documents = [random_ids(1, length, seed=length)[0] for length in (5, 11, 1, 7)]
+    for output, document in zip(outputs_of_documents(model, layout, documents), documents, strict=True):
         assert relative_error(output, reference_logits(model, document)) < FLOAT64_TOLERANCE
     assert called == (["attend"] * 2 if name == "gda_kernel" else [])
 

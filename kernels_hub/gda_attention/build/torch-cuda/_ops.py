@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._gda_attention_cuda_1c7bba9
+ops = torch.ops._gda_attention_cuda_91d034f
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_gda_attention_cuda_1c7bba9::{op_name}"
+    return f"_gda_attention_cuda_91d034f::{op_name}"

@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_tiles import (
+    OF_A_PART,
     allocate_barriers,
     allocate_tiles,
     load_query,
@@ -103,19 +104,7 @@ def _lines_from(runs_ptr, row, block, blocks, first_block, end_block, T, interva
     return start, end
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "T",
-        "num_groups",
-        "first_group",
-        "groups_here",
-        "first_block",
-        "blocks_here",
-        "base",
-        "size",
-        "interval_stride",
-    ]
-)
+@gluon.jit(do_not_specialize=OF_A_PART)
 def key_kernel(
     signal, noise, dmap, runs_ptr, dkey_ptr, interval_stride, T, num_groups, first_group, groups_here, first_block,
     blocks_here, base, size, scale, signal_group, signal_head, noise_group,

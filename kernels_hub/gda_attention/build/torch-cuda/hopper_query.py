@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_tiles import (
+    OF_A_PART,
     allocate_barriers,
     allocate_tiles,
     bounds_of,
@@ -146,19 +147,7 @@ def _query_sum(
     )  # fmt: skip
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "T",
-        "num_groups",
-        "first_group",
-        "groups_here",
-        "first_block",
-        "blocks_here",
-        "base",
-        "size",
-        "interval_stride",
-    ]
-)
+@gluon.jit(do_not_specialize=OF_A_PART)
 def query_kernel(
     signal, noise, key, value, dout, lse_ptr, delta_ptr, first_ptr, last_ptr, dmap_ptr, dsignal_ptr, dnoise_ptr,
     interval_stride, T, num_groups, first_group, groups_here, first_block, blocks_here, base, size, log2_scale, scale,

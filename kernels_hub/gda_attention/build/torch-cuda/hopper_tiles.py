@@ -13,6 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 WARPS = 4  # a program is started with; two times as many join it
 REGISTERS = 168  # a thread, before the groups of warps trade them
+# Numbers of the passes that go in parts: one program serves all values.
+OF_A_PART = ["T", "num_groups", "first_group", "groups_here", "first_block", "blocks_here", "base", "size"]
+OF_A_PART += ["interval_stride"]
 
 
 @gluon.constexpr_function
