@@ -52,7 +52,7 @@ def test_long_lengths(kernel, device, poisoned, tokens, dim):
 @pytest.mark.parametrize("tokens", [1, 100, 128, 700, 2049])
 @pytest.mark.parametrize(
     ("dtype", "dim", "ratio"),
-    [(torch.bfloat16, 128, 4), (torch.bfloat16, 64, 1), (torch.float16, 128, 8)],
+    [(torch.bfloat16, 128, 4), (torch.bfloat16, 64, 1), (torch.float16, 64, 5), (torch.float16, 128, 8)],
     ids=str,
 )
 def test_half_precision_on_a_gpu(kernel, device, poisoned, dtype, dim, ratio, tokens, packed):
