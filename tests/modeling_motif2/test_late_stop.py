@@ -1,5 +1,7 @@
 """Whether generation has ended is read one step late: the same tokens, and caches that go on as before."""
 
+import warnings
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -95,3 +97,26 @@ def test_where_it_is_not_taken():
     assert not supported(gpu, None, False, is_assistant=True)
     assert supported(gpu, kept, False, is_assistant=False)
     assert not supported(gpu, kept, True, is_assistant=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_host_does_not_wait_for_a_gpu(kind):
+    model = small_model(attention="sdpa").to("cuda")
+    ids = random_ids(2, 6).to("cuda")
+    options = {"cache_implementation": kind, "disable_compile": True}
+    end = int(generated(model, ids, False, eos_token_id=None, **options)[0, 9])
+    for eos in (None, end):
+        plain, late = (generated(model, ids, late, eos_token_id=eos, **options) for late in (False, True))
+        assert torch.equal(plain, late)
+    waits = []
+    for tokens in (4, 12):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                generated(model, ids, True, eos_token_id=None, max_new_tokens=tokens, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(each.message) for each in told))
+    assert waits[0] == waits[1]
