@@ -49,6 +49,10 @@ def layout_of(replicas: int) -> str:
         raise SystemExit(f"--replicas is {replicas}: it must divide the {ranks} ranks and leave shards")
     if replicas == 1:
         return "fsdp2"
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "--replicas needs GPUs: accelerate shards nothing on CPUs, where only the program can be tried"
+        )
     os.environ |= {
         "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
         "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicas),
