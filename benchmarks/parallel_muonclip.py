@@ -39,7 +39,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parallel_muonclip_checks import check_kernels, check_step, compare_step
-from benchmarks.parallel_muonclip_parts import KINDS, kernel_times, time_agreement, time_link, time_newton_schulz
+from benchmarks.parallel_muonclip_parts import (
+    KINDS,
+    kernel_times,
+    time_agreement,
+    time_batches,
+    time_link,
+    time_newton_schulz,
+)
 from benchmarks.parallel_muonclip_peers import time_peer, time_peers, time_torch_muon
 from trainer.optim import ParallelMuonClip
 from trainer.optim.orthogonalise import Orthogonaliser
@@ -388,6 +395,7 @@ def main() -> None:
     bench.section("A step in the form of Table 4", lambda: time_table(bench, table))
     bench.section("Copy engines", lambda: time_copy_engines(bench, first))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
+    bench.section("Newton-Schulz of one batch", lambda: time_batches(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))

@@ -61,6 +61,29 @@ def time_newton_schulz(bench) -> None:
         bench.report(f"Newton-Schulz alone, {method}", 2, method, *bench.measure(run))
 
 
+def time_batches(bench) -> None:
+    """Newton-Schulz of one matrix, again and again so that the device is warm, and of gate and down in one batch."""
+    largest = max(rows * columns for rows, columns in bench.shapes.values())
+    both = [bench.shapes["gate_proj"], bench.shapes["down_proj"]]
+    for method in ("classic", "gram"):
+        maker = Orthogonaliser(method, "motif", "auto")
+        for parts in (*([shape] for shape in sorted(set(bench.shapes.values()))), both):
+            matrices = [torch.randn(1, *shape, device=bench.device) for shape in parts]
+            matrices = [matrix.bfloat16() if bench.cuda else matrix for matrix in matrices]
+            outs = [
+                torch.empty_like(matrix, dtype=maker.result_dtype(matrix.dtype, bench.device)) for matrix in matrices
+            ]
+            times = 8 * largest // sum(matrix.numel() for matrix in matrices)
+
+            def run(method=method, maker=maker, matrices=matrices, outs=outs, times=times) -> None:
+                for _ in range(times):
+                    maker.kernels.newton_schulz(matrices, method, maker.coefficients, backend="auto", out=outs)
+
+            each = [taken / times for taken in bench.measure(run)[0]]
+            names = " with ".join(f"{rows} x {columns}" for rows, columns in parts)
+            bench.keep_times(f"Newton-Schulz of {names}, {method}", each)
+
+
 def time_agreement(bench) -> None:
     """The part of a step before any matrix moves: finiteness of all gradients and the packed maximum."""
     optimizer = bench.optimizer(bench.layers)
