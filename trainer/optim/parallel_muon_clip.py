@@ -32,6 +32,8 @@ from trainer.optim.qk_clip import QKClip
 
 MODES = ("parallel", "distributed")
 WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Thirty years of seconds: what a process group's timeout can hold (assumption).
+LONGEST_TIMEOUT = 10**9
 # Plans kept, one for each set of parameters that had gradients.
 _KEPT_PLANS = 8
 
@@ -104,14 +106,19 @@ class ParallelMuonClip(MuonClip):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}: choose one of {MODES}")
         for name, number in (("chunk_size", chunk_size), ("max_replicas", max_replicas)):
-            if number is not None and not (isinstance(number, int) and number >= 1):
+            whole_number = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole_number and number >= 1):
                 raise ValueError(f"{name} is {number!r}: give a whole number from 1, or None for all together")
+        switches = {"pipelined": pipelined, "balanced": balanced, "copy_engines": copy_engines}
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise ValueError(f"{name} is {switch!r}: give True or False")
         if wire_dtype not in (None, *WIRE_DTYPES):
             raise ValueError(f"wire_dtype is {wire_dtype!r}: give one of {WIRE_DTYPES}, or None")
         if copy_engines and mode == "distributed":
             raise ValueError("copy_engines is set and mode is 'distributed', which moves matrices otherwise: drop one")
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds is {timeout_seconds}: give a positive number of seconds")
+        if not 0 < timeout_seconds < LONGEST_TIMEOUT:
+            raise ValueError(f"timeout_seconds is {timeout_seconds}: give seconds above 0 and below {LONGEST_TIMEOUT}")
         self.mode, self.chunk_size, self.pipelined, self.balanced = mode, chunk_size, pipelined, balanced
         self.wire_dtype, self.process_group, self.timeout_seconds = wire_dtype, process_group, timeout_seconds
         self.max_replicas, self.copy_engines = max_replicas, copy_engines
@@ -144,13 +151,16 @@ class ParallelMuonClip(MuonClip):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._prepare()
         finite, active, logits = self._agree()
+        self._rates = [
+            float(group["lr"]) for group in self.param_groups
+        ]  # once: one on the device would be waited for
         if finite:
             for plan in self._plan_for(active):
                 run = self._run_parallel if self.mode == "parallel" else self._run_distributed
                 run(plan)
             used = {id(parameter) for parameter, flag in zip(self._parameters(), active, strict=True) if flag}
             self._step_rest(used)
-            moves = any(group["lr"] > 0 for group in self.param_groups)  # a checkpoint's load steps once with lr 0
+            moves = any(rate > 0 for rate in self._rates)  # a checkpoint's load steps once with lr 0
             pairs = zip(self._clip.queries, self._clip.keys, strict=True)
             self._last_clipped = [moves and {id(query), id(key)} <= used for query, key in pairs]
             self._last_logits = logits
@@ -320,10 +330,9 @@ class ParallelMuonClip(MuonClip):
         nesterov(local_gradient(parameter), momentum_buffer, self.param_groups[group_index]["momentum"], out)
 
     def _apply(self, group_index: int, parameter: Tensor, update: Tensor) -> None:
-        group = self.param_groups[group_index]
-        lr = float(group["lr"])
-        step_size = lr * update_scale(*parameter.shape)  # a DTensor's shape is the full one
-        apply_update(local_of(parameter), update, 1 - lr * group["weight_decay"], step_size)
+        rate, decay = self._rates[group_index], self.param_groups[group_index]["weight_decay"]
+        step_size = rate * update_scale(*parameter.shape)  # a DTensor's shape is the full one
+        apply_update(local_of(parameter), update, 1 - rate * decay, step_size)
 
     def _make_state(self) -> None:
         """Make every parameter's state, with its placements, so that checkpoints hold the same keys on all ranks."""
@@ -340,7 +349,9 @@ class ParallelMuonClip(MuonClip):
 
     def _step_rest(self, chosen: set[int]) -> None:
         """AdamW on local shards of the parameters with these ids; empty ones only count the step."""
-        for group in (group for group in self.param_groups if group["algorithm"] == "adamw"):
+        for rate, group in zip(self._rates, self.param_groups, strict=True):
+            if group["algorithm"] != "adamw":
+                continue
             used = [parameter for parameter in group["params"] if id(parameter) in chosen]
             for parameter in used:
                 if not local_of(parameter).numel():
@@ -361,7 +372,7 @@ class ParallelMuonClip(MuonClip):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=float(group["lr"]),
+                lr=rate,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
