@@ -269,11 +269,11 @@ def test_operations_of_the_gram_form_are_those_executed():
     executed = 0
 
     class Counting(package.orthogonalize.TorchProducts):
-        def _multiply(self, left, right, *rest):
+        def _multiply(self, left, right, *rest, **factors):
             nonlocal executed
             symmetric = right.size(1) == size
             executed += (1 if symmetric else 2) * left.size(0) * left.size(1) * right.size(1)
-            return super()._multiply(left, right, *rest)
+            return super()._multiply(left, right, *rest, **factors)
 
     for restarts in ((), (2,), (1, 3)):
         executed = 0

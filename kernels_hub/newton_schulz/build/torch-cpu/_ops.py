@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_cpu_89aea08
+ops = torch.ops._newton_schulz_cpu_06f701b
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_cpu_89aea08::{op_name}"
+    return f"_newton_schulz_cpu_06f701b::{op_name}"

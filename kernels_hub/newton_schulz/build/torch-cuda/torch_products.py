@@ -48,16 +48,8 @@ class TorchProducts:
     def gram(self) -> torch.Tensor:
         return self._multiply(self.x, self.x.mT)  # (S, S)
 
-    def symmetric(
-        self,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        addend: torch.Tensor | None = None,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        gamma: float = 0.0,
-    ) -> torch.Tensor:
-        return self._multiply(left, right, addend, alpha, beta, gamma)  # (S, S)
+    def symmetric(self, *operands: torch.Tensor | None, **factors: float) -> torch.Tensor:
+        return self._multiply(*operands, **factors)  # (S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         diagonal = matrix.diagonal().to(torch.promote_types(self.dtype, torch.float32)) + amount  # (S,)
