@@ -307,8 +307,7 @@ class Suite:
         prompt, tokens = (8, (3, 5)) if self.tiny else (1024, (32, 160))
         options = COMBO | {"triton.cudagraphs": True} if self.device.type == "cuda" else {}
         read = parameters_read(model) + (prompt + sum(tokens) // 2) * self.cache_bytes(model.config)
-        for name, times, note in generations(model, prompt, tokens, options):
-            value = times["value"]
+        for name, value, note in generations(model, prompt, tokens, options):
             note, share = f"{1e3 / value:.0f} tokens/s; {note}", read / self.bandwidth / value * 1e3
             self.report.add(
                 "generate", f"products{name}", f"B1 S{prompt}", "step", value, "ms", share=share, note=note

@@ -13,10 +13,10 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from modeling_motif2 import stopping_late
 
+PAIRS = 3  # of a short and a long call
 
-def generations(
-    model, prompt: int, tokens: tuple[int, int], options: dict
-) -> Iterator[tuple[str, dict[str, float], str]]:
+
+def generations(model, prompt: int, tokens: tuple[int, int], options: dict) -> Iterator[tuple[str, float, str]]:
     """Times a token of `generate` in four ways: without and with every guard, stopping one step late and at once.
 
     A token's time is the difference of two calls over that of their lengths, so that the prompt is not in it.
@@ -28,7 +28,7 @@ def generations(
         options: for Inductor.
 
     Yields:
-        A name's end, the milliseconds of a token as "value", and what else is worth telling.
+        A name's end, the milliseconds of a token (median of pairs of calls), and what else is worth telling.
 
     Raises:
         AssertionError: if a way writes other tokens than the first.
@@ -54,14 +54,17 @@ def generations(
         torch.compiler.reset()
         _, compiling = call(few, config)
         for late in (True, False):
+            found = []
             with stopping_late() if late else contextlib.nullcontext():
                 call(few, config)
-                (_, short), (written, long) = call(few, config), call(many, config)
+                for _ in range(PAIRS):
+                    (_, short), (written, long) = call(few, config), call(many, config)
+                    found.append(1e3 * (long - short) / (many - few))
             first = written if first is None else first
             assert torch.equal(written, first), "another way to stop or to guard wrote other tokens"
             name = (", late stop" if late else "") + ("" if filtered else ", every guard")
-            note = f"the first call took {compiling:.0f} s; a prompt and {few} tokens {short:.3f} s"
-            yield name, {"value": 1e3 * (long - short) / (many - few)}, note
+            note = f"{PAIRS} times {min(found):.2f} to {max(found):.2f} ms; the first call took {compiling:.0f} s"
+            yield name, statistics.median(found), note
 
 
 @torch.no_grad()
