@@ -6,6 +6,7 @@ before its third step, and how that ends.
 """
 
 import os
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -35,6 +36,7 @@ def lose_itself(optimizer: ParallelMuonClip, how: str) -> None:
 
 
 def main(rank: int, port: str, backend: str, copy_engines: bool, how: str) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that aborts would first write all its memory down
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

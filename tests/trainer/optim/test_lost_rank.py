@@ -1,5 +1,7 @@
 """A rank that dies or does not come: the other ends in time and says why, on gloo, NCCL and with copy engines."""
 
+import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from tests.distributed import _free_port
 from tests.trainer.optim.lost_rank import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
-# PyTorch's watchdog looks every few seconds, and writes down what all ranks were at before it ends a process.
 SECONDS_TO_END = 30
+# After a timeout PyTorch's watchdog sleeps for four times this, a minute by default, while ranks write down what they
+# were at; then it ends the process.
+SHORT_DUMP = {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"}
 OURS = r"MuonClip on rank 0 lost a rank among \[0, 1\]"
 WATCHDOG = r"Watchdog caught collective operation timeout|NCCL.*remote process exited"
 BARRIER = r"CUDA error|[Bb]arrier.*(signal|timed out)"
@@ -40,6 +44,7 @@ def test_the_other_rank_ends_in_time_and_says_why(backend, copy_engines, how, me
         subprocess.Popen(
             [sys.executable, "-m", "tests.trainer.optim.lost_rank", str(rank), port, backend, copy_engines, how],
             cwd=ROOT,
+            env=os.environ | SHORT_DUMP,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,16 +58,19 @@ def test_the_other_rank_ends_in_time_and_says_why(backend, copy_engines, how, me
             assert line, f"the first rank ended before the other was lost:\n{text[-3000:]}"
             text += line
         started = time.perf_counter()
-        text += ranks[0].communicate(timeout=SECONDS_TO_END)[0]
-        seconds = time.perf_counter() - started
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ranks[0].wait(SECONDS_TO_END)
+        code, seconds = ranks[0].poll(), time.perf_counter() - started
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
-    print(f"{backend}, copy engines {copy_engines}, {how}: exit code {ranks[0].returncode} after {seconds:.1f} s")
-    print(text[-1500:])
+        text += ranks[0].communicate()[0]
+        ranks[1].communicate()
+    print(f"{backend}, copy engines {copy_engines}, {how}: exit code {code} after {seconds:.1f} s", flush=True)
+    print(text[-1500:], flush=True)
+    assert code is not None, f"it had not ended after {SECONDS_TO_END} s:\n{text[-3000:]}"
     assert "the step went through" not in text
-    assert ranks[0].returncode not in (0, None)
+    assert code != 0
     assert re.search(message, text), text[-3000:]
     if not how.startswith("dies"):
         assert seconds > 0.8 * TIMEOUT_SECONDS, "it did not wait for a rank that might still have come"
