@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--copy_engines", action="store_true", help="rows whose matrices these carry, within a node")
     parser.add_argument("--peers", default="", help="folder that holds other packages")
     parser.add_argument("--peer_seconds", type=float, default=60, help="the longest each package may take")
+    parser.add_argument("--peer_rows", nargs="+", default=[""], help="only packages whose row contains one of these")
     parser.add_argument("--peer", default="", help=argparse.SUPPRESS)  # one package, in a process of its own
     parser.add_argument("--peer_folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--rows", nargs="+", default=[""], help="only the table's rows that contain one of these")

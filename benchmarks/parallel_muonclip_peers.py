@@ -84,7 +84,8 @@ def time_peers(bench) -> None:
             stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)) if bench.rank == 0 else ""
         ]
         dist.broadcast_object_list(folder)
-        for number, row in enumerate(PEERS):
+        wanted = [row for row in PEERS if any(part in row for part in arguments.peer_rows)]
+        for number, row in enumerate(wanted):
             told = ["--peer", row, "--peer_folder", f"{folder[0]}/{number}"]
             if bench.rank == 0:
                 os.mkdir(told[-1])
@@ -125,6 +126,9 @@ def time_peer(bench) -> None:
     """One package on fresh shards, in a process group of its own; its row goes to the folder."""
     arguments = bench.arguments
     sys.path.insert(0, arguments.peers)
+    # each shape compiled for itself: with sizes left open muonium fails in PyTorch 2.11
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
     package, make = PEERS[arguments.peer]
     try:
         parameters = [parameter for layer in bench.layers for parameter in layer.values()]
