@@ -38,6 +38,9 @@ def _dtensor_muon_foreach(module, bench, parameters: list[nn.Parameter]) -> Opti
 
 
 def _muonium(module, bench, parameters: list[nn.Parameter]) -> Optimizer:
+    # each shape compiled for itself: with sizes left open it fails in PyTorch 2.11
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
     return module.Muon(parameters, batch_size=2 * bench.world_size, **_DTENSOR)
 
 
@@ -126,9 +129,6 @@ def time_peer(bench) -> None:
     """One package on fresh shards, in a process group of its own; its row goes to the folder."""
     arguments = bench.arguments
     sys.path.insert(0, arguments.peers)
-    # each shape compiled for itself: with sizes left open muonium fails in PyTorch 2.11
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 64
     package, make = PEERS[arguments.peer]
     try:
         parameters = [parameter for layer in bench.layers for parameter in layer.values()]
