@@ -2,6 +2,7 @@
 
 import torch
 
+import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 
 VOCAB_SIZE = 61
@@ -41,6 +42,14 @@ def small_model(seed: int = 0, attention: str = "eager", dtype: torch.dtype = to
             if "norm" in name or "subln" in name or "act_fn" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype)
+
+
+def with_kernel(name: str = "gda_kernel", **overrides):
+    """A small model in float64 with the attention kernel in it, `name` its attention."""
+    model = small_model(**({"dtype": torch.float64, "ratio": 3} | overrides))
+    kernels_hub.use_gda_attention(model)
+    model.config._attn_implementation = name
+    return model
 
 
 def random_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
