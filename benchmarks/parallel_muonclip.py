@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parallel_muonclip_checks import check_kernels, check_step, compare_step
 from benchmarks.parallel_muonclip_parts import (
     KINDS,
-    kernel_times,
+    profile_rows,
     time_agreement,
     time_batches,
     time_link,
@@ -332,18 +332,6 @@ def time_row(bench: Bench, row: str, options: dict) -> None:
     bench.save()
 
 
-def profile_rows(bench: Bench) -> None:
-    """What the first rank's kernels take in some rows, in ms; last, since a profiler slows what comes after it."""
-    bench.renew_layers(copies=1)
-    bench.say("| row | step | " + " | ".join((*KINDS, "rest")) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
-    for row in (row for row in bench.rows if row["row"] in PROFILED):
-        optimizer = bench.optimizer(bench.layers, **(TABLE | COPY_ENGINES_TABLE)[row["row"]])
-        optimizer.step()
-        row |= kernel_times(bench, optimizer.step)
-        optimizer.state.clear()
-        bench.say(f"| {row['row']} | " + " | ".join(f"{row[kind]:.1f}" for kind in ("ms", *KINDS, "rest")) + " |")
-
-
 def time_copies(bench: Bench, first: dict) -> None:
     """HSDP: two copies, each over half of the ranks, so each rank holds twice as much; the bits are as without."""
     if bench.world_size < 4 or bench.world_size % 2:
@@ -408,7 +396,8 @@ def main() -> None:
         bench.section(f"{layers} layers", lambda: time_table(bench, table))
     bench.rows, bench.num_layers = rows, bench.arguments.layers[0]
     bench.section("Other packages", lambda: time_peers(bench))
-    bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench))
+    profiled = {row: how for row, how in (TABLE | COPY_ENGINES_TABLE).items() if row in PROFILED}
+    bench.section("Milliseconds by kind of kernel", lambda: profile_rows(bench, profiled))
     bench.say(f"\n{time.perf_counter() - bench.started:.0f} s in all")
     if bench.failed:
         os._exit(1)  # what failed may have left a collective behind, which an orderly end would wait for

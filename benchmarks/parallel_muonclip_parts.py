@@ -37,6 +37,18 @@ def kernel_times(bench, step: Callable[[], object]) -> dict[str, float]:
     return spent
 
 
+def profile_rows(bench, table: dict[str, dict]) -> None:
+    """What the first rank's kernels take in a table's rows, in ms; last: a profiler slows what comes after it."""
+    bench.renew_layers(copies=1)
+    bench.say("| row | step | " + " | ".join((*KINDS, "rest")) + " |\n" + "|---" * (len(KINDS) + 3) + "|")
+    for row in (row for row in bench.rows if row["row"] in table):
+        optimizer = bench.optimizer(bench.layers, **table[row["row"]])
+        optimizer.step()
+        row |= kernel_times(bench, optimizer.step)
+        optimizer.state.clear()
+        bench.say(f"| {row['row']} | " + " | ".join(f"{row[kind]:.1f}" for kind in ("ms", *KINDS, "rest")) + " |")
+
+
 def time_newton_schulz(bench) -> None:
     """Newton-Schulz of one rank's share alone, in the batches of a chunk of two."""
     largest = max(rows * columns for rows, columns in bench.shapes.values())
