@@ -38,9 +38,6 @@ def _dtensor_muon_foreach(module, bench, parameters: list[nn.Parameter]) -> Opti
 
 
 def _muonium(module, bench, parameters: list[nn.Parameter]) -> Optimizer:
-    # each shape compiled for itself: with sizes left open it fails in PyTorch 2.11
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 64
     return module.Muon(parameters, batch_size=2 * bench.world_size, **_DTENSOR)
 
 
