@@ -144,8 +144,8 @@ class ParallelMuonClip(MuonClip):
 
         Raises:
             RuntimeError: a rank died or did not come in time. NCCL does not let the host wait in a collective: there
-                PyTorch's watchdog ends the process after `timeout_seconds`, with a message of its own; with copy
-                engines CUDA reports a failed launch at the next wait. A step that raised cannot be repeated.
+                PyTorch's watchdog ends the process a minute after `timeout_seconds`, with a message of its own; with
+                copy engines CUDA reports a failed launch at the next wait. A step that raised cannot be repeated.
             ValueError: the ranks' parameters or settings differ, or only some copies of a parameter have a gradient.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
