@@ -19,7 +19,8 @@ PAIRS = 3  # of a short and a long call
 def generations(model, prompt: int, tokens: tuple[int, int], options: dict) -> Iterator[tuple[str, float, str]]:
     """Times a token of `generate` in four ways: without and with every guard, stopping one step late and at once.
 
-    A token's time is the difference of two calls over that of their lengths, so that the prompt is not in it.
+    A token's time is the difference of two calls over that of their lengths, so that the prompt is not in it. These
+    watch for an end token that is not written; another one, which is, must end the same text in every way.
 
     Args:
         model: ready to decode.
@@ -31,37 +32,43 @@ def generations(model, prompt: int, tokens: tuple[int, int], options: dict) -> I
         A name's end, the milliseconds of a token (median of pairs of calls), and what else is worth telling.
 
     Raises:
-        AssertionError: if a way writes other tokens than the first.
+        AssertionError: if a way writes other tokens than the first, or ends elsewhere.
     """
     few, many = tokens
     ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=model.device)
     cache = StaticCache(config=model.config, max_cache_len=prompt + many)
-    first = None
 
-    def call(count: int, config: CompileConfig) -> tuple[torch.Tensor, float]:
+    def call(count: int, config: CompileConfig, end: int | None) -> tuple[torch.Tensor, float]:
         cache.reset()
         started = time.perf_counter()
         written = model.generate(
-            ids, past_key_values=cache, compile_config=config, max_new_tokens=count, do_sample=False, eos_token_id=None
-        )
+            ids, past_key_values=cache, compile_config=config, max_new_tokens=count, do_sample=False, eos_token_id=end,
+            pad_token_id=0,
+        )  # fmt: skip
         written.sum().item()  # waits for the device
         return written, time.perf_counter() - started
 
+    wanted = None
     for filtered in (True, False):
         more = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if filtered else {}
         config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options | more)
         config._compile_all_devices = True
         torch.compiler.reset()
-        _, compiling = call(few, config)
+        _, compiling = call(few, config, None)
+        if wanted is None:
+            wanted, _ = call(many, config, None)
+            said = wanted[0, prompt:].tolist()
+            never = min(set(range(3, model.config.vocab_size)) - set(said))
+            stop = max(said.index(token) for token in said) + 1  # the last token that is new ends the text
         for late in (True, False):
             found = []
             with stopping_late() if late else contextlib.nullcontext():
-                call(few, config)
+                ended, _ = call(many, config, said[stop - 1])
+                assert torch.equal(ended, wanted[:, : prompt + stop]), "it ended elsewhere, or with other tokens"
                 for _ in range(PAIRS):
-                    (_, short), (written, long) = call(few, config), call(many, config)
+                    (_, short), (written, long) = call(few, config, never), call(many, config, never)
                     found.append(1e3 * (long - short) / (many - few))
-            first = written if first is None else first
-            assert torch.equal(written, first), "another way to stop or to guard wrote other tokens"
+            assert torch.equal(written, wanted), "another way to stop or to guard wrote other tokens"
             name = (", late stop" if late else "") + ("" if filtered else ", every guard")
             note = f"{PAIRS} times {min(found):.2f} to {max(found):.2f} ms; the first call took {compiling:.0f} s"
             yield name, statistics.median(found), note

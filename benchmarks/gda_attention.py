@@ -4,7 +4,7 @@
 
 Heads of Motif-2-12.7B (32 signal, 8 noise, D 128), bfloat16, causal. Every time includes subtraction, norm and factor,
 which a way marked "compiled" leaves to torch.compile. By default our kernel, with its own passes and with
-FlashAttention-4's, beside the fastest libraries, all but the sweep of tiles (three minutes); `--all_ways` adds the
+FlashAttention-4's, beside the fastest libraries, all but the sweep of tiles (four minutes); `--all_ways` adds the
 slower ones.
 "share" is that of the dense bfloat16 peak (989 TFLOP/s) by the operations that one pass over a 256-wide value needs.
 A way that failed its check is not timed. `--tiny` runs every section on a CPU with toy sizes, to prove the script.
@@ -305,7 +305,7 @@ class Suite:
 def main() -> int:
     """Runs the sections that were asked for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default="check,operator")
+    parser.add_argument("--sections", default="check,operator,packed,layer")
     parser.add_argument("--all_ways", action="store_true", help="the slower libraries too")
     parser.add_argument("--output", default=os.environ.get("OUT") or ROOT / "benchmarks" / "results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to prove the script without a GPU")
