@@ -72,6 +72,11 @@ class Report:
         print(f"# {name}: {time.perf_counter() - started:.0f} s", flush=True)
         return not any(each.startswith(f"{name}:") for each in self.failed)
 
+    def leave_out(self, what: str, error: Exception) -> None:
+        """Notes one measurement that failed, and goes on."""
+        print(f"{what}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        self.failed.append(f"{what}: {type(error).__name__}")
+
     def write(self) -> None:
         """Writes the CSV file: this run's rows after those that the file keeps."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

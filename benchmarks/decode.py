@@ -115,7 +115,7 @@ class Suite:
         try:
             self.add_step(section, name, shape, self.timed(function), read, batch)
         except Exception as error:
-            print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+            self.report.leave_out(f"{section} {name} {shape}", error)
 
     def add_step(
         self, section: str, name: str, shape: str, times: dict, read: int, batch: int, note: str = ""
@@ -192,7 +192,7 @@ class Suite:
                     step = self.compiled(section, name, model, step, cache, context, options)
                 self.step(section, name, shape, step, read, batch)
         except Exception as error:
-            print(f"{section} {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+            self.report.leave_out(f"{section} {name} {shape}", error)
 
     def by_fewer_layers(self, section: str, name: str, model, batch: int, context: int, most: int) -> None:
         """Extrapolates a step from those of the first `most` layers and of half as many."""
@@ -327,7 +327,7 @@ class Suite:
                 try:
                     value = prompt_milliseconds(model, batch, tokens, cache)
                 except Exception as error:
-                    print(f"prefill {name} {shape}: {type(error).__name__}: {str(error)[:200]}")
+                    self.report.leave_out(f"prefill {name} {shape}", error)
                     continue
                 peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
                 note = f"{batch * tokens / value * 1e3:.0f} tokens/s"

@@ -139,16 +139,17 @@ def over_own_keys(masks: dict[str, Any], cache: Any, queries: torch.Tensor) -> d
         cache: of the call, or None.
         queries: (B, T, …), of the call.
     """
-    tokens = queries.shape[1]
-    if cache is None or tokens == 1 or not all(is_intervals(mask) for mask in masks.values()) or is_tracing(queries):
+    if (
+        cache is None
+        or queries.shape[1] == 1
+        or not all(is_intervals(mask) for mask in masks.values())
+        or is_tracing(queries)
+    ):
         return None
     if cache.get_seq_length() != 0:
         return None
-    order = torch.arange(tokens, device=queries.device)
-    return {
-        layer_type: None if bool((mask[0] == 0).all() & (mask[1] == order).all()) else mask
-        for layer_type, mask in masks.items()
-    }
+    # Causal order is all that a query whose interval begins with the first key can have.
+    return {layer_type: None if bool((mask[0] == 0).all()) else mask for layer_type, mask in masks.items()}
 
 
 def is_intervals(mask: Any) -> bool:
