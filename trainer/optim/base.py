@@ -19,10 +19,11 @@ class CheckedOptimizer(torch.optim.Optimizer):
         adamw_lr: default lr of "adamw" groups.
 
     Raises:
-        ValueError: what `check_group` refuses, or an `adamw_lr` that is no number from 0.
+        ValueError: what `check_group` refuses, or a learning rate that is no number from 0.
     """
 
     def __init__(self, params: Iterable, defaults: dict, adamw_lr: float):
+        _check_number("lr", defaults["lr"], math.inf)
         _check_number("adamw_lr", adamw_lr, math.inf)
         self.adamw_lr, self.skipped_steps = adamw_lr, 0
         super().__init__(params, defaults)

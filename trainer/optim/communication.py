@@ -46,7 +46,7 @@ class Team:
     """
 
     def __init__(self, ranks: Sequence[int], timeout_seconds: float, device: torch.device, copy_engines: bool = False):
-        self.ranks, self.timeout_seconds = tuple(ranks), timeout_seconds
+        self.ranks, self.timeout_seconds, self.copy_engines = tuple(ranks), timeout_seconds, copy_engines
         self.me, self.group, self.copies = 0, None, None
         if len(self.ranks) > 1:
             self.me = self.ranks.index(dist.get_rank())
@@ -69,11 +69,28 @@ class Team:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(
-                f"MuonClip on rank {self.ranks[self.me]} lost a rank among {list(self.ranks)}: it died, or did not "
-                f"reach the same step within {self.timeout_seconds} s. Look for that rank's own error, and restart "
-                f"from the last checkpoint ({error})"
-            ) from error
+            raise self._lost(error) from error
+
+    @contextlib.contextmanager
+    def clear_traps(self):
+        """Turn a failed launch, by which a barrier of copy engines gives up, into an error that says what it means.
+
+        Raises:
+            RuntimeError: with copy engines, a launch has failed: most likely such a barrier's.
+        """
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            if self.copy_engines and "launch failure" in str(error):
+                raise self._lost(error) from error
+            raise
+
+    def _lost(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"MuonClip on rank {self.ranks[self.me]} lost a rank among {list(self.ranks)}: it died, or did not "
+            f"reach the same step within {self.timeout_seconds} s. Look for that rank's own error, and restart "
+            f"from the last checkpoint ({error})"
+        )
 
     def _connect(self, device: torch.device) -> None:
         """Let NCCL connect every pair of ranks while there is memory for it: PyTorch may keep what a backward used."""

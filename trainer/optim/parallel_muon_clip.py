@@ -7,6 +7,7 @@ The meaning is `muon_clip_reference.MuonClip`; docs/parallel_muonclip.md draws t
 4. QK-clip of the query and key rows that this rank holds.
 """
 
+import contextlib
 import functools
 import math
 import operator
@@ -145,15 +146,18 @@ class ParallelMuonClip(MuonClip):
         Raises:
             RuntimeError: a rank died or did not come in time. NCCL does not let the host wait in a collective: there
                 PyTorch's watchdog ends the process a minute after `timeout_seconds`, with a message of its own; with
-                copy engines CUDA reports a failed launch at the next wait. A step that raised cannot be repeated.
+                copy engines a launch fails, which the next wait reports. A step that raised cannot be repeated.
             ValueError: the ranks' parameters or settings differ, or only some copies of a parameter have a gradient.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._prepare()
+        with self._control.clear_traps():
+            self._step_prepared()
+        return loss
+
+    def _step_prepared(self) -> None:
         finite, active, logits = self._agree()
-        self._rates = [
-            float(group["lr"]) for group in self.param_groups
-        ]  # once: one on the device would be waited for
+        self._rates = [float(group["lr"]) for group in self.param_groups]  # one on the device is waited for only here
         if finite:
             for plan in self._plan_for(active):
                 run = self._run_parallel if self.mode == "parallel" else self._run_distributed
@@ -168,7 +172,6 @@ class ParallelMuonClip(MuonClip):
         else:
             self.skipped_steps += 1
         self._clip.reset()
-        return loss
 
     def clip_report(self) -> dict:
         """What the last step that was not skipped saw; this asks the device.
@@ -177,7 +180,8 @@ class ParallelMuonClip(MuonClip):
             dict: clipped_heads, max_logit (-inf: none recorded), max_logits_by_layer, skipped_steps. Where the model
                 tracks behind a gate, logits up to the threshold are upper bounds.
         """
-        logits = self._last_logits.cpu()  # one wait for the device
+        with self._control.clear_traps() if self._last_logits.is_cuda else contextlib.nullcontext():
+            logits = self._last_logits.cpu()  # one wait for the device
         layers = logits.split(self._clip.num_heads) if len(logits) else []
         hot = [int(is_hot(layer, self.qk_clip_threshold).sum()) for layer in layers]
         by_layer = [float(layer.max()) for layer in layers]

@@ -20,6 +20,8 @@ from trainer.optim.plan import Chunk, Piece, Strip
 
 Part = tuple[list[int], Tensor]  # numbers of matrices of one shape, and these matrices (N, A, B)
 Batch = list[Part]  # parts of shapes that are equal up to transposition: gate and up, and down
+# Kernels read a matrix at such an address in wider words, in which a norm is summed in another order.
+_ALIGNMENT_BYTES = 16
 
 
 def run_pipeline(
@@ -99,7 +101,7 @@ def _assemble(chunk: Chunk, shapes: Sequence[tuple[int, int]], gathered: Flight)
     batches: dict[tuple[int, int], Batch] = {}
     for shape, numbers in numbers_by_shape.items():
         start = _start_of_run(strips, numbers, shape)
-        if start is None:
+        if start is None or (received.data_ptr() + start * received.itemsize) % _ALIGNMENT_BYTES:
             part = received.new_empty(len(numbers), *shape)  # (N, A, B)
             wholes |= dict(zip(numbers, part, strict=True))
         else:

@@ -36,6 +36,13 @@ def test_a_matrix_does_not_depend_on_its_batch(kernel, device, method):
     assert torch.equal(together[2], kernel.newton_schulz(matrices[2], method))
 
 
+@pytest.mark.parametrize("method", ["gram", "classic"])
+def test_parts_of_either_orientation_are_as_alone(kernel, device, method):
+    parts = [torch.randn(2, 260, 130, device=device).bfloat16(), torch.randn(1, 130, 260, device=device).bfloat16()]
+    together = kernel.newton_schulz(parts, method)
+    assert all(torch.equal(got, kernel.newton_schulz(part, method)) for got, part in zip(together, parts, strict=True))
+
+
 def test_zeros(kernel, device):
     assert kernel.newton_schulz(torch.zeros(2, 64, 96, device=device)).count_nonzero() == 0
 

@@ -1,11 +1,12 @@
 """Parallel MuonClip equals the reference in every layout, and itself bit for bit on any number of ranks."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.distributed import run_distributed
@@ -84,6 +85,34 @@ def fsdp_tensor_parallel(bag, world_size):
 LAYOUTS = [plain, fsdp, fsdp_columns, uneven_columns, hsdp, tensor_parallel]
 
 
+def joined_result(rank: int, world_size: int, placements: tuple, chunk_size: int | None) -> tuple[list, list[int]]:
+    """Two steps on gates and downs; the weights, and how many parts each of this rank's batches had."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    generator = torch.Generator().manual_seed(0)
+    parameters = []
+    for shape in ((16, 6), (16, 6), (6, 16), (6, 16), (7, 5)):
+        weight, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+        parameters.append(torch.nn.Parameter(distribute_tensor(weight, mesh, placements)))
+        parameters[-1].grad = distribute_tensor(gradient, mesh, placements)
+    optimizer = ParallelMuonClip(parameters, lr=0.1, chunk_size=chunk_size)
+    parts, orthogonalise = [], optimizer.orthogonalise.kernels.newton_schulz
+
+    def counted(batch, *arguments, **options):
+        parts.append(len(batch))
+        return orthogonalise(batch, *arguments, **options)
+
+    optimizer.orthogonalise.kernels = SimpleNamespace(**vars(optimizer.orthogonalise.kernels))
+    optimizer.orthogonalise.kernels.newton_schulz = counted
+    for _ in range(2):
+        optimizer.step()
+    return [parameter.detach().full_tensor() for parameter in parameters], parts
+
+
+def joined_results(rank: int, world_size: int) -> list[tuple[list, list[int]]]:
+    layouts = ((Shard(0),), (Shard(1),), (Replicate(),))
+    return [joined_result(rank, world_size, layout, size) for layout in layouts for size in (2, None)]
+
+
 def results_by_layout(rank, world_size, layouts, dtype, options):
     results = {}
     for layout in layouts:
@@ -103,6 +132,15 @@ def distributed_results(world_size: int, dtype: torch.dtype) -> list:
 def assert_all_close(actual, expected, tolerance):
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gate_and_down_in_one_batch_have_the_bits_they_have_alone():
+    expected, parts = run_distributed(joined_result, 1, 1, (Replicate(),), 1)[0]
+    assert set(parts) == {1}
+    for results in run_distributed(joined_results, 2, 2):
+        for weights, parts in results:
+            assert 2 in parts, "no batch of this rank held both orientations"
+            assert all(map(torch.equal, weights, expected))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

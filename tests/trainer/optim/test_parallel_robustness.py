@@ -278,6 +278,16 @@ def test_a_lack_of_memory_is_no_lost_rank():
         raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
 
 
+def test_a_failed_launch_is_a_lost_rank_with_copy_engines_only():
+    failed, other = "CUDA error: unspecified launch failure", "CUDA error: an illegal memory access"
+    for copy_engines, said in ((True, failed), (True, other), (False, failed)):
+        team = Team([0], 1.0, torch.device("cpu"), copy_engines)
+        with pytest.raises(RuntimeError) as error, team.clear_traps():
+            raise torch.AcceleratorError(said)
+        assert ("lost a rank among [0]" in str(error.value)) == (copy_engines and said == failed)
+        assert said in str(error.value)
+
+
 def test_ranks_that_disagree_are_refused():
     options = {
         "lr": 0.2,
