@@ -79,8 +79,9 @@ def _is_static(cache: Cache | None) -> bool:
 def stopping_late() -> Iterator[None]:
     """Lets `generate`, greedy or sampling, of any model here queue a step before it knows whether the last one ended.
 
-    The tokens are the same. Logits processors and stopping criteria see the token that is taken back. For the whole
-    process while it lasts: transformers has no argument for it.
+    The tokens are the same. Logits processors and stopping criteria see the token that is taken back. With a dynamic
+    cache the host still waits once a token, where the mask is made. For the whole process while it lasts: transformers
+    has no argument for it.
     """
     global _open
     with _lock:
