@@ -73,12 +73,12 @@ def verify_checkpoint(path: Path, rank: int = 0, num_ranks: int = 1) -> None:
         ValueError: a file is missing or corrupted; it is named.
     """
     mend = f"delete {path} to go on from the one before"
-    if not NAME.fullmatch(path.name) and not (path / CHECKSUMS).is_file():
+    if not (path / CHECKSUMS).is_file():
+        if NAME.fullmatch(path.name):
+            raise ValueError(f"{path} is no checkpoint of this trainer, or lost its {CHECKSUMS}: if it is one, {mend}")
         raise ValueError(
             f"{path} is no checkpoint of this trainer: give a folder {PREFIX}00001000 of a run's checkpoints"
         )
-    if not (path / CHECKSUMS).is_file():
-        raise ValueError(f"{path} is no checkpoint of this trainer, or lost its {CHECKSUMS}: if it is one, {mend}")
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
     except ValueError as error:
