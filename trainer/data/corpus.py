@@ -63,6 +63,8 @@ class Source:
 def read_documents(source: Source) -> Iterator[dict]:
     """Yield the documents of one source in its own order.
 
+    Half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD.
+
     Args:
         source: files or a Hub dataset.
 
@@ -84,7 +86,18 @@ def read_documents(source: Source) -> Iterator[dict]:
         license = document.get("license") or source.license
         if isinstance(license, list):
             license = ", ".join(map(str, license))
-        yield {**document, "text": text, "license": license}
+        elif license is not None:
+            license = str(license)  # a number or a mapping is no key of the manifest's
+        yield {**document, "text": _encodable(text), "license": license}
+
+
+def _encodable(text: str) -> str:
+    """The text, with pairs of surrogates joined and lone ones replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def chain_documents(sources: Iterable[Source]) -> Iterator[dict]:
@@ -123,7 +136,7 @@ def _json_lines(file: Path) -> Iterator[dict]:
 
     number = 0
     try:
-        with (zstandard.open if file.suffix == ".zst" else open)(file, "rt", encoding="utf-8") as lines:
+        with (zstandard.open if file.suffix == ".zst" else open)(file, "rt", encoding="utf-8-sig") as lines:
             for line in lines:
                 number += 1
                 document = json.loads(line)
@@ -147,7 +160,7 @@ def _parquet_rows(file: Path) -> Iterator[dict]:
 
 def _whole_text(file: Path) -> Iterator[dict]:
     try:
-        yield {"text": file.read_text(encoding="utf-8")}
+        yield {"text": file.read_text(encoding="utf-8-sig")}
     except (UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
 

@@ -78,6 +78,8 @@ def build_shards(
             _check_sources(output_dir, name, manifest["domains"][name]["sources"], sources)
         else:  # new, or its folder was deleted to make it again
             missing[name] = sources, documents
+            if manifest["domains"].pop(name, None):
+                _write_manifest(output_dir, manifest)  # interrupted from here on, it is not complete
     with encoder(tokenizer, num_workers if missing else 1) as encode:
         for name, (sources, documents) in missing.items():
             writer = _DomainWriter(

@@ -101,3 +101,17 @@ def test_hub_datasets_are_read_streaming_or_not(monkeypatch, streaming):
     source = Source("somebody/something", name="part", split="test", streaming=streaming, max_documents=3)
     assert list(read_documents(source)) == DOCUMENTS[:3]
     assert asked == [("somebody/something", "part", {"split": "test", "streaming": streaming})]
+
+
+def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x \\ud83d\\ude00 \\ud800 y"}\n')
+    (document,) = read_documents(Source(str(tmp_path / "a.jsonl")))
+    assert document["text"] == "x \U0001f600 \ufffd y"
+    assert document["text"].encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "x"}', encoding="utf-8-sig")
+    (document,) = read_documents(Source(str(tmp_path / name)))
+    assert document["text"] == ("x" if name == "a.jsonl" else '{"text": "x"}')

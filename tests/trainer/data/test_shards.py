@@ -72,6 +72,31 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_files(tmp_path, tokeniz
     assert not (tmp_path / "x/a/progress.json").exists()
 
 
+@pytest.mark.parametrize("documents_before", [100, 2100])  # before the first shard is written, and after
+def test_a_domain_that_is_made_again_may_be_interrupted_too(tmp_path, tokenizer, documents_before):
+    documents = make_documents(2500)
+
+    def broken():
+        yield from itertools.islice(documents, documents_before)
+        raise KeyboardInterrupt
+
+    before = build_shards(tmp_path, {"a": documents}, tokenizer, **SETTINGS)
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(tmp_path, {"a": broken()}, tokenizer, **SETTINGS)
+    assert (tmp_path / "a").is_dir()
+    assert build_shards(tmp_path, {"a": documents}, tokenizer, **SETTINGS) == before
+    TokenCorpus(tmp_path, "a", verify=True)
+
+
+def test_licences_that_are_no_text_go_into_the_manifest_as_text(tmp_path, tokenizer):
+    licenses = [5, 10, 1.5, True, {"name": "MIT"}]
+    documents = [{"text": f"w{number}", "license": license} for number, license in enumerate(licenses)]
+    source = write_documents(tmp_path / "a.jsonl", documents)
+    build_shards(tmp_path / "x", {"a": [source]}, tokenizer, **{**SETTINGS, "heldout_fraction": 0})
+    assert load_manifest(tmp_path / "x")["domains"]["a"]["licenses"] == {str(license): 1 for license in licenses}
+
+
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_write_the_same_shards_and_go_on_where_another_stopped(tmp_path, tokenizer, monkeypatch, start):
     """The workers are spawned in use; forked ones do the same without importing everything again."""
