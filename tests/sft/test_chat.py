@@ -54,6 +54,19 @@ TRANSCRIPTS = {
         "<|startofturn|><|user|>\n<tool_response>\n3\n</tool_response>\n<tool_response>\n7\n</tool_response>"
         "<|endofturn|><|startofturn|><|assistant|>\n⟦3 and 7.<|endofturn|>⟧",
     ),
+    "blank thinking and a blank text before a call": (
+        [
+            {"role": "user", "content": "Now."},
+            {
+                "role": "assistant",
+                "reasoning_content": "\n",
+                "content": " \n",
+                "tool_calls": [{"name": "now", "arguments": {}}],
+            },
+        ],
+        "<|beginoftext|><|startofturn|><|user|>\nNow.<|endofturn|>"
+        '<|startofturn|><|assistant|>\n⟦<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|endofturn|>⟧',
+    ),
     "call without text": (
         [
             {"role": "user", "content": "Now."},
@@ -103,6 +116,22 @@ def test_generation_prompt_may_open_a_thought(tokenizer):
     assert text.endswith("<|startofturn|><|assistant|>\n<think>\n")
 
 
+def test_text_in_parts_is_text(tokenizer):
+    """The form in which OpenAI's clients send it."""
+    whole = [{"role": role, "content": "What is\n1 + 1?"} for role in ("system", "user", "assistant", "tool")]
+    parts = [{"type": "text", "text": " What is\n"}, {"type": "text", "text": "1 + 1? "}]
+    apart = [message | {"content": parts} for message in whole]
+    for tools in (None, [{"name": "add"}]):
+        first, second = (tokenizer.apply_chat_template(turns, tools, tokenize=False) for turns in (whole, apart))
+        assert first == second
+
+
+def test_a_reply_that_was_begun_is_gone_on_with(tokenizer):
+    messages = [*TRANSCRIPTS["one turn"][0][:1], {"role": "assistant", "content": "It is "}]
+    text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert text.endswith("<|startofturn|><|assistant|>\nIt is")
+
+
 def test_trl_finds_the_end_of_turn_trained(tokenizer):
     assert is_chat_template_stop_token_trained(tokenizer)
 
@@ -112,6 +141,10 @@ def test_trl_finds_the_end_of_turn_trained(tokenizer):
     [
         ([{"role": "critic", "content": "x"}], "unknown role critic"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "must come first"),
+        ([{"role": "user", "content": None}], "content must be text, or a list of text parts; it is None"),
+        ([{"role": "user"}], "content must be text"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "content must be text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "content must be text"),
     ],
 )
 def test_template_refuses_what_it_cannot_write(tokenizer, messages, message):
