@@ -4,6 +4,7 @@ A row is `{"messages": [{"role", "content", …}, …], …}`. Roles are system 
 last turn is the assistant's. `tools` may hold tool schemas; other columns are ignored here.
 """
 
+import io
 import json
 import random
 from collections import Counter
@@ -26,6 +27,7 @@ PROVENANCE = ("source", "license", "origin")
 LABELS = ("domain", "skill", *PROVENANCE)
 # What the template writes around a text.
 TURN_CHARACTERS = len("<|startofturn|><|assistant|>\n<|endofturn|>")
+NOT_UNICODE = "a character that is none (no UTF-8, or a lone surrogate)"
 # Rows nested deeper are refused: what writes them as JSON recurses (assumption).
 MAX_DEPTH = 64
 
@@ -94,6 +96,8 @@ class DataReport:
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     """Yield (place, row) of a .jsonl, .jsonl.zst or .parquet file; a line that is not JSON is yielded as its text.
 
+    A place is the path as it was given, and the line or row, from 1.
+
     Raises:
         ValueError: the file does not exist, has another suffix, or is no valid file of its kind.
     """
@@ -117,7 +121,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path.name}:{number}", row
+                yield f"{path}:{number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as parquet: {error}") from error
 
@@ -130,21 +134,23 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError):  # also a number of thousands of digits, or brackets without end
                     row = line
-                yield f"{path.name}:{number}", row
+                yield f"{path}:{number}", row
 
 
 @contextmanager
 def _open_lines(path: Path) -> Iterator[Iterable[str]]:
+    """The lines of a text file; a byte that is no UTF-8 becomes a lone surrogate, by which its row is known."""
+    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     if path.suffix != ".zst":
-        with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        with path.open(**text) as lines:
             yield lines
         return
-    import zstandard
+    import pyarrow
 
     try:
-        with zstandard.open(path, "rt", encoding="utf-8-sig", errors="replace") as lines:
+        with io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **text) as lines:
             yield lines
-    except zstandard.ZstdError as error:
+    except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read as zstandard: {error}") from error
 
 
@@ -179,6 +185,8 @@ def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:
         return "tools are not JSON"
     if tools is not None and not (isinstance(tools, list) and all(map(_is_schema, tools))):
         return "tools are not a list of schemas"
+    if not is_unicode(tools):  # JSON text may hide what it escapes
+        return NOT_UNICODE
     texts.append(json.dumps(tools or [], ensure_ascii=False))
     if sum(map(len, texts)) + TURN_CHARACTERS * len(messages) > max_characters:
         return f"more than {max_characters} characters"
@@ -194,11 +202,16 @@ def _value_problem(row: dict) -> str | None:
             return f"{name} is not text"
     if _is_deep(row):
         return f"nested more than {MAX_DEPTH} deep"
+    return None if is_unicode(row) else NOT_UNICODE
+
+
+def is_unicode(value: object) -> bool:
+    """Whether all texts in nested lists and objects can be written as UTF-8."""
     try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        return "half a character (a lone surrogate)"
-    return None
+        return False
+    return True
 
 
 def _is_deep(value: dict | list) -> bool:

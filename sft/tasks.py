@@ -1,12 +1,11 @@
 """Tasks whose solution can be checked: composed ones, whose answer is known by construction, and rows of data sets."""
 
 import ast
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sft.data import DataReport
+from sft.data import NOT_UNICODE, DataReport, is_unicode
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,8 @@ def _task(row: object, identifier: str, license: str) -> Task | str:
     found = _code_task(row, question) if is_code else _math_task(row, question)
     if isinstance(found, str):
         return found
-    try:
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "half a character (a lone surrogate)"
+    if not is_unicode(found):
+        return NOT_UNICODE
     return Task(identifier, license=row.get("license") or license, **found)
 
 

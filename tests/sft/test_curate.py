@@ -31,7 +31,7 @@ def test_best_of_each_domain_stay_and_every_score_is_written(write_rows, tmp_pat
     assert counts == {"kept": 2, "low score": 1, "incomplete": 1, "no messages": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "decisions.jsonl").read_text().splitlines()]
     assert [line["kept"] for line in lines] == [False, True, False, True, False]
-    assert lines[4] == {"place": "rows.jsonl:5", "kept": False, "reason": "malformed: no messages"}
+    assert lines[4] == {"place": f"{tmp_path}/rows.jsonl:5", "kept": False, "reason": "malformed: no messages"}
     assert lines[1]["total"] > lines[0]["total"]
     with pytest.raises(ValueError, match="holds selected data"):
         curate(config(write_rows(rows), tmp_path / "out"))
@@ -90,7 +90,7 @@ def test_a_judge_at_an_endpoint_rates_each_answer_once(endpoint, write_rows, tmp
         "3 kept",
         "1 scored without the judge, whose reply was no number",
         "1 scored without the judge, which refused the request with status 413",
-        "dropped 1: incomplete (first: rows.jsonl:6)",
+        f"dropped 1: incomplete (first: {tmp_path}/rows.jsonl:6)",
     ):
         assert text in printed
 
@@ -170,8 +170,8 @@ def test_entry_point(write_rows, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in (
         "1 kept",
-        "dropped 1: incomplete (first: rows.jsonl:2)",
-        "dropped 1: no messages (first: rows.jsonl:3)",
+        f"dropped 1: incomplete (first: {tmp_path}/rows.jsonl:2)",
+        f"dropped 1: no messages (first: {tmp_path}/rows.jsonl:3)",
     ):
         assert text in printed
     with pytest.raises(SystemExit, match="none of 1 rows is complete enough"):

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from sft.data import DataReport, load_conversations, load_rows, read_rows, row_problem
+from sft.data import NOT_UNICODE, DataReport, load_conversations, load_rows, read_rows, row_problem
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 REPLY = {"role": "assistant", "content": "2"}
@@ -44,7 +44,7 @@ MUST_GO = {
     "tools are not JSON": GOOD | {"tools": "[{"},
     "tools are not a list of schemas": GOOD | {"tools": "[1]"},
     "more than 1000 characters": turns({"role": "user", "content": "x" * 1001}, REPLY),
-    "half a character (a lone surrogate)": turns({"role": "user", "content": "\ud800 why?"}, REPLY),
+    NOT_UNICODE: turns({"role": "user", "content": "\ud800 why?"}, REPLY),
     "nested more than 64 deep": GOOD | {"extra": deep(100)},
     "domain is not text": GOOD | {"domain": ["math"]},
     "skill is not text": GOOD | {"skill": {"a": 1}},
@@ -90,8 +90,9 @@ MUST_GO_TOO = {
     "tools without end": (GOOD | {"tools": "[" * 100_000}, "tools are not JSON"),
     "deep tools": (GOOD | {"tools": json.dumps([{"a": deep(100)}])}, "tools are not a list of schemas"),
     "deep arguments": (argued({"a": deep(100)}), "nested more than 64 deep"),
-    "half a character in arguments": (argued({"a": "\ud800"}), "half a character (a lone surrogate)"),
-    "half a character in another column": (GOOD | {"note": "\ud800"}, "half a character (a lone surrogate)"),
+    "half a character in arguments": (argued({"a": "\ud800"}), NOT_UNICODE),
+    "half a character in another column": (GOOD | {"note": "\ud800"}, NOT_UNICODE),
+    "half a character in tools as text": (GOOD | {"tools": r'[{"name": "\ud800"}]'}, NOT_UNICODE),
 }
 MUST_STAY = {
     "two turns": GOOD,
@@ -143,8 +144,8 @@ def test_bad_rows_are_counted_by_reason_and_place(tokenizer, write_rows):
     data, report = load_conversations([path], tokenizer, max_length=200, max_characters=1000)
     assert (report.rows, report.kept, len(data)) == (len(MUST_GO) + 2, 2, 2)
     assert report.dropped == dict.fromkeys(MUST_GO, 1)
-    assert report.places["no messages"] == ["rows.jsonl:3"]
-    assert "dropped 1: empty turn (first: rows.jsonl:8)" in report.summary()
+    assert report.places["no messages"] == [f"{path}:3"]
+    assert f"dropped 1: empty turn (first: {path}:8)" in report.summary()
 
 
 def test_lines_that_json_cannot_read_are_rows_that_must_go(tokenizer, tmp_path):
@@ -162,12 +163,19 @@ def test_a_byte_order_mark_costs_no_row(tmp_path, name):
     assert [row for _, row in read_rows(tmp_path / name)] == [GOOD]
 
 
+def test_a_line_in_another_encoding_goes_and_costs_no_other(tokenizer, tmp_path):
+    lines = [json.dumps(turns({"role": "user", "content": "café?"}, REPLY), ensure_ascii=False), json.dumps(GOOD)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="latin-1")
+    _, report = load_conversations([tmp_path / "rows.jsonl"], tokenizer, max_length=200)
+    assert (report.kept, report.dropped) == (1, {NOT_UNICODE: 1})
+
+
 def test_every_message_gets_a_content_and_malformed_rows_are_handed_over(write_rows):
     report, malformed = DataReport(), []
     path = write_rows([MUST_STAY["call without content"], MUST_GO["no messages"]])
     ((_, row),) = load_rows([path], report, malformed=malformed)
     assert [message["content"] for message in row["messages"]] == ["What is 1 + 1?", None, "3", "2"]
-    assert malformed == [("rows.jsonl:2", "no messages")]
+    assert malformed == [(f"{path}:2", "no messages")]
 
 
 def test_report_with_dropped_rows_is_written(tokenizer, write_rows, tmp_path):
@@ -181,7 +189,7 @@ def test_report_with_dropped_rows_is_written(tokenizer, write_rows, tmp_path):
 
 def test_first_bad_row_stops_when_refused(tokenizer, write_rows):
     path = write_rows([GOOD, MUST_GO["empty turn"]])
-    with pytest.raises(ValueError, match=r"row rows.jsonl:2 is malformed: empty turn; mend it, or set bad_rows: skip"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2 is malformed: empty turn; mend it, or set bad_rows: skip"):
         load_conversations([path], tokenizer, max_length=200, bad_rows="refuse")
 
 
@@ -207,8 +215,8 @@ def test_enormous_row_is_refused_before_it_is_tokenized(tokenizer, write_rows):
 def test_parquet_and_compressed_lines_hold_the_same_rows(tmp_path, write_rows):
     rows = [GOOD, turns(USER, {"role": "assistant", "content": "два"})]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    with zstandard.open(tmp_path / "rows.jsonl.zst", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    frames = [zstandard.compress(json.dumps(row).encode() + b"\n") for row in rows]
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"".join(frames))
     expected = [row for _, row in read_rows(write_rows(rows))]
     for name in ("rows.parquet", "rows.jsonl.zst"):
         assert [row for _, row in read_rows(tmp_path / name)] == expected
@@ -220,7 +228,8 @@ def test_parquet_and_compressed_lines_hold_the_same_rows(tmp_path, write_rows):
         ("absent.jsonl", None, "does not exist"),
         ("rows.csv", b"a,b", "unknown suffix"),
         ("broken.parquet", b"PAR1 no", "cannot be read as parquet"),
-        ("broken.jsonl.zst", b"no frame", "cannot be read"),
+        ("broken.jsonl.zst", b"no frame", "cannot be read as zstandard"),
+        ("cut.jsonl.zst", zstandard.compress(bytes(range(256)) * 99)[:-9], "cannot be read as zstandard: Truncated"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):

@@ -146,16 +146,16 @@ def test_every_step_counts_rows_with_bad_labels_and_keeps_calls_without_content(
     step([*words, *(["--tokenizer", str(workplace / "base")] if step is prepare_main else [])])
     printed = capsys.readouterr().out
     for number, reason in enumerate(LABELS, start=2):
-        assert f"dropped 1: {reason} (first: rows.jsonl:{number})" in printed
+        assert f"dropped 1: {reason} (first: {words[1]}:{number})" in printed
     ((_, kept),) = read_rows(tmp_path / "out" / "train.jsonl")
     assert kept["messages"][1] == CALLING["messages"][1] | {"content": None}
     decisions = "dropped.jsonl" if step is prepare_main else "decisions.jsonl"
     written = [json.loads(line) for line in (tmp_path / "out" / decisions).read_text().splitlines()]
     malformed = {line["place"]: line["reason"] for line in written if line["reason"].startswith("malformed")}
-    assert malformed == {f"rows.jsonl:{n}": f"malformed: {reason}" for n, reason in enumerate(LABELS, start=2)}
+    assert malformed == {f"{words[1]}:{n}": f"malformed: {reason}" for n, reason in enumerate(LABELS, start=2)}
     if step is prune_main:
         assert (
-            "<td>license is not text</td><td class='n'>1</td><td>rows.jsonl:3</td>"
+            f"<td>license is not text</td><td class='n'>1</td><td>{words[1]}:3</td>"
             in (tmp_path / "out" / "page.html").read_text()
         )
 
@@ -164,9 +164,7 @@ def test_every_step_counts_rows_with_bad_labels_and_keeps_calls_without_content(
 def test_every_step_refuses_a_bad_row_where_told_so(step, workplace, write_rows, tmp_path, capsys):
     words = ["--train_files", write_rows([CALLING, {"messages": []}]), "--output_dir", str(tmp_path / "out")]
     words += ["--tokenizer", str(workplace / "base")] if step is prepare_main else []
-    with pytest.raises(
-        SystemExit, match=r"row rows\.jsonl:2 is malformed: no messages; mend it, or set bad_rows: skip"
-    ):
+    with pytest.raises(SystemExit, match=r"rows\.jsonl:2 is malformed: no messages; mend it, or set bad_rows: skip"):
         step([*words, "--bad_rows", "refuse"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):

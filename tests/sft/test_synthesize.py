@@ -23,7 +23,7 @@ from transformers import (
 from eval_harness.sandbox import Sandbox
 from sft.chat import set_stop_tokens, stop_token_ids
 from sft.curate import CurateConfig
-from sft.data import DataReport, read_rows, row_problem
+from sft.data import NOT_UNICODE, DataReport, read_rows, row_problem
 from sft.journal import JOURNAL_FILE
 from sft.samplers import Endpoint, EndpointError, Judge, LocalModel, RequestRefused, in_order
 from sft.scoring import score_conversation
@@ -145,7 +145,7 @@ NO_TASKS = {
     "no question: no text in question (math), or in text or prompt (code)": {"question": 5, "answer": "#### 1"},
     "no tests in test_list": {"text": "x", "test_list": []},
     "tests that are no Python": {"text": "x", "test_list": ["assert ("]},
-    "half a character (a lone surrogate)": {"question": "\ud800?", "answer": "1"},
+    NOT_UNICODE: {"question": "\ud800?", "answer": "1"},
 }
 NO_TASKS_TOO = (
     ({"text": "x", "test_list": [5, None, " "]}, "no tests in test_list"),
@@ -161,7 +161,7 @@ def test_a_row_that_is_no_task_is_counted_and_costs_no_other(write_rows):
     report = DataReport()
     (task,) = tasks_from_rows(read_rows(path), report)
     assert (task.identifier, report.rows, dict(report.dropped)) == ("row/8", 9, dict.fromkeys(NO_TASKS, 1))
-    assert report.places["no tests in test_list"] == ["rows.jsonl:6"]
+    assert report.places["no tests in test_list"] == [f"{path}:6"]
 
 
 @pytest.mark.parametrize(("row", "reason"), NO_TASKS_TOO)
@@ -492,11 +492,11 @@ def test_rows_that_are_no_task_are_reported_or_refused(config, write_rows, tmp_p
     main(words_of(run))
     report = json.loads((tmp_path / "synthetic" / "report.json").read_text())
     assert report["bad_rows"] == {"neither an answer (math) nor a test_list (code)": 1, "no tests in test_list": 1}
-    assert report["bad_row_places"]["no tests in test_list"] == ["known.jsonl:2"]
+    assert report["bad_row_places"]["no tests in test_list"] == [f"{path}:2"]
     assert "1 rows left out: no tests in test_list" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"row known.jsonl:1 is no task: neither an answer"):
+    with pytest.raises(ValueError, match=r"known.jsonl:1 is no task: neither an answer"):
         run_synthesis(config(task_files=[path], bad_rows="refuse", output_dir=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match=r"(?s)no task is left.*no tests in test_list \(first: known.jsonl:2\)"):
+    with pytest.raises(ValueError, match=r"(?s)no task is left.*no tests in test_list \(first: .*known.jsonl:2\)"):
         run_synthesis(config(task_files=[path], composed_tasks=0, output_dir=str(tmp_path / "other")))
 
 
