@@ -14,6 +14,16 @@ import yaml
 from trl import TrlParser
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        for number, (key, _) in enumerate(node.value):
+            if key.value in [earlier.value for earlier, _ in node.value[:number]]:
+                raise yaml.YAMLError(f"{key.value!r} is given twice, again in line {key.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 class RecipeParser(TrlParser):
     """Parser of `--config recipe.yaml --key value …` into dataclasses; unknown keys are fatal."""
 
@@ -48,6 +58,10 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError) as error:
             self.error(str(error))
 
+    def error(self, message: str):
+        """Say what is wrong, without the whole list of settings before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
     @staticmethod
     def _init_fields(config_class: type) -> list[str]:
         return [name for name, field in config_class.__dataclass_fields__.items() if field.init]
@@ -62,8 +76,8 @@ class RecipeParser(TrlParser):
         if not Path(path).is_file():
             self.error(f"recipe {path!r} does not exist; recipes are the YAML files under recipes/")
         try:
-            recipe = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError as error:
+            recipe = yaml.load(Path(path).read_text(), _UniqueKeys)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"recipe {path!r} is not valid YAML: {error}")
         if not isinstance(recipe, dict):
             self.error(f"recipe {path!r} must hold `key: value` lines, got {type(recipe).__name__}")
@@ -134,13 +148,16 @@ def _wanted(hint) -> str:
     return words.get(hint) or ("nothing" if hint is type(None) else f"a {getattr(hint, '__name__', hint)}")
 
 
-def parse_recipe(*config_classes: type, description: str, argv: list[str] | None = None) -> tuple:
+def parse_recipe(
+    *config_classes: type, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> tuple:
     """Read a recipe and the command line into one instance of each of `config_classes`.
 
     Args:
         config_classes: dataclasses whose fields carry `metadata={"help": …}`.
         description: first paragraph of `--help`.
         argv: words to parse; the process's own by default.
+        prog: name of the command in its messages; by default that of the process's file.
 
     Returns:
         tuple: an instance of each class, in order.
@@ -148,4 +165,4 @@ def parse_recipe(*config_classes: type, description: str, argv: list[str] | None
     Raises:
         SystemExit: on `--help`, an unreadable recipe, an unknown key, or a value that a dataclass refuses.
     """
-    return RecipeParser(*config_classes, description=description).parse(argv)
+    return RecipeParser(*config_classes, description=description, prog=prog).parse(argv)

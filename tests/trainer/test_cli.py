@@ -23,7 +23,7 @@ class Settings:
 
 
 def read(tmp_path, recipe: str, *words: str) -> Settings:
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "recipe.yaml").write_bytes(recipe.encode("utf-8", "surrogateescape"))
     (settings,) = parse_recipe(Settings, description="", argv=["--config", str(tmp_path / "recipe.yaml"), *words])
     return settings
 
@@ -41,6 +41,9 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
         ("num_steps: 0\n", (), "num_steps is 0; use 1 or more"),
         ("- a\n", (), "must hold"),
         ("a: [\n", (), "not valid YAML"),
+        ("num_steps: 5\nnum_steps: 6\n", (), "not valid YAML: 'num_steps' is given twice, again in line 2"),
+        ("a: {b: {c: 1, d: 2, c: 3}}\n", (), "'c' is given twice"),
+        ("num_steps: \udcff\n", (), "not valid YAML"),
         ("num_steps: many\n", (), "cannot be read"),
         ("num_steps: 2.5\n", (), "num_steps: 2.5 in"),
         ("num_steps: true\n", (), "write a whole number"),
@@ -58,7 +61,9 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
 def test_bad_settings_are_refused_with_the_mend(tmp_path, capsys, recipe, words, message):
     with pytest.raises(SystemExit):
         read(tmp_path, recipe, *words)
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "usage" not in printed  # a hundred settings before the one line that matters
 
 
 def test_values_of_the_right_types_pass(tmp_path):

@@ -20,7 +20,7 @@ are refused. --data_workers N tokenises in N processes, --verify_checksums false
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m trainer.data`."""
-    (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
+    (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv, prog="trainer.data")
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         if any(domain.get("sources") for domain in config.domains.values()):

@@ -86,6 +86,12 @@ def test_a_lost_or_corrupted_shard_is_found_and_made_again_as_told(recipe, tmp_p
     assert load_manifest(tmp_path / "shards") == before
 
 
+def test_settings_that_are_refused_name_the_command(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config", str(recipe), "--data_worker", "8"])
+    assert capsys.readouterr().err.startswith("trainer.data: error: unknown setting '--data_worker'")
+
+
 def test_a_recipe_without_sources_needs_shards(recipe, tmp_path):
     with pytest.raises(SystemExit, match="holds no token shards"):
         main(["--config", str(recipe), "--domains", "{web: {start: 1, end: 1}}"])
