@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from operator import index
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -213,13 +214,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         self.domains = _mapping("domains", self.domains)
-        stages = _mapping("sequence_length_stages", self.sequence_length_stages)
-        try:
-            self.sequence_length_stages = {int(start): int(length) for start, length in stages.items()}
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"sequence_length_stages is {stages}: write whole numbers, tokens seen to row length"
-            ) from error
+        self.sequence_length_stages = _stages(_mapping("sequence_length_stages", self.sequence_length_stages))
         self._check_required()
         self._check_numbers()
         self._check_ranges()
@@ -392,3 +387,18 @@ def _mapping(name: str, value: dict | str | None) -> dict:
     if not isinstance(value or {}, dict):
         raise ValueError(f"{name} must be a mapping, got {value!r}")
     return value or {}
+
+
+def _stages(stages: dict) -> dict[int, int]:
+    """Tokens seen to row length; in JSON the former are text."""
+    try:
+        whole = {int(start) if isinstance(start, str) else index(start): index(stages[start]) for start in stages}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"sequence_length_stages is {stages}: write whole numbers, tokens seen to row length"
+        ) from error
+    if min(whole, default=1) < 1:
+        raise ValueError(
+            f"sequence_length_stages is {stages}: sequence_length is the length from 0 on, use later ones"
+        )
+    return whole

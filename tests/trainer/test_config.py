@@ -42,6 +42,9 @@ import pytest
         ({"average_checkpoints": 1}, "average_checkpoints is 1"),
         ({"keep_every_steps": 6}, "keep_every_steps is 6, .* a multiple of checkpoint_steps 4"),
         ({"sequence_length_stages": {"abc": 64}}, "sequence_length_stages is {'abc': 64}"),
+        ({"sequence_length_stages": {0: 64}}, "sequence_length_stages is {0: 64}: sequence_length is the length from"),
+        ({"sequence_length_stages": {-5: 64}}, "sequence_length_stages is {-5: 64}"),
+        ({"sequence_length_stages": {512: 64.5}}, "sequence_length_stages is {512: 64.5}: write whole numbers"),
         ({"domains": {"a": 1}}, "'a' needs start and end.* and is 1"),
         ({"domains": {"../a": {"start": 1, "end": 1}}}, "'../a' is no name for a folder"),
         ({"domains": {"..": {"start": 1, "end": 1}}}, "'..' is no name for a folder"),
@@ -64,9 +67,10 @@ def test_wrong_settings_are_named(make_config, settings, named):
 
 
 def test_mappings_may_be_written_on_the_command_line(make_config):
-    config = make_config(domains='{"a": {"start": 1, "end": 1}}', sequence_length_stages="{500: 64}")
-    assert config.domains == {"a": {"start": 1, "end": 1}}
-    assert config.batch_plan().shape(500) == (64, 2)
+    for stages in ("{500: 64}", '{"500": 64}'):  # YAML, JSON
+        config = make_config(domains='{"a": {"start": 1, "end": 1}}', sequence_length_stages=stages)
+        assert config.domains == {"a": {"start": 1, "end": 1}}
+        assert config.batch_plan().shape(500) == (64, 2)
 
 
 def test_settings_survive_a_recipe(make_config):
