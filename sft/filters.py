@@ -80,13 +80,13 @@ class NearDuplicates:
         self.threshold = threshold
         self._template = MinHash(num_perm=num_permutations, seed=1)
         self._index = MinHashLSH(threshold=threshold, num_perm=num_permutations)
-        self._added: dict[str, MinHash] = {}
+        self._added: list[tuple[str, MinHash]] = []
 
     def add(self, key: str, text: str) -> str | None:
         """Add a text, unless one like it is there.
 
         Args:
-            key: names the text; unique.
+            key: names the text.
             text: compared by its words, without case and punctuation.
 
         Returns:
@@ -97,10 +97,11 @@ class NearDuplicates:
         sketch = self._template.copy()
         sketch.update_batch(sorted(grams))
         for candidate in sorted(self._index.query(sketch)):
-            if sketch.jaccard(self._added[candidate]) >= self.threshold:
-                return candidate
-        self._index.insert(key, sketch)
-        self._added[key] = sketch
+            earlier, known = self._added[candidate]
+            if sketch.jaccard(known) >= self.threshold:
+                return earlier
+        self._index.insert(len(self._added), sketch)
+        self._added.append((key, sketch))
         return None
 
 

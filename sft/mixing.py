@@ -1,5 +1,6 @@
 """Domain ratios held by tokens: how many tokens each domain may give, and which rows give them."""
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ def parse_ratios(pairs: Sequence[str]) -> dict[str, float]:
             value = float(share)
         except ValueError:
             value = 0.0
-        if not domain or not value > 0 or domain in ratios:
+        if not domain or not 0 < value < math.inf or domain in ratios:
             raise ValueError(f"ratio {pair!r} is not a new domain=share with a share above 0, such as math=0.3")
         ratios[domain] = value
     total = sum(ratios.values())

@@ -1,7 +1,7 @@
 """Stage 1 data: many sources to one file with domain ratios held by tokens, and a card that says what was dropped.
 
 `python -m sft.prepare --config recipes/sft/prepare_stage1.yaml`. In this order a row is dropped for being malformed,
-too short or too long, a near-duplicate, contaminated by an evaluation set, or beyond its domain's share.
+too short or too long, contaminated by an evaluation set, a near-duplicate, or beyond its domain's share.
 """
 
 from collections import Counter
@@ -97,7 +97,7 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
         Prepared: the rows that stay, and each other row with its reason.
 
     Raises:
-        ValueError: a file cannot be read, or the ratios do not fit the data.
+        ValueError: a file cannot be read, the ratios do not fit the data, or nothing is left.
     """
     report = DataReport()
     contamination = Contamination(evaluation_texts(config.eval_files))
@@ -121,13 +121,15 @@ def prepare(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
             counts.append(num_tokens)
             continue
         dropped.append((place, row, reason))
-    if config.domain_ratios:
+    if rows and config.domain_ratios:
         kept, surplus = _mix(config, rows, counts)
         dropped += [(places[index], rows[index], "beyond its domain's share") for index in surplus]
         rows, counts = [rows[index] for index in kept], [counts[index] for index in kept]
     for place, _, reason in dropped:
         report.drop(reason, place)
-    report.kept, report.tokens, report.longest_tokens = len(rows), sum(counts), max(counts, default=0)
+    if not rows:
+        raise ValueError(f"no conversation is left from {config.train_files}: {report.summary()}")
+    report.kept, report.tokens, report.longest_tokens = len(rows), sum(counts), max(counts)
     return Prepared(rows, counts, dropped, report, malformed)
 
 

@@ -50,6 +50,12 @@ def test_other_texts_stay_but_their_copies_go(name):
     assert seen.add("third", OTHERS[name]) == "second"
 
 
+def test_texts_of_one_name_are_told_apart():
+    seen = NearDuplicates()
+    for text in (STORY, OTHERS["another problem"]):
+        assert seen.add("train.jsonl:1", text) is None
+
+
 def test_similarity_out_of_range_is_named():
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         NearDuplicates(1.5)
@@ -161,7 +167,9 @@ def test_ratios_are_scaled_to_one():
     assert parse_ratios(["math=1", "code=3"]) == {"math": 0.25, "code": 0.75}
 
 
-@pytest.mark.parametrize("pairs", [["math"], ["math=0"], ["=1"], ["math=x"], ["math=1", "math=2"], ["math=nan"]])
+@pytest.mark.parametrize(
+    "pairs", [["math"], ["math=0"], ["=1"], ["math=x"], ["math=1", "math=2"], ["math=nan"], ["math=inf"]]
+)
 def test_bad_ratios_are_named(pairs):
     with pytest.raises(ValueError, match="is not a new domain=share"):
         parse_ratios(pairs)

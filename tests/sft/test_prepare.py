@@ -118,6 +118,9 @@ def test_entry_point_writes_and_names_a_missing_file(config, tokenizer, tmp_path
     assert "near-duplicate" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="does not exist"):
         prepare_main([*words, "absent.jsonl", "--output_dir", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=r"(?s)no conversation is left .* fewer than 900 tokens"):
+        prepare_main([*words, *config.train_files, "--output_dir", str(tmp_path / "other"), "--min_tokens", "900"])
+    assert not (tmp_path / "other").exists()
 
 
 LABELS = {
@@ -158,6 +161,18 @@ def test_every_step_counts_rows_with_bad_labels_and_keeps_calls_without_content(
             f"<td>license is not text</td><td class='n'>1</td><td>{words[1]}:3</td>"
             in (tmp_path / "out" / "page.html").read_text()
         )
+
+
+@pytest.mark.parametrize("step", [prepare_main, prune_main])
+def test_files_of_one_name_and_one_file_twice_are_told_apart(step, workplace, write_rows, tmp_path):
+    (tmp_path / "other").mkdir()
+    files = [
+        write_rows([CALLING]),
+        write_rows([row("Why?", "Because it rains there.", "general")], "other/rows.jsonl"),
+    ]
+    words = ["--train_files", *files, files[0], "--output_dir", str(tmp_path / "out")]
+    step([*words, *(["--tokenizer", str(workplace / "base")] if step is prepare_main else [])])
+    assert len(list(read_rows(tmp_path / "out" / "train.jsonl"))) == 2
 
 
 @pytest.mark.parametrize("step", [prepare_main, curate_main, prune_main])
