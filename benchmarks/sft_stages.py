@@ -39,6 +39,7 @@ from sft.chat import attach_chat_template, stop_token_ids  # noqa: E402
 from sft.config import SftStageConfig  # noqa: E402
 from sft.data import read_rows  # noqa: E402
 from sft.prune import PruneConfig, prune, read_conversations, write_pruned  # noqa: E402
+from sft.prune_page import reason_kind  # noqa: E402
 from sft.stage import run_stage  # noqa: E402
 from trainer.config import PretrainConfig  # noqa: E402
 from trainer.loop import run_pretraining  # noqa: E402
@@ -221,7 +222,7 @@ class Run:
         model, tokenizer = self.load(model_dir)
         reading = read_conversations(model, tokenizer, rows, config.max_length, batch_size=64)
         decisions = prune(places, rows, config, reading)
-        counts = Counter(decision.reason.partition(" of ")[0].partition(":")[0] for decision in decisions)
+        counts = Counter(reason_kind(decision.reason) for decision in decisions)
         self.facts["pruning"] = dict(counts.most_common())
         self.say(f"pruning: {dict(counts.most_common())}")
         return write_pruned(rows, decisions, folder)

@@ -26,7 +26,7 @@ from sft.equations import false_equation
 from sft.examples import write_conversations
 from sft.files import write_lines, write_text
 from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
-from sft.prune_page import render_page
+from sft.prune_page import reason_kind, render_page
 from sft.scoring import score_conversation
 from trainer.cli import parse_recipe
 
@@ -167,7 +167,9 @@ def _answer_losses(
 def prune(
     places: Sequence[str], rows: Sequence[dict], config: PruneConfig, reading: Reading | None = None
 ) -> list[Decision]:
-    """Decide on every row, in this order: malformed, incoherent, near-duplicate, unread, same meaning, low utility.
+    """Decide on every row, in this order: malformed, incoherent, unread, near-duplicate, same meaning, low utility.
+
+    A row repeats one that people wrote, wherever it stands, or an earlier one that passed the rules before.
 
     Args:
         places: names of the rows.
@@ -180,20 +182,22 @@ def prune(
     """
     decisions = []
     duplicates = NearDuplicates(min(config.duplicate_threshold, 0.999))
+    for place, row in zip(places, rows, strict=True):
+        if row.get("origin") == HUMAN:
+            duplicates.add(place, conversation_text(row))
     for index, (place, row) in enumerate(zip(places, rows, strict=True)):
         decision = Decision(place, True, "kept", row.get("domain") or "unknown", row.get("skill") or "none")
         unread = reading is not None and numpy.isnan(reading.loss[index])
         if reading is not None and not unread:
             decision.loss, decision.utility = float(reading.loss[index]), float(reading.utility[index])
-        repeated = duplicates.add(place, conversation_text(row))
         if row.get("origin") == HUMAN:
             decision.reason = "written by a person"
         elif problem := _answer_problem(row, config):
             decision.kept, decision.reason = False, problem
-        elif repeated is not None:
-            decision.kept, decision.reason = False, f"near-duplicate of {repeated}"
         elif unread:
             decision.kept, decision.reason = False, f"instruction longer than {config.max_length} tokens"
+        elif repeated := duplicates.add(place, conversation_text(row)):
+            decision.kept, decision.reason = False, f"near-duplicate of {repeated}"
         decisions.append(decision)
     if reading is not None:
         _drop_same_meaning(decisions, reading, config)
@@ -213,9 +217,15 @@ def _answer_problem(row: dict, config: PruneConfig) -> str | None:
 
 
 def _drop_same_meaning(decisions: list[Decision], reading: Reading, config: PruneConfig) -> None:
-    """Within a domain and skill: rows of other skills are never each other's duplicates."""
-    mean = reading.embeddings[~numpy.isnan(reading.loss)].mean(0)  # (H,)
-    for members in _groups(decisions).values():
+    """Within a domain and skill, people's rows first: rows of other skills are never each other's duplicates."""
+    read = ~numpy.isnan(reading.loss)  # (N,)
+    if not read.any():
+        return
+    mean = reading.embeddings[read].mean(0)  # (H,)
+    for group in _groups(decisions).values():
+        members = sorted(
+            (index for index in group if read[index]), key=lambda index: decisions[index].reason == "kept"
+        )
         centred = reading.embeddings[members] - mean  # (members, H)
         for repeat, original in nearest_by_embedding(centred, config.embedding_threshold).items():
             decision = decisions[members[repeat]]
@@ -300,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         train_file = write_pruned(rows, decisions, config.output_dir, malformed)
     except (ValueError, OSError) as error:
         raise SystemExit(f"sft.prune: {error}") from error
-    counts = Counter(decision.reason.partition(" of ")[0].partition(":")[0] for decision in decisions)
+    counts = Counter(reason_kind(decision.reason) for decision in decisions)
     print("\n".join([*(f"{count:8,} {reason}" for reason, count in counts.most_common()), *report.dropped_lines()]))
     print(f"{train_file}; look at {train_file.with_name('page.html')}")
 

@@ -29,7 +29,7 @@ def render_page(rows: Sequence[dict], decisions: Sequence, malformed: Sequence[t
     kept = sum(decision.kept for decision in decisions)
     by_kind: dict[str, list[int]] = defaultdict(list)
     for index, decision in enumerate(decisions):
-        by_kind[_kind(decision.reason)].append(index)
+        by_kind[reason_kind(decision.reason)].append(index)
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>What was pruned</title>",
         f"<style>{STYLE}</style></head><body><h1>What was pruned</h1>",
@@ -45,7 +45,7 @@ def render_page(rows: Sequence[dict], decisions: Sequence, malformed: Sequence[t
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _kind(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """The reason without what is particular to one row."""
     return reason.partition(":")[0].partition(" of ")[0].partition(" as ")[0]
 

@@ -53,6 +53,24 @@ def test_each_poor_row_goes_for_its_reason_and_people_s_rows_stay():
     assert [decision.kept for decision in decisions] == [True, False, False, False, False, True, True]
 
 
+def test_a_row_repeats_only_what_stays():
+    """Neither a row that went nor the place of a person's row decides on another one."""
+    right, wrong = solved(11), solved(11)
+    wrong["messages"][1]["content"] = right["messages"][1]["content"].replace("11 + 341 = 352", "11 + 341 = 353")
+    rows = [wrong, right, solved(12), solved(12, origin="human"), solved(13), solved(14, origin="human")]
+    embeddings = numpy.array([[0.0, 9], [9, 0], [0, -9], [0, -9], [9, 1], [9, 1]])
+    reading = Reading(numpy.full(6, 0.5), numpy.ones(6), embeddings)
+    decisions = prune(list("abcdef"), rows, config(keep_share=1.0), reading)
+    assert [decision.reason for decision in decisions] == [
+        "incoherent: 11 + 341 = 353 is false",
+        "kept",
+        "near-duplicate of d",
+        "written by a person",
+        "means the same as f",
+        "written by a person",
+    ]
+
+
 @pytest.mark.parametrize(
     ("answer", "domain", "kept"),
     [
