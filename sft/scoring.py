@@ -1,12 +1,13 @@
 """Stage 2: how good a sample is for learning to reason, by functions that can be read and tested, and selection by it.
 
 Three scores from 0 to 1. Their definitions and weights are ours (assumption): the report names the criteria (reasoning
-density, response completeness, structural consistency) and not how they were measured. Optionally a model judges too.
+density, response completeness, structural consistency) and not how they were measured. `sft.curate` may add a model's
+rating to them.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,10 +70,10 @@ def reasoning_density(answer: str) -> float:
 
 
 def response_completeness(question: str, answer: str, domain: str) -> float:
-    """Whether the answer arrives: a stated result (0.5), an end not cut off (0.3), some length (0.2).
+    """Whether the answer arrives: a stated result (0.5), an end not cut off (0.3), some length (0.2); a refusal is 0.
 
     Args:
-        question: not scored itself; a refusal to answer it scores 0.
+        question: not scored itself; a longer one wants a longer answer.
         answer: the assistant's text.
         domain: math and code need a result in their form, or a last line that is a number or the end of a program;
             elsewhere a last full sentence will do, a few words, or a list.
@@ -96,7 +97,7 @@ def _has_an_end(answer: str, last_line: str) -> bool:
 
 
 def structural_consistency(answer: str) -> float:
-    """One less for each thing that does not fit, over four: fences, brackets, step numbers, repeated lines."""
+    """1, less a quarter for each of these that does not fit: fences, brackets, step numbers, repeated lines."""
     faults = int(answer.count("```") % 2)
     opened, closed = (sum(answer.count(bracket) for bracket in brackets) for brackets in ("([{", ")]}"))
     alone = len(_CLOSED_ALONE.findall(answer))
@@ -114,26 +115,18 @@ def question_and_answer(row: dict) -> tuple[str, str]:
     return question, message_text(row["messages"][-1])
 
 
-def score_conversation(row: dict, judge: Callable[[str, str], float] | None = None) -> Score:
+def score_conversation(row: dict) -> Score:
     """Score a well-formed row by its last question and answer.
 
     Args:
         row: with `messages`, and `domain` where known.
-        judge: question and answer to a number from 0 to 1, such as `sft.endpoint.Judge`.
-
-    Raises:
-        ValueError: the judge's number is out of range.
     """
     question, answer = question_and_answer(row)
-    judged = judge(question, answer) if judge is not None else None
-    if judged is not None and not 0 <= judged <= 1:
-        raise ValueError(f"the judge gave {judged}; it must give a number from 0 to 1")
     called = bool(row["messages"][-1].get("tool_calls"))  # a well-formed call is a whole answer
     return Score(
         density=reasoning_density(answer),
         completeness=1.0 if called else response_completeness(question, answer, row.get("domain") or ""),
         consistency=structural_consistency(answer),
-        judge=judged,
     )
 
 

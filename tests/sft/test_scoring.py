@@ -1,5 +1,7 @@
 """Each score puts cases in the order a reader would, and selection keeps the best of every domain."""
 
+from dataclasses import replace
+
 import pytest
 
 from sft.data import read_rows
@@ -115,12 +117,11 @@ def conversation(answer: str, domain: str = "math") -> dict:
     }
 
 
-def test_judge_counts_half_and_must_stay_in_range():
-    row = conversation(WORKED)
-    alone = score_conversation(row).total
-    assert score_conversation(row, judge=lambda question, answer: 0.0).total == pytest.approx(alone / 2)
-    with pytest.raises(ValueError, match="the judge gave 7"):
-        score_conversation(row, judge=lambda question, answer: 7)
+def test_judge_counts_half():
+    alone = Score(0.5, 1.0, 0.75)
+    assert alone.total == pytest.approx(0.4 * 0.5 + 0.35 * 1.0 + 0.25 * 0.75)
+    assert replace(alone, judge=0.0).total == pytest.approx(alone.total / 2)
+    assert replace(alone, judge=1.0).total == pytest.approx((alone.total + 1) / 2)
 
 
 def test_selection_keeps_the_best_of_each_domain_and_drops_the_unfinished():

@@ -26,7 +26,6 @@ from sft.curate import CurateConfig
 from sft.data import NOT_UNICODE, DataReport, read_rows, row_problem
 from sft.journal import JOURNAL_FILE
 from sft.samplers import Endpoint, EndpointError, Judge, LocalModel, RequestRefused, in_order
-from sft.scoring import score_conversation
 from sft.synthesize import SynthesizeConfig, load_sampler, main, sample_tasks
 from sft.synthesize import synthesize as run_synthesis
 from sft.tasks import Task, compose_tasks, tasks_from_rows
@@ -285,16 +284,16 @@ def test_work_is_done_several_at_a_time_and_in_order():
 
 def test_judge_rates_through_the_endpoint(endpoint):
     judge = Judge(Endpoint(endpoint.url, "judge", attempts=1))
-    row = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
     endpoint.replies.append((200, choices("7")))
-    assert score_conversation(row, judge).judge == 0.7
+    assert judge("Why?", "Because.") == 0.7
     assert "Because." in endpoint.requests[0][1]["messages"][0]["content"]
     for reply in ("7/10", "I say 7 out of 10.", "<think>10?</think> 7.0", "It is 3, no: 7"):
         endpoint.replies.append((200, choices(reply)))
         assert judge("Why?", "Because.") == 0.7
-    endpoint.replies.append((200, choices("great")))
-    with pytest.raises(ValueError, match="judge judge replied 'great'"):
-        judge("Why?", "Because.")
+    for reply in ("great", "11"):
+        endpoint.replies.append((200, choices(reply)))
+        with pytest.raises(ValueError, match=f"judge judge replied '{reply}', which is no number from 0 to 10"):
+            judge("Why?", "Because.")
 
 
 def test_model_here_gives_candidates_without_markup(workplace, tokenizer):
