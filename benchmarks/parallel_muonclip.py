@@ -339,9 +339,12 @@ def time_copies(bench: Bench, first: dict) -> None:
         return
     bench.layers.clear()
     bench.share_out(copies=2)
-    for row, options in HSDP_TABLE.items():
-        compare_step(bench, row, options, first)
-    time_table(bench, HSDP_TABLE)
+    try:
+        for row, options in HSDP_TABLE.items():
+            compare_step(bench, row, options, first)
+        time_table(bench, HSDP_TABLE)
+    finally:
+        bench.renew_layers(copies=1)
 
 
 def time_copy_engines(bench: Bench, first: dict) -> None:
@@ -382,13 +385,13 @@ def main() -> None:
     first = check_step(bench, table)
     bench.clean()
     bench.section("A step in the form of Table 4", lambda: time_table(bench, table))
+    bench.section("HSDP, two copies", lambda: time_copies(bench, first))
     bench.section("Copy engines", lambda: time_copy_engines(bench, first))
     bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Newton-Schulz of one batch", lambda: time_batches(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
     bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
-    bench.section("HSDP, two copies", lambda: time_copies(bench, first))
     rows = bench.rows
     for layers in bench.arguments.layers[1:]:
         bench.rows, bench.num_layers = [], layers
