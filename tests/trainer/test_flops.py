@@ -112,7 +112,7 @@ def test_memory_is_what_full_size_steps_took():
 
 def test_memory_is_what_accumulating_steps_took():
     rows = [row for row in measured_rows("train_step*.csv") if row["row"].startswith("Motif-2") and row["peak_gib"]]
-    assert {row["world_size"] for row in rows} == {"1", "2", "4"}
+    assert {row["world_size"] for row in rows} >= {"1", "2", "4"}
     for row in rows:
         tokens, ranks = 4096 * int(row["micro_rows"]), int(row["world_size"])
         assert row["recompute"] == "none"
