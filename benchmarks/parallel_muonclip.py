@@ -387,11 +387,14 @@ def main() -> None:
     bench.section("A step in the form of Table 4", lambda: time_table(bench, table))
     bench.section("HSDP, two copies", lambda: time_copies(bench, first))
     bench.section("Copy engines", lambda: time_copy_engines(bench, first))
-    bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
+    even = bench.num_layers % bench.world_size == 0  # whole layers for each rank
+    if even:
+        bench.section("Newton-Schulz of one rank's share", lambda: time_newton_schulz(bench))
     bench.section("Newton-Schulz of one batch", lambda: time_batches(bench))
     bench.section("Agreement", lambda: time_agreement(bench))
     bench.section("Link", lambda: time_link(bench))
-    bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
+    if even:
+        bench.section("torch.optim.Muon", lambda: time_torch_muon(bench))
     rows = bench.rows
     for layers in bench.arguments.layers[1:]:
         bench.rows, bench.num_layers = [], layers
