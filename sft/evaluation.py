@@ -16,6 +16,7 @@ from eval_harness.evaluate import RESULTS_FILE, evaluate
 from eval_harness.loading import load_tasks
 from eval_harness.statistics import PairedDifference
 from sft.config import SftStageConfig
+from sft.files import write_text
 
 TABLE_FILE = "table.json"
 SETTINGS_FILE = "settings.json"
@@ -57,9 +58,10 @@ def _digest(rows: Iterable[dict]) -> str:
 def evaluate_stage(config: SftStageConfig) -> str:
     """Evaluate the model that a finished stage started from and the one it made, and extend the table.
 
-    A stage that started from another stage's `model/` takes the rows of that stage's table, and its scores too where
-    they are of the same tasks, rows, limit and precision. An evaluation that was interrupted goes on. One process
-    calls this; the others of the run need not wait for it.
+    Scores lie in a folder named by a digest of the tasks, their rows, limit and precision. A stage that started from
+    another stage's `model/` takes the rows of that stage's table, and its scores too where they are of the same. An
+    evaluation that was interrupted goes on; one of other tasks or limit is added. One process calls this; the others
+    of the run need not wait for it.
 
     Args:
         config: a finished stage with `eval_tasks`.
@@ -68,36 +70,40 @@ def evaluate_stage(config: SftStageConfig) -> str:
         str: the table so far, as Markdown, with one plain sentence a metric that this stage made worse.
 
     Raises:
-        ValueError: no task is named, a task or its rows cannot be found, or the folder holds another evaluation.
+        ValueError: no task is named, or a task or its rows cannot be found.
     """
     settings = check_evaluation(config)
     if settings is None:
         raise ValueError("eval_tasks is empty; name the tasks to run before and after")
-    folder = Path(config.output_dir) / "evaluation"
-    before, after, rows = folder / "before", folder / "after", []
+    folder, key = Path(config.output_dir) / "evaluation", _digest([settings])
+    before, after, earlier = folder / key / "before", folder / key / "after", []
     if Path(config.model_name_or_path).name == "model":
         previous = Path(config.model_name_or_path).parent / "evaluation"
-        if (previous / TABLE_FILE).is_file():
-            rows = json.loads((previous / TABLE_FILE).read_text(encoding="utf-8"))
-        if _settings_of(previous / "after") == settings:
-            before = previous / "after"
+        earlier = _table(previous)
+        if (previous / key / "after" / RESULTS_FILE).is_file():
+            before = previous / key / "after"
+    write_text(json.dumps(settings, indent=1) + "\n", folder / key / SETTINGS_FILE)
     for model, scores in ((config.model_name_or_path, before), (str(Path(config.output_dir) / "model"), after)):
-        if _settings_of(scores) != settings:
-            _evaluate(config, model, scores, settings)
-    rows += table_rows(Path(config.output_dir).name, compare(before, after), before, after)
-    (folder / TABLE_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if not (scores / RESULTS_FILE).is_file():
+            _evaluate(config, model, scores)
+    stage = Path(config.output_dir).name
+    new = table_rows(stage, compare(before, after), before, after)
+    tasks = {row["task"] for row in new}
+    own = [row for row in _table(folder) if row["stage"] == stage and row["task"] not in tasks and row not in earlier]
+    rows = [*earlier, *own, *new]
+    write_text(json.dumps(rows, indent=1) + "\n", folder / TABLE_FILE)
     text = render_table(rows)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    write_text(text, folder / "table.md")
     return text
 
 
-def _settings_of(folder: Path) -> dict | None:
-    """The settings of a finished evaluation; None where there is none."""
-    file = folder / SETTINGS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _table(folder: Path) -> list[dict]:
+    """The rows of an evaluation's table; none where there is no table."""
+    file = folder / TABLE_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
-def _evaluate(config: SftStageConfig, name: str, folder: Path, settings: dict) -> None:
+def _evaluate(config: SftStageConfig, name: str, folder: Path) -> None:
     """The chat template is applied on both sides, so that only the weights differ.
 
     lm-eval gets a loaded model: a name would make it share the rows with every process of the run.
@@ -113,9 +119,7 @@ def _evaluate(config: SftStageConfig, name: str, folder: Path, settings: dict) -
         output_dir=folder,
         limit=config.eval_limit or None,
         apply_chat_template=True,
-        identity={"settings": settings},
     )
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def table_rows(stage: str, found: dict[tuple[str, str], PairedDifference], before: Path, after: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """The table compares the same rows before and after, grows from stage to stage, and says what became worse."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,23 +64,34 @@ def test_table_grows_over_two_stages(settings, arithmetic, tmp_path, capsys):
     rows = json.loads((Path(second.output_dir) / "evaluation" / "table.json").read_text())
     assert [row["stage"] for row in rows] == ["stage1"] * (len(rows) // 2) + ["stage2"] * (len(rows) // 2)
     assert all(row["rows"] == 2 for row in rows)
-    assert not (Path(second.output_dir) / "evaluation" / "before").exists(), "taken over from the stage before"
+    (key,) = (path for path in (Path(second.output_dir) / "evaluation").iterdir() if path.is_dir())
+    assert (key / "after").is_dir()
+    assert not (key / "before").exists(), "taken over from the stage before"
 
 
 @pytest.fixture
 def evaluated(monkeypatch) -> list[Path]:
-    """The folders that an evaluation wrote to, oldest first; no model is asked."""
+    """The folders that an evaluation wrote to, oldest first; no model is asked, and its tasks are all worse."""
     folders = []
 
-    def write(config, name, folder, settings):
+    def write(config, name, folder):
         folders.append(folder)
         folder.mkdir(parents=True)
-        (folder / evaluation.SETTINGS_FILE).write_text(json.dumps(settings))
+        (folder / evaluation.RESULTS_FILE).write_text(json.dumps({"metrics": {task: {} for task in config.eval_tasks}}))
+
+    def compare(before, after):
+        tasks = json.loads((after / evaluation.RESULTS_FILE).read_text())["metrics"]
+        return {(task, "exact_match"): paired(-0.2, -0.1) for task in tasks}
 
     monkeypatch.setattr(evaluation, "_evaluate", write)
-    monkeypatch.setattr(evaluation, "compare", lambda before, after: {})
-    monkeypatch.setattr(evaluation, "table_rows", lambda stage, found, before, after: [])
+    monkeypatch.setattr(evaluation, "compare", compare)
     return folders
+
+
+def scores_of(config, side: str) -> Path:
+    """Where the scores of one side of a stage lie."""
+    key = evaluation._digest([evaluation.check_evaluation(config)])
+    return Path(config.output_dir, "evaluation", key, side)
 
 
 @pytest.mark.parametrize("change", [{}, {"eval_limit": 3}, {"dtype": "bfloat16"}, {"rows": "other"}])
@@ -94,19 +107,34 @@ def test_scores_of_the_stage_before_are_taken_over_only_if_they_are_of_the_same(
     same = not change
     second = settings("stage2", **(arithmetic | change | {"model_name_or_path": f"{first.output_dir}/model"}))
     evaluation.evaluate_stage(second)
-    one, two = Path(first.output_dir, "evaluation"), Path(second.output_dir, "evaluation")
-    before = [] if same else [two / "before"]
-    assert evaluated == [one / "before", one / "after", *before, two / "after"]
+    before = [] if same else [scores_of(second, "before")]
+    assert evaluated[2:] == [*before, scores_of(second, "after")]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_side_that_is_missing(settings, arithmetic, evaluated):
     config = settings(**arithmetic)
     evaluation.evaluate_stage(config)
-    folder = Path(config.output_dir, "evaluation")
-    (folder / "after" / evaluation.SETTINGS_FILE).unlink()
-    (folder / "after").rmdir()
+    before, after = scores_of(config, "before"), scores_of(config, "after")
+    shutil.rmtree(after)
     evaluation.evaluate_stage(config)
-    assert evaluated == [folder / "before", folder / "after", folder / "after"]
+    assert evaluated == [before, after, after]
+
+
+def test_other_tasks_are_added_to_the_table_and_another_limit_replaces_the_row(settings, arithmetic, evaluated):
+    def rows(config):
+        evaluation.evaluate_stage(config)
+        table = json.loads(Path(config.output_dir, "evaluation", "table.json").read_text())
+        return [(row["stage"], row["task"]) for row in table]
+
+    first = settings("stage1", **arithmetic)
+    sums, other = ("stage1", "motif2_arithmetic"), ("stage1", "motif2_heldout_math")
+    assert rows(first) == [sums]
+    assert rows(replace(first, eval_limit=1)) == [sums]
+    Path(arithmetic["eval_data_dir"], "heldout_math.jsonl").write_text('{"text": "x"}\n')
+    assert rows(replace(first, eval_tasks=[other[1]])) == [sums, other]
+    second = settings("stage2", **(arithmetic | {"model_name_or_path": f"{first.output_dir}/model"}))
+    assert rows(second) == [sums, other, ("stage2", "motif2_arithmetic")]
+    assert len(evaluated) == 7
 
 
 @pytest.mark.parametrize(
@@ -132,9 +160,8 @@ def test_a_finished_stage_is_evaluated_later(settings, arithmetic, evaluated, ca
     with pytest.raises(SystemExit, match="eval_tasks is empty; name the tasks"):
         publish.main(words)
     publish.main([*words, "--eval_tasks", "motif2_arithmetic", "--eval_data_dir", arithmetic["eval_data_dir"]])
-    folder = Path(config.output_dir, "evaluation")
-    assert evaluated == [folder / "before", folder / "after"]
-    assert (folder / "table.md").is_file()
+    assert [folder.name for folder in evaluated] == ["before", "after"]
+    assert Path(config.output_dir, "evaluation", "table.md").is_file()
     assert capsys.readouterr().out.rstrip().endswith("README.md")
     with pytest.raises(SystemExit):
         publish.main(["--run_dir", config.output_dir, "--eval_limit", "3"])
