@@ -398,7 +398,5 @@ def _stages(stages: dict) -> dict[int, int]:
             f"sequence_length_stages is {stages}: write whole numbers, tokens seen to row length"
         ) from error
     if min(whole, default=1) < 1:
-        raise ValueError(
-            f"sequence_length_stages is {stages}: sequence_length is the length from 0 on, use later ones"
-        )
+        raise ValueError(f"sequence_length_stages is {stages}: write stages after 0, where sequence_length holds")
     return whole

@@ -53,12 +53,13 @@ class LearningRateSchedule:
         """Factor of the peak after `tokens` tokens."""
         if tokens < self.warmup_tokens:
             return tokens / self.warmup_tokens
-        if self.kind == "constant":
+        after_warmup = self.total_tokens - self.warmup_tokens
+        decay_tokens = {"constant": 0, "cosine": after_warmup}.get(self.kind, self.decay_tokens)
+        if not decay_tokens:
             return 1.0
+        part = _part(tokens - (self.total_tokens - decay_tokens), decay_tokens)
         if self.kind == "cosine":
-            part = _part(tokens - self.warmup_tokens, self.total_tokens - self.warmup_tokens)
             return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * part))
-        part = _part(tokens - (self.total_tokens - self.decay_tokens), self.decay_tokens)
         if self.kind == "wsd_linear":
             return 1.0 - (1 - self.floor) * part
         return 1 / math.sqrt(1 + part * (1 / self.floor**2 - 1))
@@ -107,6 +108,6 @@ class BatchPlan:
 
 def _part(tokens: float, length: float) -> float:
     """How much of a phase is over, from 0 to 1; a phase without length is over at once."""
-    if length <= 0:
-        return 1.0 if tokens >= 0 else 0.0
+    if not length:
+        return 1.0
     return min(1.0, max(0.0, tokens / length))

@@ -42,7 +42,7 @@ import pytest
         ({"average_checkpoints": 1}, "average_checkpoints is 1"),
         ({"keep_every_steps": 6}, "keep_every_steps is 6, .* a multiple of checkpoint_steps 4"),
         ({"sequence_length_stages": {"abc": 64}}, "sequence_length_stages is {'abc': 64}"),
-        ({"sequence_length_stages": {0: 64}}, "sequence_length_stages is {0: 64}: sequence_length is the length from"),
+        ({"sequence_length_stages": {0: 64}}, "sequence_length_stages is {0: 64}: write stages after 0"),
         ({"sequence_length_stages": {-5: 64}}, "sequence_length_stages is {-5: 64}"),
         ({"sequence_length_stages": {512: 64.5}}, "sequence_length_stages is {512: 64.5}: write whole numbers"),
         ({"domains": {"a": 1}}, "'a' needs start and end.* and is 1"),

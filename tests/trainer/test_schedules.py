@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from trainer.schedules import BatchPlan, LearningRateSchedule
+from trainer.schedules import SCHEDULES, BatchPlan, LearningRateSchedule
 
 
 def test_wsd_linear_is_its_closed_form():
@@ -24,6 +24,19 @@ def test_cosine_is_its_closed_form():
     for tokens in (200, 333, 600, 1000):
         expected = 0.2 + 0.8 * (1 + math.cos(math.pi * (tokens - 200) / 800)) / 2
         assert schedule.factor(tokens) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_decay_without_length_decays_nothing(kind):
+    schedule = LearningRateSchedule(kind, 1000, warmup_tokens=1000 if kind == "cosine" else 100)
+    assert schedule.factor(1000) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["wsd_linear", "wsd_inverse_sqrt", "cosine"])
+def test_a_decay_may_take_the_whole_run(kind):
+    schedule = LearningRateSchedule(kind, 1000, warmup_tokens=0, decay_tokens=1000, floor=0.1)
+    assert [schedule.factor(tokens) for tokens in (0, 1000)] == pytest.approx([1.0, 0.1])
+    assert 0.1 < schedule.factor(1) < 1.0
 
 
 @pytest.mark.parametrize(
