@@ -281,7 +281,7 @@ class _Run:
             self.spikes.high_steps = 0
             return False
         rewinds = self.progress.rewinds
-        if len(rewinds) == self.config.max_rewinds:
+        if len(rewinds) >= self.config.max_rewinds:
             raise LossSpikeError(
                 f"the loss spiked to {loss:.4f} at step {step}, above {limit:.4f}, after max_rewinds "
                 f"{self.config.max_rewinds} rewinds; the last checkpoint is {path}: look at the data, raise "
@@ -303,7 +303,7 @@ class _Run:
         if self.progress.tokens // every == tokens_before // every:
             return
         self.checkpoints.wait()
-        paths = complete_checkpoints(self.folder / CHECKPOINTS)[-others:]
+        paths = broadcast_object_list([complete_checkpoints(self.folder / CHECKPOINTS)[-others:]])[0]
         if len(paths) < others:
             self.metrics.say(f"no averaging at step {self.progress.step}: {len(paths)} of {others} checkpoints exist")
             return

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import trainer.averaging
+import trainer.loop
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from tests.trainer.test_loop import Killed, curve, kill_at
@@ -88,6 +89,25 @@ def test_a_run_goes_on_from_the_mean_and_restarts_alike(make_config, tmp_path, m
     ]
     assert losses[0][:3] == losses[1][:3]
     assert losses[0][3] != losses[1][3]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_ranks_take_the_checkpoints_that_the_main_one_sees(make_config, monkeypatch):
+    """A shared disk may show a new folder late: each rank would go on from a mean of its own."""
+    config = make_config(
+        checkpoint_steps=1, average_every_tokens=256, average_checkpoints=2, eval_steps=0, total_tokens=128 * 5
+    )
+
+    def main(rank):
+        averaged = []
+        monkeypatch.setattr(trainer.loop, "average_with_checkpoints", lambda _, paths: averaged.append(paths))
+        if rank:
+            monkeypatch.setattr(trainer.loop, "complete_checkpoints", lambda folder: [])
+        run_pretraining(config)
+        return [[path.name for path in paths] for paths in averaged]
+
+    assert run_distributed(main, 2) == [[["step_00000001"], ["step_00000003"]]] * 2
 
 
 def test_too_few_kept_checkpoints_are_refused(make_config):

@@ -124,6 +124,16 @@ def test_too_many_spikes_stop_the_run(make_config, monkeypatch):
         run_pretraining(config)
 
 
+def test_a_limit_below_the_rewinds_so_far_stops_the_run_too(make_config, monkeypatch):
+    spoil(monkeypatch, [5, 8])
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.warns(LossSpikeWarning, match="step 5"), pytest.raises(Killed):
+            run_pretraining(make_config(checkpoint_steps=1, **SPIKY))
+    with pytest.warns(LossSpikeWarning, match="step 7"), pytest.raises(LossSpikeError, match="max_rewinds 0"):
+        run_pretraining(make_config(checkpoint_steps=1, max_rewinds=0, **SPIKY))
+
+
 def test_without_a_checkpoint_the_run_goes_on(make_config, monkeypatch, capsys):
     spoil(monkeypatch, [4])
     with pytest.warns(LossSpikeWarning, match="step 4"):
