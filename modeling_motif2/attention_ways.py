@@ -131,9 +131,10 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
 def _ways_of_packages(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any) -> list[Way]:
     """The flash attentions that are installed; of intervals they take documents and padding, not windows."""
     if mask is not None:
-        config, square = attention.config, query.shape[2] == key.shape[3]
-        windows = config.layer_types[attention.layer_idx] == "sliding_attention"
-        if not is_intervals(mask) or windows or not square or is_recorded(query):
+        # First: compiled code that had looked at the layer's index would be compiled again for every layer.
+        if is_recorded(query) or not is_intervals(mask) or query.shape[2] != key.shape[3]:
+            return []
+        if attention.config.layer_types[attention.layer_idx] == "sliding_attention":
             return []
     return [WAYS[f"flash_attention_{version}"] for version in (2, 3, 4) if _is_installed(version)]
 

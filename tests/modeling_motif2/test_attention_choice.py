@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend
 
 from modeling_motif2 import (
@@ -384,6 +385,20 @@ def test_which_packages_take_intervals(monkeypatch):
     monkeypatch.setattr(attention_ways, "is_recorded", lambda _: False)
     monkeypatch.setattr(layer.config, "layer_types", ["sliding_attention"] * 8)
     assert packages() == []
+
+
+def test_layers_compiled_with_documents_share_the_choice_of_packages():
+    intervals, _ = documents_and_padding()
+    query, key = torch.empty(3, 6, 11, 8), torch.empty(3, 2, 2, 11, 8)
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def ways(layer, query):
+        return query + len(attention_ways._ways_of_packages(layer, query, key, intervals))
+
+    for layer in attention_modules(small_model(layers=4, ratio=3)):
+        ways(layer, query)
+    assert counter.frame_count == 1
 
 
 def test_memory_that_runs_out_for_the_trial_costs_the_measurement_only(monkeypatch, capsys):

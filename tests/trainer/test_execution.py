@@ -233,6 +233,23 @@ class TestCompilation:
         assert_equal_outcome(model, reference, tolerance=1e-6)
         assert counter.frame_count <= 3
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+    @pytest.mark.parametrize("attention", ["gda_kernel", "gda_fastest", "sdpa"])
+    def test_layers_share_their_code_on_a_gpu(self, attention):
+        """Packed documents; layers with an index of their own in the code would be compiled one by one."""
+        torch._dynamo.reset()
+        model = small_model(6).cuda()
+        if attention.startswith("gda"):
+            use_gda_attention(model, attn_implementation=attention)
+        track_max_logits(model)
+        counter = CompileCounterWithBackend("aot_eager")
+        compile_layers(model, counter)
+        tokens, positions = TOKENS.cuda(), POSITIONS.cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(input_ids=tokens, position_ids=positions, labels=tokens, use_cache=False).loss.backward()
+        assert counter.frame_count <= 3
+
     @pytest.mark.slow
     def test_recomputed_layers_compile(self):
         model, reference = small_model(2), small_model(2)
