@@ -159,17 +159,30 @@ class Motif2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.auto_map = dict(kwargs.pop("auto_map", None) or {})
-        if self.head_dim is None:
-            self.head_dim = self._infer_head_dim()
         self._set_layer_types()
         if self.vocab_size == PUBLISHED_VOCAB_SIZE and self.eos_token_id is None:
             self.eos_token_id = PUBLISHED_EOS_TOKEN_ID
             self.bos_token_id = PUBLISHED_BOS_TOKEN_ID if self.bos_token_id is None else self.bos_token_id
             self.pad_token_id = PUBLISHED_EOS_TOKEN_ID if self.pad_token_id is None else self.pad_token_id
         self._check_heads()
+        if self.head_dim is None:
+            self.head_dim = self._infer_head_dim()
         self._check_the_rest(kwargs)
+        self._check_theta(kwargs)
         self._warn_of_mistyped(kwargs)
         super().__post_init__(**kwargs)
+        self._check_rope()
+
+    def follow(self) -> None:
+        """Lets `layer_types` follow from attributes that were set since construction, and checks them; models do it.
+
+        Raises:
+            ValueError: as at construction.
+        """
+        self.layer_types = None
+        self._set_layer_types()
+        self._check_heads()
+        self._check_the_rest({})
         self._check_rope()
 
     @property
@@ -275,12 +288,12 @@ class Motif2Config(PreTrainedConfig):
                 f"num_key_value_heads={keys} does not fit {self.num_groups} groups: every group owns two keys, "
                 f"use {2 * self.num_groups}."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE rotates its two halves.")
 
     def _check_the_rest(self, extra: dict[str, Any]) -> None:
         if self.hidden_act != "poly_norm":
             raise ValueError(f"hidden_act={self.hidden_act!r} is not built: Motif-2 has only 'poly_norm'.")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: RoPE rotates its two halves.")
         if self.k_ratio != 1:
             raise ValueError(f"k_ratio={self.k_ratio} is not defined by the report: use k_ratio=1.")
         if self.attention_dropout:
@@ -305,6 +318,14 @@ class Motif2Config(PreTrainedConfig):
                         f"{name}={token_id} lies outside the vocabulary of {self.vocab_size}: set it below, or None."
                     )
 
+    def _check_theta(self, extra: dict[str, Any]) -> None:
+        theta = extra.get("rope_theta")
+        given = (self.rope_parameters or {}).get("rope_theta", theta)
+        if theta is not None and theta != given:
+            raise ValueError(
+                f"rope_theta={theta} contradicts rope_parameters, whose rope_theta is {given}: give one of them."
+            )
+
     def _check_rope(self) -> None:
         theta, kind = self.rope_parameters["rope_theta"], self.rope_parameters["rope_type"]
         if not theta > 0:
@@ -312,6 +333,11 @@ class Motif2Config(PreTrainedConfig):
         if kind not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
                 f"rope_type={kind!r} is unknown: use one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}."
+            )
+        factor = self.rope_parameters.get("partial_rotary_factor")
+        if factor not in (None, 1):
+            raise ValueError(
+                f"partial_rotary_factor={factor} is not built: RoPE rotates whole heads, so leave it out."
             )
 
     def _warn_of_mistyped(self, extra: dict[str, Any]) -> None:
@@ -331,8 +357,14 @@ class Motif2Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Builds the configuration from a config.json's content, ours or official."""
-        return super().from_dict(from_official_dict(config_dict), **kwargs)
+        """Builds the configuration from a config.json's content, ours or official; keywords replace what it says."""
+        config_dict = from_official_dict(config_dict)
+        # transformers would set them on the finished configuration, unchecked, and nothing would follow from them.
+        own = Motif2Config.__annotations__.keys() & cls.__dataclass_fields__.keys() & kwargs.keys()
+        if own:
+            config_dict = {name: value for name, value in config_dict.items() if name != "layer_types"}
+            config_dict |= {name: kwargs.pop(name) for name in own}
+        return super().from_dict(config_dict, **kwargs)
 
     def to_official_dict(self) -> dict[str, Any]:
         """Returns this configuration as the config.json of an official checkpoint, without remote code.

@@ -71,10 +71,12 @@ class Motif2HubMixin:
             **kwargs: what transformers takes, and `push_to_hub`'s arguments.
 
         Raises:
-            ValueError: if the layout is unknown.
+            ValueError: if the layout is unknown, or cannot tell this configuration; nothing is written then.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} is unknown: use one of {', '.join(LAYOUTS)}.")
+        if layout == "official":
+            self.config.to_official_dict()  # refuses here what it cannot tell
         folder = Path(save_directory)
         upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         upload["tags"] = self._all_tags(upload.get("tags"))

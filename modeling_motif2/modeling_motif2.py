@@ -116,6 +116,7 @@ class Motif2Model(Motif2PreTrainedModel):
 
     def __init__(self, config: Motif2Config):
         super().__init__(config)
+        config.follow()
         # No padding_idx: Motif's padding token is also its end-of-text token, whose embedding must be trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Motif2DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])

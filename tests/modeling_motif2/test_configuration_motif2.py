@@ -4,11 +4,12 @@ import json
 import warnings
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from modeling_motif2 import Motif2Config
+from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.modeling_motif2.builders import small_config
 
 
@@ -39,6 +40,11 @@ from tests.modeling_motif2.builders import small_config
         ({"rope_theta": 0.0}, r"rope_theta=0.0 must be positive"),
         ({"rope_theta": -5.0}, r"rope_theta=-5.0 must be positive"),
         (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            r"rope_theta=10000.0 contradicts rope_parameters, whose rope_theta is 1000000.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5 is not built: .* leave it out"),
+        (
             {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
             r"rope_type='nonsense' is unknown: use one of default, .*yarn",
         ),
@@ -52,6 +58,10 @@ from tests.modeling_motif2.builders import small_config
         (
             {"num_noise_heads": None, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": None},
             r"hidden_size=32 is not a multiple of num_attention_heads=6, .* set head_dim",
+        ),
+        (
+            {"num_noise_heads": None, "num_attention_heads": 0, "head_dim": None},
+            r"num_attention_heads=0 is odd",
         ),
     ],
 )
@@ -86,6 +96,31 @@ def test_windows_begin_at_the_given_layer():
     config = small_config(layers=4, use_sliding_window=True, sliding_window=3, max_window_layers=2)
     assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     assert small_config(sliding_window=3).sliding_window is None
+
+
+def test_keywords_at_loading_count_like_those_at_construction(tmp_path):
+    small_config(layers=3).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2).layer_types == ["full_attention"] * 2
+    windows = AutoConfig.from_pretrained(tmp_path, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert windows.layer_types == ["full_attention"] + ["sliding_attention"] * 2
+    with pytest.raises(ValueError, match="head_dim=7 must be even"):
+        AutoConfig.from_pretrained(tmp_path, head_dim=7)
+    _, unused = AutoConfig.from_pretrained(tmp_path, use_cache=False, of_nobody=1, return_unused_kwargs=True)
+    assert unused == {"of_nobody": 1}
+    official = small_config(layers=3).to_official_dict()
+    assert Motif2Config.from_dict(dict(official), num_hidden_layers=1).layer_types == ["full_attention"]
+
+
+def test_attributes_set_after_construction_count_when_a_model_is_made():
+    config = small_config()
+    config.num_hidden_layers, config.use_sliding_window, config.sliding_window = 1, True, 2
+    model = Motif2ForCausalLM(config).eval()
+    assert config.layer_types == ["sliding_attention"]
+    far, near = (model(torch.tensor([[first, 4, 5, 6]])).logits[0, -1] for first in (3, 9))
+    assert torch.equal(far, near)
+    config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="num_key_value_heads=3 is odd"):
+        Motif2ForCausalLM(config)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -127,7 +162,7 @@ def test_configurations_survive_both_layouts(tmp_path_factory, groups, ratio, he
 
 def test_a_scaled_rope_survives_the_official_layout(tmp_path):
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 128}
-    config = small_config(rope_parameters=rope)
+    config = small_config(rope_parameters=rope, rope_theta=None)
     written = config.to_official_dict()
     assert written["rope_theta"] == 1e6
     (tmp_path / "config.json").write_text(json.dumps(written))

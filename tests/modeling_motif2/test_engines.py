@@ -135,7 +135,8 @@ def test_saving_for_engines(tmp_path):
         torch.testing.assert_close(engine(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert engine.config.for_engines().to_diff_dict() == engine.config.to_diff_dict()
     with pytest.raises(ValueError, match="no official layout"):
-        engine.save_pretrained(tmp_path, layout="official")
+        engine.save_pretrained(tmp_path / "official", layout="official")
+    assert not (tmp_path / "official").exists()
 
 
 def test_a_wrong_count_is_refused():
