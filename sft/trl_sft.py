@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import (
     DatasetMixtureConfig,
@@ -35,6 +36,9 @@ from sft.export import gather_whole_weights
 from sft.stage import StageTrainer
 from trainer.errors import CheckpointError
 from trainer.optim import MuonClipFactory
+
+# Label of a token that the loss does not count.
+IGNORED = -100
 
 
 @dataclass
@@ -94,8 +98,8 @@ def build_trl_trainer(
         StageTrainer: ready to train.
 
     Raises:
-        ValueError: no model or data is named, adapters or quantised weights are to train with MuonClip, the tokenizer
-            lacks the chat tokens, or a row is refused.
+        ValueError: no model or data is named, a split is missing, adapters or quantised weights are to train with
+            MuonClip, the tokenizer lacks the chat tokens, or a row is refused.
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is empty; set it in the recipe or on the command line")
@@ -108,6 +112,12 @@ def build_trl_trainer(
     splits = [script.dataset_train_split]
     if arguments.eval_strategy != "no":
         splits.append(script.dataset_test_split)
+    for split in splits:
+        if split not in data:
+            raise ValueError(
+                f"the data has no split {split!r}, only {', '.join(data)}; set dataset_train_split and "
+                "dataset_test_split, or eval_strategy: no"
+            )
     rows = {split: check_rows(data[split], split, motif2.bad_rows) for split in splits}
     muon_clip = {
         "lr": arguments.learning_rate,
@@ -209,7 +219,7 @@ def preview_sequences(trainer: StageTrainer, count: int) -> list[str]:
     shown = []
     for row in itertools.islice(iter(trainer.train_dataset), count):
         token_ids = row["input_ids"]
-        marks = row.get("assistant_masks") or row.get("completion_mask") or [1] * len(token_ids)
+        marks = [int(label != IGNORED) for label in row.get("labels", token_ids)]
         shown.append(render_loss_mask(trainer.processing_class, token_ids, marks) + "\n")
     return shown
 
@@ -241,13 +251,13 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build_trl_trainer(*groups)
         trainer.accelerator.print(*preview_sequences(trainer, motif2.preview_samples), sep="\n")
         trainer.train(resume_from_checkpoint=checkpoint)
+        gather_whole_weights(trainer)
+        trainer.model.config.use_cache = True
+        trainer.save_model(arguments.output_dir)
     except DatasetGenerationError as error:  # says what happened in its cause
         raise SystemExit(f"sft.trl_sft: the data cannot be read: {error.__cause__ or error}") from error
-    except (ValueError, FileNotFoundError, FloatingPointError, CheckpointError) as error:
+    except (ValueError, OSError, FloatingPointError, CheckpointError, SafetensorError) as error:
         raise SystemExit(f"sft.trl_sft: {error}") from error
-    gather_whole_weights(trainer)
-    trainer.model.config.use_cache = True
-    trainer.save_model(arguments.output_dir)
     if arguments.push_to_hub:
         trainer.push_to_hub(dataset_name=groups[0].dataset_name)
     trainer.accelerator.print(f"PolyNorm by {trainer.kernel}; model in {arguments.output_dir}")

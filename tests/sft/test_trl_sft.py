@@ -79,6 +79,21 @@ def test_data_must_be_named(words):
         main(words[2:])
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--dataset_train_split", "training"], "the data has no split 'training', only train; set dataset_train_"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "1"],
+            "the data has no split 'test', only train; .* no",
+        ),
+    ],
+)
+def test_a_split_that_is_missing_is_named(words, extra, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*words, *extra])
+
+
 def test_the_recipe_is_in_trls_words():
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Motif2Arguments))
     words = ["--config", str(RECIPE), "--use_cpu", "true"]
@@ -117,7 +132,9 @@ def test_rows_that_cannot_train_are_counted_and_left_out(with_bad_rows, tmp_path
     for index, reason in enumerate(BAD_ROWS, start=20):
         assert f"dropped 1: {reason} (first: train:{index})" in shown
     assert shown.count("tokens trained]") == 2, "two sequences with their loss mask"
-    assert "⟦" in shown
+    previewed = shown[shown.index("<|beginoftext|>") : shown.rindex("tokens trained]")]
+    assert previewed.count("<|user|>") == previewed.count("<|assistant|>\n⟦") == previewed.count("<|endofturn|>⟧") > 1
+    assert previewed.count("⟦") == previewed.count("⟧") == previewed.count("<|user|>"), "replies alone are trained"
     assert "critic" not in shown
     assert (tmp_path / "trl" / "model.safetensors").exists()
 
