@@ -19,10 +19,11 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 def seal(folder: Path) -> None:
     """Declare a checkpoint complete: write the list of its files with their sizes, in bytes."""
+    unfinished = folder / f"{SEAL_FILE}.partial"
+    unfinished.unlink(missing_ok=True)  # left by a disk that was full
     sizes = {
         str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
     }
-    unfinished = folder / f"{SEAL_FILE}.partial"
     unfinished.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / SEAL_FILE)
 
@@ -72,7 +73,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool) -> tuple[Path | None,
         tuple: that checkpoint (None: start anew), and one line for each newer one that was passed over.
 
     Raises:
-        ValueError: the folder holds a finished or an unfinished run, or there is no complete checkpoint.
+        ValueError: the folder holds a finished or an unfinished run, cannot be made, or holds no complete checkpoint.
     """
     folder = Path(output_dir)
     if (folder / "model").exists():
@@ -91,7 +92,12 @@ def claim_output_dir(output_dir: str | Path, resume: bool) -> tuple[Path | None,
         raise ValueError(
             f"output_dir {str(output_dir)!r} holds an unfinished run; {go_on}choose another folder, or remove this one"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} cannot be made: {error.strerror}; choose another folder"
+        ) from error
     return newest if resume else None, passed_over if resume else []
 
 

@@ -10,8 +10,6 @@ from sft.checkpoints import ResumeRules
 
 OPTIMIZERS = ("muon_clip", "adamw")
 DTYPES = ("float32", "bfloat16")
-# TRL's third, "wrapped", lets the conversations of a sequence see each other.
-PACKING_STRATEGIES = ("bfd", "bfd_split")
 # Those of transformers that need no further settings.
 LR_SCHEDULERS = (
     "cosine",
@@ -77,7 +75,6 @@ class SftStageConfig:
 
     max_length: int = _field(16_384, "tokens of a packed sequence, and of the longest conversation")
     packing: bool = _field(True, "pack several conversations into one sequence; they do not see each other")
-    packing_strategy: str = _field("bfd", "bfd (best fit decreasing), or bfd_split (long ones in parts)")
     per_device_batch_size: int = _field(1, "sequences a device and micro-step")
     gradient_accumulation_steps: int = _field(1, "micro-steps an update; leave 1 when global_batch_tokens is set")
     global_batch_tokens: int = _field(0, "tokens an update over all devices; 0: given by the two settings above")
@@ -138,7 +135,6 @@ class SftStageConfig:
         for name, known in (
             ("bad_rows", ROW_RULES),
             ("long_samples", LENGTH_RULES),
-            ("packing_strategy", PACKING_STRATEGIES),
             ("optimizer", OPTIMIZERS),
             ("lr_scheduler", LR_SCHEDULERS),
             ("kernels", KERNEL_SOURCES),

@@ -7,10 +7,12 @@ last turn is the assistant's. `tools` may hold tool schemas; other columns are i
 import io
 import json
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 from datasets import Dataset
@@ -45,6 +47,7 @@ class DataReport:
         dropped: rows left out, by reason.
         places: the first few places (file and row) for each reason.
         provenance: kept conversations by what the rows say of their `source`, `license` and `origin`.
+        digest: of the kept conversations' tokens, in order.
     """
 
     rows: int = 0
@@ -55,6 +58,7 @@ class DataReport:
     dropped: Counter = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     provenance: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in PROVENANCE})
+    digest: str = ""
 
     def keep(self, row: dict, num_tokens: int, num_trained: int) -> None:
         """Count one conversation that trains."""
@@ -350,6 +354,7 @@ def load_conversations(
         random.Random(seed).shuffle(rows)
     if max_samples:
         rows = rows[:max_samples]
+    digest = blake2b(digest_size=16)
     columns: dict[str, list] = {"messages": [], "input_ids": [], "assistant_masks": []}
     for start in range(0, len(rows), ENCODE_BATCH):
         batch = rows[start : start + ENCODE_BATCH]
@@ -363,6 +368,8 @@ def load_conversations(
                 columns["messages"].append(list(map(_plain, row["messages"])))
                 columns["input_ids"].append(ids)
                 columns["assistant_masks"].append(mark)
+                digest.update(array("I", [*ids, *mark, len(ids)]))
+    report.digest = digest.hexdigest()
     if not columns["input_ids"]:
         raise ValueError(f"no conversation is left from {[str(file) for file in files]}: {report.summary()}")
     return Dataset.from_dict(columns), report

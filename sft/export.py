@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
@@ -28,6 +30,13 @@ METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "data_report.json"
 TABLE_FILE = Path("evaluation", "table.json")
 MOST_SOURCES = 20
+DESCRIPTION = """Fine-tuned on conversations. Ask it through the chat template that its tokenizer holds:
+
+```python
+messages = [{"role": "user", "content": "What is 47 + 38?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200)[0]))
+```"""
 
 
 def save_final_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, config: SftStageConfig) -> Path:
@@ -113,7 +122,7 @@ def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = 
 
     Args:
         run_dir: folder of the run.
-        license: of the weights; empty leaves it unstated.
+        license: of the weights; empty: as the run's settings say.
         name: title; default: the run's name.
 
     Returns:
@@ -136,9 +145,9 @@ def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = 
     return write_model_card(
         run_dir / MODEL_DIR,
         name=name or run_dir.resolve().name,
-        description="Fine-tuned on conversations; it reads and writes the chat template that its tokenizer holds.",
+        description=DESCRIPTION,
         training="\n\n".join(sections),
-        license=license or None,
+        license=license or settings["license"] or None,
         base_model=base_repository(settings["model_name_or_path"]),
         evaluation=evaluation or None,
     )
@@ -147,6 +156,10 @@ def write_stage_card(run_dir: str | Path, license: str = "", name: str | None = 
 def base_repository(name_or_path: str) -> str | None:
     """The Hub name that a chain of stages started from; None where it started from a local model."""
     if not Path(name_or_path).exists():
+        try:
+            validate_repo_id(name_or_path)
+        except HFValidationError:  # a folder that is no longer there
+            return None
         return name_or_path
     before = Path(name_or_path).parent / CONFIG_FILE
     if not before.is_file():
@@ -159,19 +172,20 @@ def _training(settings: dict, run_dir: Path) -> str:
     """One paragraph on the stage, and the losses it recorded."""
     logged = read_metrics(run_dir / METRICS_FILE)
     losses = [(line["step"], line["loss"]) for line in logged if "loss" in line]
-    heldout = [line["eval"]["loss"] for line in logged if "eval" in line]
+    heldout = [(line["step"], line["eval"]["loss"]) for line in logged if "eval" in line]
     adapters = f"LoRA adapters of rank {settings['lora_rank']}, merged" if settings["lora_rank"] else "all parameters"
+    fp8 = "" if settings["fp8"] == "none" else f" with products in FP8 ({settings['fp8']})"
     text = (
         f"One stage of supervised fine-tuning of {adapters}, from `{settings['model_name_or_path']}`: "
         f"{settings['optimizer']}, peak learning rate {settings['learning_rate']:g}, weight decay "
-        f"{settings['weight_decay']:g}, {settings['lr_scheduler']} schedule with {settings['warmup_ratio']:.0%} "
+        f"{settings['weight_decay']:g}, {settings['lr_scheduler']} schedule with {100 * settings['warmup_ratio']:g}% "
         f"warm-up, conversations {'packed' if settings['packing'] else 'up'} to {settings['max_length']:,} tokens, "
-        f"{settings['dtype']}. The loss counts the assistant's tokens alone."
+        f"{settings['dtype']}{fp8}. The loss counts the assistant's tokens alone."
     )
     if losses:
         text += f" {losses[-1][0]:,} updates; training loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last."
-    if len(heldout) > 1:
-        text += f" Held-out loss {heldout[0]:.4f} before, {heldout[-1]:.4f} after."
+    if len(heldout) > 1 and heldout[0][0] == 0:
+        text += f" Held-out loss {heldout[0][1]:.4f} before, {heldout[-1][1]:.4f} after."
     return text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from eval_harness.sandbox import SandboxUnavailable
 from sft.config import SftStageConfig
 from sft.export import CONFIG_FILE, push_stage, refuse_unfinished, write_stage_card
 from trainer.cli import parse_recipe
@@ -29,7 +30,9 @@ class PublishConfig:
     eval_limit: int = field(default=-1, metadata={"help": "rows a task; 0: all; -1: the stage's own"})
     push_to_hub: str = field(default="", metadata={"help": "repository (you/name); empty: only write the card"})
     hub_private: bool = field(default=False, metadata={"help": "make that repository private where it is new"})
-    license: str = field(default="", metadata={"help": "licence of the weights, as the Hub names it"})
+    license: str = field(
+        default="", metadata={"help": "licence of the weights, as the Hub names it; empty: the stage's own"}
+    )
     name: str = field(default="", metadata={"help": "title of the card; empty: the run's name"})
 
     def __post_init__(self):
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         print(write_stage_card(config.run_dir, config.license, config.name or None))
         if config.push_to_hub:
             print(push_stage(config.run_dir, config.push_to_hub, config.hub_private))
-    except ValueError as error:
+    except (ValueError, OSError, SandboxUnavailable) as error:
         raise SystemExit(f"sft.publish: {error}") from error
 
 

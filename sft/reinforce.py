@@ -12,18 +12,16 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-import modeling_motif2  # noqa: F401 (registers the architecture with the Auto classes)
 from kernels_hub import use_polynorm
 from sft.callbacks import MetricsCallback
-from sft.chat import set_stop_tokens
 from sft.checkpoints import ResumeRules, changed_settings, claim_output_dir
 from sft.config import KERNEL_SOURCES
 from sft.export import CONFIG_FILE, METRICS_FILE, save_final_model
 from sft.guards import GuardedSteps
-from sft.stage import load_tokenizer
+from sft.stage import load_model, load_tokenizer
 from trainer.cli import parse_recipe
 from trainer.data.arithmetic import Problem, generate_problems
 from trainer.errors import CheckpointError
@@ -138,7 +136,7 @@ def run_reinforce(config: ReinforceConfig) -> Path:
 
     Raises:
         ValueError: the output folder holds a run, a continuation's settings differ from the run's, or the model has no
-            tokenizer with Motif's markup.
+            weights or no tokenizer with Motif's markup.
         FloatingPointError: a loss or gradient is no number.
         CheckpointError: a checkpoint or the model could not be written.
     """
@@ -161,8 +159,7 @@ def build_reinforce_trainer(
     config: ReinforceConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreferenceTrainer | RewardTrainer:
     """TRL's trainer of the method, on arithmetic, with MuonClip and the kernels."""
-    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=torch.float32)
-    set_stop_tokens(model, tokenizer)
+    model = load_model(config.model_name_or_path, tokenizer)
     use_polynorm(model, config.kernels, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
     problems = generate_problems(config.seed, config.num_problems)
     common = {
@@ -239,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         print(f"model in {run_reinforce(config)}")
-    except (ValueError, FloatingPointError, CheckpointError) as error:
+    except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
         raise SystemExit(f"sft.reinforce: {error}") from error
 
 

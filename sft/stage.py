@@ -136,11 +136,12 @@ def _refuse_other_data(report: DataReport, path: Path) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("kept", "tokens", "trained_tokens"):
-        if before[name] != getattr(report, name):
+    for name in ("kept", "tokens", "trained_tokens", "digest"):
+        was, now = before.get(name), getattr(report, name)
+        if was != now:
             raise ValueError(
-                f"the training data is not the run's: {name} is {getattr(report, name)} and was {before[name]}; put "
-                "the files back, or start a new run in another output_dir"
+                f"the training data is not the run's: {name} is {now} and was {was}; put the files back, or start a "
+                "new run in another output_dir"
             )
 
 
@@ -179,16 +180,19 @@ def load_stage_data(
     return train_data, eval_data, report
 
 
-def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model in float32 with its kernels and stop tokens, recording the largest attention logits; FP8 if set.
+def load_model(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
+    """A model in float32 with the tokenizer's stop tokens.
+
+    Args:
+        name: folder or Hub name.
+        tokenizer: with Motif's markup.
+        options: of `from_pretrained`.
 
     Raises:
-        ValueError: there are no weights, the tokenizer has more tokens than the model has embeddings, or FP8 is not
-            possible here.
+        ValueError: there are no weights, or the tokenizer has more tokens than the model has embeddings.
     """
-    name, attention = config.model_name_or_path, config.attn_implementation
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except OSError as error:
         raise ValueError(
             f"no model can be loaded from model_name_or_path {name!r}: {error}; give a folder or Hub name with weights"
@@ -199,6 +203,16 @@ def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase)
             "use the tokenizer that the model was trained with, or resize the model's embeddings"
         )
     set_stop_tokens(model, tokenizer)
+    return model
+
+
+def load_stage_model(config: SftStageConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model in float32 with its kernels and stop tokens, recording the largest attention logits; FP8 if set.
+
+    Raises:
+        ValueError: as `load_model`, or FP8 is not possible here.
+    """
+    model = load_model(config.model_name_or_path, tokenizer, attn_implementation=config.attn_implementation)
     model.config.use_cache = False
     use_polynorm(model, config.kernels, lockfile=config.kernels_lock, trust_remote_code=config.trust_kernels)
     if config.attn_implementation in ATTENTIONS:
@@ -255,7 +269,7 @@ def trl_arguments(config: SftStageConfig) -> SFTConfig:
         output_dir=str(Path(config.output_dir) / "checkpoints"),
         max_length=config.max_length,
         packing=config.packing,
-        packing_strategy=config.packing_strategy,
+        packing_strategy="bfd",
         eval_packing=False,
         pad_to_multiple_of=None if config.fp8 == "none" else FP8_ALIGNMENT,
         assistant_only_loss=True,

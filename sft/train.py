@@ -5,6 +5,7 @@ import logging
 from accelerate import PartialState
 from accelerate.utils import release_memory
 
+from eval_harness.sandbox import SandboxUnavailable
 from sft.config import SftStageConfig
 from trainer.cli import parse_recipe
 from trainer.errors import CheckpointError
@@ -25,15 +26,15 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         if config.dry_run:
-            print(describe_stage(config))
+            PartialState().print(describe_stage(config))
             return
         result = run_stage(config)
         release_memory()  # of the trained model, before others are loaded
         if PartialState().is_main_process:
             finish(config)
-    except (ValueError, FloatingPointError, CheckpointError) as error:
+    except (ValueError, OSError, FloatingPointError, CheckpointError, SandboxUnavailable) as error:
         raise SystemExit(f"motif2-sft: {error}") from error
-    print(
+    PartialState().print(
         f"{result.steps} updates, loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
         f"PolyNorm by {result.kernel}; model in {result.model_dir}"
     )

@@ -137,6 +137,17 @@ def test_settings_and_data_that_the_past_depends_on_must_stay(interrupted):
         run_stage(interrupted)
 
 
+def test_the_same_rows_in_another_order_are_other_data(interrupted, tmp_path):
+    """By their number, the rows that were trained on would be others."""
+    lines = Path(interrupted.train_files[0]).read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(reversed(lines)))
+    recipe = Path(interrupted.output_dir) / "config.yaml"
+    files = [str(tmp_path / "train.jsonl")]
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"train_files": files}))
+    with pytest.raises(ValueError, match=r"the training data is not the run's: digest is \w+ and was \w+; put"):
+        run_stage(replace(interrupted, train_files=files))
+
+
 def test_without_a_checkpoint_nobody_is_sent_to_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="it left no checkpoint; choose another folder, or remove this one"):
@@ -147,8 +158,17 @@ def test_a_seal_lists_every_file_below(tmp_path):
     """Shards lie in folders of their own."""
     (tmp_path / "checkpoint-3" / "shards").mkdir(parents=True)
     (tmp_path / "checkpoint-3" / "shards" / "part").write_bytes(b"123")
+    (tmp_path / "checkpoint-3" / "complete.json.partial").write_text("{")  # a full disk cut this list short
     seal(tmp_path / "checkpoint-3")
     assert json.loads((tmp_path / "checkpoint-3" / "complete.json").read_text()) == {"shards/part": 3}
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-3", [])
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=rf"output_dir '{folder}' cannot be made: .*; choose another folder"):
+            claim_output_dir(folder, resume=False)
 
 
 @pytest.fixture

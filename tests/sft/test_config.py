@@ -27,7 +27,6 @@ NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl
         ({"num_epochs": float("nan"), "max_steps": 3}, "num_epochs is nan; use a finite number"),
         ({"num_epochs": float("inf")}, "num_epochs is inf; use a finite number"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler is 'cosin'; use one of cosine, linear"),
-        ({"packing_strategy": "wrapped"}, "packing_strategy is 'wrapped'; use one of bfd, bfd_split"),
         ({"report_to": "wandbb"}, "report_to is 'wandbb', no tracker that is installed here"),
         ({"seed": -1}, "seed is -1; use 0 to"),
         ({"eval_steps": 5}, "eval_steps is 5 and eval_files is empty; name files"),

@@ -77,7 +77,8 @@ def evaluated(monkeypatch) -> list[Path]:
     def write(config, name, folder):
         folders.append(folder)
         folder.mkdir(parents=True)
-        (folder / evaluation.RESULTS_FILE).write_text(json.dumps({"metrics": {task: {} for task in config.eval_tasks}}))
+        metrics = {task: {} for task in config.eval_tasks}
+        (folder / evaluation.RESULTS_FILE).write_text(json.dumps({"metrics": metrics}))
 
     def compare(before, after):
         tasks = json.loads((after / evaluation.RESULTS_FILE).read_text())["metrics"]

@@ -50,7 +50,7 @@ def finished(workplace, tmp_path_factory):
     )
     run_stage(config)
     evaluate_stage(config)
-    write_stage_card(config.output_dir, config.license)
+    write_stage_card(config.output_dir)
     return config
 
 
@@ -78,6 +78,8 @@ def test_base_model_is_followed_through_the_stages(tmp_path):
         (tmp_path / stage / "config.yaml").write_text(f"model_name_or_path: {base}\n")
     assert base_repository(str(tmp_path / "two" / "model")) == "someone/base"
     assert base_repository(str(tmp_path)) is None
+    for gone in ("runs/sft/gone/model", "/gone/model", "./model"):
+        assert base_repository(gone) is None
 
 
 class WriteEndOfTurn(LogitsProcessor):

@@ -112,6 +112,12 @@ def test_a_kernel_that_does_not_run_stops_the_run(config, method, monkeypatch):
         run_reinforce(config(method))
 
 
+def test_a_model_without_weights_is_named(config, workplace, tmp_path):
+    shutil.copytree(workplace / "base", tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"no model can be loaded from model_name_or_path .*empty.* with weights"):
+        run_reinforce(config("dpo", model_name_or_path=str(tmp_path / "empty")))
+
+
 def test_the_lock_of_kernels_reaches_the_loader(config):
     with pytest.raises(ValueError, match=r"some.lock locks kernels, and source is 'torch'"):
         run_reinforce(config("dpo", kernels="torch", kernels_lock="some.lock"))
