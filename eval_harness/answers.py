@@ -11,13 +11,29 @@ from fractions import Fraction
 INVALID = "[invalid]"
 THINKING_END = "</think>"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"(?<![\w)\]}}])(?P<minus>[-−–]\s?)?(?:\\?[$€£]\s?(?P<inner>[-−])?)?(?P<digits>{_DIGITS})")
+LONGEST_NUMBER = 100  # characters; a longer one is a model that repeats itself, and Python refuses to read thousands
+_SIGN = r"(?<![\w)\]}%])(?P<minus>[-−–]\s?)"
+_NUMBER = re.compile(rf"(?:{_SIGN}|(?<![\w)\]}}]))(?:\\?[$€£]\s?(?P<inner>[-−])?)?(?P<digits>{_DIGITS})")
 _FRACTION = re.compile(
-    r"(?P<minus>[-−])?\s*(?P<whole>\d+\s*)?\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
+    rf"(?:{_SIGN})?(?:(?<![\d.])(?P<whole>\d+)\s?)?"
+    r"\\[dt]?frac\s*(?:\{\s*(?P<top>-?\d+)\s*\}|(?P<top_digit>\d))\s*(?:\{\s*(?P<bottom>\d+)\s*\}|(?P<bottom_digit>\d))"
 )
-_SLASH = re.compile(r"(?<![\w/.])(?P<minus>[-−])?(\d+)\s*/\s*(\d+)(?![\w/])")
+_SLASH = re.compile(
+    r"(?<![\w/.])(?P<minus>[-−])?(?:(?P<whole>\d+)\s)?(?P<top>\d{1,3}(?:,\d{3}){1,9}|\d+)\s*/\s*(?P<bottom>\d+)(?![\w/])"
+)
 _ANSWER_IS = re.compile(r"(?:answer|result)\s+is\s*:?\s*(?P<rest>[^\n]*)", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(?P<rest>[^\n]*)")
+_STATED = re.compile(r"(?:\W*(?:the\s+)?(?:final\s+)?answer\b(?:\s+is\b)?)?\W*(?:[dt]?frac\W*)?\d", re.IGNORECASE)
+_NUMBERED_HEADING = re.compile(r"\W*\d+[.):]\s+\S")
+_BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
+_BOXED_WORD = re.compile(r"(?:[^\s$.,;]|[.,](?=\d))+")
+_LETTER_STATED = re.compile(
+    r"(?i:answer(?:\s+is|\W{0,3}:)\W*(?:(?:option|choice|text\w*|math\w+|boxed)\W+)*)"
+    r"(?:(?P<upper>[A-D])\b|(?P<lower>[a-d])(?=[).]|\W*$))"
+)
+_LETTER_BOXED = re.compile(r"\W*(?:(?:text|math)\w*\W+)?([A-D])(?:\W*|[.):]+\s.*)", re.DOTALL)
+_LETTER_ALONE = re.compile(r"\W*([A-D])\W*")
+_LETTER_AND_CHOICE = re.compile(r"\W*([A-D])[.):]+\s.*")
 
 
 def after_thinking(text: str) -> str:
@@ -39,21 +55,22 @@ def first_number(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete `\boxed{…}` (or `\fbox{…}`, or `\boxed x`) holds; None where there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed|\\fbox", text)]):
-        rest = text[start:].lstrip()
-        if not rest.startswith("{"):
-            word = re.match(r"[^\s$.,;]+", rest)
+    closing = _closing_braces(text)
+    for start in reversed([match.end() for match in _BOX.finditer(text)]):
+        if text[start : start + 1] != "{":
+            word = _BOXED_WORD.match(text, start)
             if word:
                 return word[0]
-            continue
-        end = _closing_brace(rest)
-        if end is not None:
-            return rest[1:end].strip()
+        elif start in closing:
+            return text[start + 1 : closing[start]].strip()
     return None
 
 
 def final_number(text: str) -> str:
     r"""A word problem's answer: after `####`, in the last `\boxed{}`, after "answer is", or the last number.
+
+    Where an equation is stated (`12 - 5 = 7`), its last number counts. `####` also begins a heading of Markdown
+    (`#### Step 1`, `#### 1. Count`), which is no answer.
 
     Args:
         text: everything the model wrote; text after the answer does not matter.
@@ -62,17 +79,14 @@ def final_number(text: str) -> str:
         str: the number in one form (`final_number("The answer is $1,000.00.") == "1000"`), or `INVALID`.
     """
     text = after_thinking(text)
-    hashes = _HASHES.search(text)
-    if hashes and _numbers(hashes["rest"]):
-        return _numbers(hashes["rest"])[0]
-    boxed = last_boxed(text)
-    if boxed is not None and _numbers(boxed):
-        return _numbers(boxed)[-1 if "=" in boxed else 0]
-    for sentence in _ANSWER_IS.finditer(text):
-        numbers = _numbers(re.split(r"\.\s|\.$", sentence["rest"])[0])
-        if numbers:
-            return numbers[-1] if "=" in sentence["rest"] else numbers[0]
-    numbers = _numbers(text)
+    hashes = [match["rest"] for match in _HASHES.finditer(text)]
+    stated = [rest for rest in hashes if _STATED.match(rest) and not _NUMBERED_HEADING.match(rest)]
+    stated.append(last_boxed(text) or "")
+    stated += [re.split(r"\.\s|\.$", sentence["rest"])[0] for sentence in _ANSWER_IS.finditer(text)]
+    for part in stated:
+        if numbers := _numbers(part):
+            return numbers[-1 if "=" in part else 0]
+    numbers = _numbers(f"\n{text}")
     return numbers[-1] if numbers else INVALID
 
 
@@ -82,24 +96,32 @@ def _numbers(text: str) -> list[str]:
     found: list[tuple[int, Fraction]] = []
     taken = [False] * len(text)
 
-    def keep(match: re.Match, value: Fraction) -> None:
+    def keep(match: re.Match, value: Fraction, negative: bool) -> None:
         if not any(taken[match.start() : match.end()]):
-            found.append((match.start(), value))
+            found.append((match.start(), -value if negative else value))
             taken[match.start() : match.end()] = [True] * (match.end() - match.start())
 
-    for match in _FRACTION.finditer(text):
-        top, bottom = match[3] or match[4], int(match[5] or match[6])
-        if bottom:
-            value = Fraction(int(match["whole"] or 0)) + Fraction(int(top), bottom)
-            keep(match, -value if match["minus"] else value)
-    for match in _SLASH.finditer(text):
-        if int(match[3]):
-            value = Fraction(int(match[2]), int(match[3]))
-            keep(match, -value if match["minus"] else value)
+    for pattern in (_FRACTION, _SLASH):
+        for match in pattern.finditer(text):
+            parts = match.groupdict()
+            top, bottom = parts["top"] or parts["top_digit"], parts["bottom"] or parts["bottom_digit"]
+            if len(match[0]) <= LONGEST_NUMBER and int(bottom):
+                value = int(parts["whole"] or 0) + Fraction(int(top.replace(",", "")), int(bottom))
+                keep(match, value, _is_sign(text, match))
     for match in _NUMBER.finditer(text):
-        value = Fraction(match["digits"].replace(",", ""))
-        keep(match, -value if match["minus"] or match["inner"] else value)
+        if len(match["digits"]) <= LONGEST_NUMBER:
+            value = Fraction(match["digits"].replace(",", ""))
+            keep(match, value, bool(match["inner"]) or _is_sign(text, match))
     return [_written(value) for _, value in sorted(found, key=lambda pair: pair[0])]
+
+
+def _is_sign(text: str, match: re.Match) -> bool:
+    """Whether the dash of a match makes it negative: apart from its number it may be a difference, or a bullet."""
+    dash = match["minus"]
+    if not dash or not dash[-1].isspace():
+        return bool(dash)
+    before = text[: match.start()].rstrip(" \t")
+    return not before or before[-1] in "=(:[{,"
 
 
 def _written(value: Fraction) -> str:
@@ -119,17 +141,16 @@ def _written(value: Fraction) -> str:
     return f"{'-' if value < 0 else ''}{scaled[:-digits]}.{scaled[-digits:]}"
 
 
-def _closing_brace(text: str) -> int | None:
-    """Where the brace that opens `text` closes."""
-    depth = 0
-    for position, character in enumerate(text):
-        if character == "{" and text[position - 1 : position] != "\\":
-            depth += 1
-        elif character == "}" and text[position - 1 : position] != "\\":
-            depth -= 1
-            if depth == 0:
-                return position
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed opens -> where it closes."""
+    opened: list[int] = []
+    closing = {}
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 def hash_answers(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
@@ -145,12 +166,14 @@ def final_answers(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> l
 def letter(text: str) -> str:
     """The letter A-D that a response gives as its answer: after "answer is", else boxed, else alone; or `INVALID`."""
     text = after_thinking(text)
-    stated = re.findall(r"answer\s+is:?\s*\**\(?\\?(?:text|boxed)?\{?([A-D])\b", text, re.IGNORECASE)
+    stated = list(_LETTER_STATED.finditer(text))
     if stated:
-        return stated[-1].upper()
-    boxed = re.fullmatch(r"(?:\\text\{)?\(?([A-D])\)?\}?\.?", last_boxed(text) or "")
-    alone = re.findall(r"^\W*([A-D])\W*$", text, re.MULTILINE)
-    return boxed[1] if boxed else alone[-1] if alone else INVALID
+        return (stated[-1]["upper"] or stated[-1]["lower"]).upper()
+    lines = text.splitlines()
+    matches = [_LETTER_BOXED.fullmatch(last_boxed(text) or "")]
+    matches += [_LETTER_ALONE.fullmatch(line) for line in reversed(lines)]
+    matches += [_LETTER_AND_CHOICE.fullmatch(line) for line in lines if len(lines) == 1]
+    return next((match[1] for match in matches if match), INVALID)
 
 
 def letters(responses: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:

@@ -1,5 +1,7 @@
 r"""Answers are found whatever stands around them: commas, units, LaTeX, text after the answer, several boxes."""
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -82,6 +84,21 @@ def test_no_text_breaks_the_extraction(text):
         ("The answer is 3.5 hours. Next, 8.", "3.5"),
         ("It costs 1,234,567.50 dollars", "1234567.5"),
         ("#### 1/3", "1/3"),
+        ("#### Step 1: count the eggs\n9 * 2 = 18\n#### Result\n\\boxed{18}", "18"),
+        ("#### 1. Count the eggs\n16 - 7 = 9\n#### 2. Sell them\n9 * 2 makes 18", "18"),
+        ("#### Final answer: 18 eggs\nThat is 3 boxes.", "18"),
+        ("#### 10 + 8 = 18", "18"),
+        ("The answer is 18 dollars for 9 eggs. 9 * 2 = 18, not 20", "18"),
+        ("The total is:\n- 18 dollars", "18"),
+        ("- 18 dollars", "18"),
+        ("Total – $18", "18"),
+        ("from 5%–10%", "10"),
+        ("so x = - 5", "-5"),
+        (r"\boxed{- 5}", "-5"),
+        (r"he keeps 5 - \frac{1}{2}", "0.5"),
+        ("it takes 2 1/2 hours", "2.5"),
+        ("1,000/4", "250"),
+        (r"\boxed 1,000", "1000"),
         ("room B12", INVALID),
         ("nothing", INVALID),
         ("", INVALID),
@@ -89,6 +106,14 @@ def test_no_text_breaks_the_extraction(text):
 )
 def test_forms_that_occur(text, number):
     assert final_number(text) == number
+
+
+def test_a_model_that_repeats_itself_ends_no_run_and_costs_no_minutes():
+    """Thirty thousand tokens of one kind, as greedy decoding gives them."""
+    repeated = ["1", "\n", " ", "- ", ",111", "\\boxed{", "\\frac{1}{", "the answer is ", "#"]
+    code = "from eval_harness.answers import final_number, letter\nfor text in {!r}: final_number(text), letter(text)"
+    texts = [f"0.5 {piece * 10_000}" for piece in repeated]
+    subprocess.run([sys.executable, "-"], input=code.format(texts), text=True, check=True, timeout=30)
 
 
 def test_hashes_without_a_number_are_no_answer():
@@ -123,6 +148,17 @@ def test_boxes(text, expected):
         ("<think>The answer is A</think>The answer is C", "C"),
         ("The answer is Apple", INVALID),
         ("A nice day", INVALID),
+        ("The answer is B, since the answer is a prime number", "B"),
+        ("the answer is a.", "A"),
+        ("**Answer: B**", "B"),
+        ("The correct answer is option (C).", "C"),
+        ('The answer is "B"', "B"),
+        ("The answer is:\n\n**B. Paris**", "B"),
+        (r"so $\boxed{\textbf{(B)}}$", "B"),
+        (r"so \boxed{B. Paris}", "B"),
+        (r"so \boxed{A + 1}", INVALID),
+        ("(B) Paris", "B"),
+        ("A. Rome is wrong.\nB. Paris is right.", INVALID),
     ],
 )
 def test_letters(text, expected):
