@@ -14,7 +14,7 @@ import yaml
 from modeling_motif2 import Motif2Config
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
-from trainer.errors import RunStoppedError
+from trainer.errors import RunStoppedError, StoppedBySignalError
 from trainer.flops import BYTES_BFLOAT16, BYTES_FLOAT32, count_parameters, flops_per_token, memory_by_rank, run_flops
 from trainer.head_loss import FULL_LOGITS_BYTES
 from trainer.loop import run_pretraining
@@ -36,13 +36,13 @@ def main(argv: list[str] | None = None) -> None:
     if not faulthandler.is_enabled():  # a shard that is cut short while it is read kills without an exception
         faulthandler.enable(file=2)
     (config,) = parse_recipe(PretrainConfig, description=DESCRIPTION, argv=argv)
-    signals: list[int] = []  # a launcher's, where another rank has died: acted on between two steps
-    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    termination = _Termination()
+    before = signal.signal(signal.SIGTERM, termination.handle)
     try:
         if config.dry_run:
             print(describe_run(config))
             return
-        result = run_pretraining(config, stop_asked=lambda: bool(signals))
+        result = run_pretraining(config, stop_asked=termination)
     except (ValueError, OSError, NonFiniteLossError, RunStoppedError) as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
     finally:
@@ -55,6 +55,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  padding took {result.padding_share:.2%} of them, {result.lost_share:.2%} were not learnt from in all")
     for name, loss in result.last_eval.items():
         print(f"  held-out loss {name}: {result.first_eval[name]:.4f} -> {loss:.4f}")
+
+
+class _Termination:
+    """SIGTERM, as from a launcher that lost a rank: acted on between two steps, and before the first one at once."""
+
+    def __init__(self):
+        self.asked = self.training = False
+
+    def handle(self, *_) -> None:
+        """Note the signal.
+
+        Raises:
+            StoppedBySignalError: training has not begun.
+        """
+        self.asked = True
+        if not self.training:
+            raise StoppedBySignalError("a signal stopped this process before its first step: start the command again")
+
+    def __call__(self) -> bool:
+        self.training = True
+        return self.asked
 
 
 def describe_run(config: PretrainConfig) -> str:

@@ -172,6 +172,30 @@ def test_a_launchers_signal_stops_the_run_with_its_last_checkpoint(recipe, tmp_p
     assert re.search(where, (tmp_path / "errors").read_text())
 
 
+def test_a_signal_ends_the_process_at_once_before_training(recipe, tmp_path, monkeypatch):
+    """Tokenising takes hours, and nobody asks between its steps."""
+    path, _ = recipe
+
+    def tokenise(*_):
+        (tmp_path / "tokenising").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr("trainer.loop.prepare_shards", tokenise)
+
+    def train():
+        sys.stderr = (tmp_path / "errors").open("w", buffering=1)
+        main(["--config", str(path)])
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    while process.is_alive() and not (tmp_path / "tokenising").exists():
+        time.sleep(0.05)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 1
+    assert "a signal stopped this process before its first step" in (tmp_path / "errors").read_text()
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
