@@ -93,8 +93,8 @@ def step_line(entry: dict) -> str:
     """A step in one line; what there is of each layer as its range over the layers."""
     domains = " ".join(f"{name} {loss:.3f}" for name, loss in entry["loss_by_domain"].items())
     realised = "/".join(f"{100 * share:.0f}" for share in entry["realised"].values())
-    largest = max(entry["max_logits"], default=math.nan)
-    logit = f"logit {'' if entry['max_logits_exact'] else '<='}{largest:.1f}"
+    bound = "" if entry["max_logits_exact"] else "<="
+    logits = f"logit {bound}{max(entry['max_logits']):.1f}  " if entry["max_logits"] else ""  # AdamW tracks none
     speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
     speed += f"  MFU {100 * entry['mfu']:.1f}%" if "mfu" in entry else ""
     speed += f"  data wait {100 * entry['data_wait_share']:.1f}%"
@@ -106,7 +106,7 @@ def step_line(entry: dict) -> str:
     state += f"  skipped {entry['skipped_steps']}" if entry["skipped_steps"] else ""
     return (
         f"step {entry['step']:>7}  tokens {entry['tokens']:.4g}  loss {entry['loss']:.4f} ({domains})  "
-        f"lr {entry['learning_rate']:.2e}  realised {realised}  grad {entry['grad_norm']:.2f}  {logit}  "
+        f"lr {entry['learning_rate']:.2e}  realised {realised}  grad {entry['grad_norm']:.2f}  {logits}"
         f"clipped {entry['clipped_heads']}  {state}  {speed}" + ("  SKIPPED" if entry["skipped"] else "")
     )
 

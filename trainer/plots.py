@@ -1,5 +1,6 @@
 """Pictures of a training run, drawn from the `metrics.jsonl` that it writes."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def plot_stage_losses(losses: dict[str, list[tuple[int, float]]], path: str | Pa
     """
     figure, axes = _axes("fine-tuning loss", "optimizer step, stages in a row", "loss (nats a token)")
     start = 0
-    for color, (name, points) in zip(_PALETTE, losses.items(), strict=False):
+    for color, (name, points) in zip(itertools.cycle(_PALETTE), losses.items(), strict=False):
         axes.plot([start + step for step, _ in points], [loss for _, loss in points], color=color, label=name)
         start += max((step for step, _ in points), default=0)
     axes.legend(frameon=False)
@@ -94,7 +95,7 @@ def _plot_loss(steps: list[dict], evaluations: list[dict], path: Path) -> Path:
     figure, axes = _axes("loss", "tokens seen", "loss (nats a token)")
     tokens = [row["tokens"] for row in steps]
     axes.plot(tokens, [row["loss"] for row in steps], color="#c4c9cf", linewidth=1, label="training")
-    for color, domain in zip(_PALETTE, _domains(evaluations, "eval"), strict=False):
+    for color, domain in zip(itertools.cycle(_PALETTE), _domains(evaluations, "eval"), strict=False):
         points = [(row["tokens"], row["eval"][domain]) for row in evaluations if domain in row["eval"]]
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"held-out {domain}")
     axes.legend(frameon=False)
@@ -135,14 +136,15 @@ def _plot_layers(steps: list[dict], key: str, ylabel: str, title: str, path: Pat
         color = colors(layer / max(num_layers - 1, 1))
         label = f"layer {layer}" if num_layers <= 8 or layer in (0, num_layers - 1) else None
         axes.plot([row["tokens"] for row in rows], [row[key][layer] for row in rows], color=color, label=label)
-    axes.legend(frameon=False, ncols=2)
+    if rows:
+        axes.legend(frameon=False, ncols=2)
     return _save(figure, path)
 
 
 def _running_mean(values: list[float]) -> list[float]:
     """Mean of each value and the `_MEAN_STEPS - 1` around it, fewer at the ends."""
     half = _MEAN_STEPS // 2
-    windows = [values[max(0, index - half) : index + half] or values[:1] for index in range(len(values))]
+    windows = [values[max(0, index - half) : index + half] for index in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 

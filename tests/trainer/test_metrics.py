@@ -123,6 +123,8 @@ def test_a_step_is_one_line():
     for part in ("MFU 50.0%", "data wait 0.2%", "memory 1.00 GiB", "SKIPPED", "skipped 2", "lambda 0.20..0.50"):
         assert part in line
     assert "signal 1.5..2.5  noise 0.25..0.5 (share 0.40)" in line
+    assert "logit <=42.0" in step_line({**entry, "max_logits_exact": False})
+    assert "logit" not in step_line({**entry, "max_logits": []})  # nothing is tracked
 
 
 def test_maximum_logits_are_exact_in_some_steps_and_bounds_in_the_others(make_config, tmp_path):

@@ -3,8 +3,10 @@
 import json
 
 import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 
+import trainer.plots
 from trainer.plots import plot_run, plot_scores, plot_stage_losses, read_metrics
 
 
@@ -35,6 +37,25 @@ def test_pictures_are_drawn_and_hold_something(tmp_path):
     assert [file.stem for file in files] == names
     for file in files:
         assert matplotlib.image.imread(file).std() > 0.01, f"{file} is blank"
+
+
+def test_more_domains_than_colours_are_all_drawn(tmp_path, monkeypatch):
+    domains = {f"domain{number}": 1 / 9 for number in range(9)}
+    rows = [
+        {"step": 1, "tokens": 9, "loss": 1.0, "learning_rate": 0.1, "mixture": domains, "realised": domains},
+        {"step": 1, "tokens": 9, "eval": domains},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = {}
+
+    def note(figure, path):
+        labels[path.stem] = figure.axes[0].get_legend_handles_labels()[1]
+        plt.close(figure)
+
+    monkeypatch.setattr(trainer.plots, "_save", note)
+    plot_run(tmp_path / "metrics.jsonl", tmp_path)
+    assert labels["loss"] == ["training", *(f"held-out {name}" for name in domains)]
+    assert labels["mixture"][:9] == [f"{name}, scheduled" for name in domains]
 
 
 def test_file_without_steps_and_file_cut_short_are_named(tmp_path):
