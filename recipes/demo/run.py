@@ -129,7 +129,9 @@ class Demo:
         started = time.perf_counter()
         outcome = work()
         self.results[name] = {**outcome, "seconds": round(time.perf_counter() - started, 1)}
-        self.results_path.write_text(json.dumps(self.results, indent=1))
+        written = self.results_path.with_suffix(".tmp")
+        written.write_text(json.dumps(self.results, indent=1))
+        written.replace(self.results_path)
 
     def make_data(self) -> dict:
         """Corpus, tokenizer, token shards, held-out sets and the conversations of the three stages."""
@@ -174,6 +176,7 @@ class Demo:
 
     def pretrain(self) -> dict:
         """Pre-train, then score."""
+        shutil.rmtree(self.folder / "pretrain" / "model", ignore_errors=True)  # interrupted while it was scored
         result = run_pretraining(self.pretrain_config())
         losses = {"first_eval": result.first_eval, "last_eval": result.last_eval}
         return {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from recipes.demo.report import text_table
-from recipes.demo.run import DemoConfig, main
+from recipes.demo.run import Demo, DemoConfig, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["data", "untrained", "pre-training", "stage 1", "stage 2", "stage 3", "use"]
@@ -53,6 +53,18 @@ def test_every_part_runs_and_is_measured(demo):
     losses = results["pre-training"]
     assert all(losses["last_eval"][name] < losses["first_eval"][name] for name in DOMAINS)
     assert results["pre-training"]["tokens"] == 6144
+
+
+@pytest.mark.timeout(600)
+def test_pre_training_that_was_interrupted_while_it_was_scored_goes_on(demo, monkeypatch):
+    folder, _ = demo
+    before = json.loads((folder / "results.json").read_text())["pre-training"]
+    monkeypatch.setattr(
+        Demo, "_score_folder", lambda self, model_dir, chat: {"model": (model_dir / "config.json").is_file()}
+    )
+    again = Demo(DemoConfig(output_dir=str(folder), miniature=True)).pretrain()
+    assert again.pop("model")
+    assert again == {name: before[name] for name in again}
 
 
 @pytest.mark.timeout(600)
