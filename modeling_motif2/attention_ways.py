@@ -191,9 +191,9 @@ def attend_with_kernel(
         options["first"], options["last"] = mask
     out_scale = 1 - attention.lambda_init
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arguments)
-    if not wants_gradient:
-        if signal_query.shape[2] == 1:
-            return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
+    if not wants_gradient and signal_query.shape[2] == 1:
+        return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
+    if not (wants_gradient or torch.compiler.is_compiling()):
         return attention.kernel.attend(*arguments, out_scale=out_scale, **passes, **options)
     # A factor of the weight, not of the operator: compiled layers, each with its own, share their code.
     weight = attention.subln.weight * out_scale

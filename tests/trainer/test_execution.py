@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -223,20 +223,31 @@ class TestCompilation:
             torch.testing.assert_close(one.max_logits, other.max_logits)
 
     @pytest.mark.slow
-    def test_layers_with_the_attention_kernel_share_their_code(self):
+    def test_layers_with_the_attention_kernel_have_the_eager_gradients(self):
         model, reference = small_model(4), small_model(4)
         for each in (model, reference):
             use_gda_attention(each, attn_implementation="gda_kernel")
             track_max_logits(each)
-        counter = CompileCounterWithBackend("aot_eager")
-        compile_layers(model, counter)
+        compile_layers(model, "aot_eager")
         assert_equal_outcome(model, reference, tolerance=1e-6)
-        assert counter.frame_count <= 3
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_layers_with_the_attention_kernel_share_their_code(self, training):
+        torch._dynamo.reset()
+        model = small_model(6)
+        use_gda_attention(model, attn_implementation="gda_kernel")
+        track_max_logits(model)
+        counter = CompileCounter()
+        compile_layers(model, counter)
+        with torch.set_grad_enabled(training):
+            model(input_ids=TOKENS, position_ids=POSITIONS, use_cache=False)
+        assert counter.frame_count == 3  # the first layer's lambda as a constant, any, and the last norm
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+    @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("attention", ["gda_kernel", "gda_fastest", "sdpa"])
-    def test_layers_share_their_code_on_a_gpu(self, attention):
+    def test_layers_share_their_code_on_a_gpu(self, attention, training):
         """Packed documents; layers with an index of their own in the code would be compiled one by one."""
         torch._dynamo.reset()
         model = small_model(6).cuda()
@@ -246,8 +257,10 @@ class TestCompilation:
         counter = CompileCounterWithBackend("aot_eager")
         compile_layers(model, counter)
         tokens, positions = TOKENS.cuda(), POSITIONS.cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            model(input_ids=tokens, position_ids=positions, labels=tokens, use_cache=False).loss.backward()
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(training):
+            loss = model(input_ids=tokens, position_ids=positions, labels=tokens, use_cache=False).loss
+        if training:
+            loss.backward()
         assert counter.frame_count <= 3
 
     @pytest.mark.slow
