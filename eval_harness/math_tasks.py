@@ -12,11 +12,15 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 from eval_harness.answers import INVALID, after_thinking, last_boxed
 
-_CLOSING = re.compile(r"final answer is:?\s*((?:(?!final answer is).)*?)\.?\s*I hope it is correct", re.I | re.DOTALL)
-_FINAL = re.compile(r"final answer is:?\s*(.*)", re.IGNORECASE)
-_ANSWER = re.compile(r"\banswer is:?\s*(.*?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
+_CLOSING = re.compile(r"final answer is:?((?:(?!final answer is).)*?)I hope it is correct", re.IGNORECASE | re.DOTALL)
+_ANSWER = re.compile(
+    r"\banswer(?:\s+is|\**\s*:)[*:]*\s*(\\\[[\s\S]*?\\\]|\$\$[\s\S]*?\$\$|.*?)(?:\.\s|[.,]?$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _BASE = re.compile(r"^-?[0-9A-Z.]+_\{?(\d+)\}?(?:\D|$)")
 _BARE_FRACTION = re.compile(r"\\[dt]?frac\s*(\\[a-zA-Z]+|[^\s{\\])\s*(\\[a-zA-Z]+|[^\s{\\])")
+_THIN_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
 TIMEOUT_SECONDS = 30  # assumption; the library's 5 make a score depend on how busy the machine is
 _MATHEMATICS = (LatexExtractionConfig(), ExprExtractionConfig())
 
@@ -29,15 +33,15 @@ def add_answers(dataset: datasets.Dataset) -> datasets.Dataset:
 def final_expression(text: str) -> str:
     r"""What a solution gives as its answer: Minerva's closing sentence, else the last `\boxed{}`, else "answer is"."""
     text = after_thinking(text)
-    sentences = _CLOSING.findall(text) or _FINAL.findall(text)
-    if sentences and sentences[-1].strip():
-        inner = last_boxed(sentences[-1])
-        return inner if inner is not None else _undollared(sentences[-1])
+    closings = [sentence for sentence in _CLOSING.findall(text) if _bare(sentence)]
+    if closings:
+        boxed = last_boxed(closings[-1])
+        return _bare(closings[-1] if boxed is None else boxed)
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed
-    sentences = _ANSWER.findall(text)
-    return _undollared(sentences[-1]) if sentences and sentences[-1].strip() else INVALID
+        return _bare(boxed)
+    stated = filter(None, map(_bare, reversed(_ANSWER.findall(text))))
+    return next(stated, INVALID)
 
 
 def score(doc: dict, results: list[str]) -> dict[str, float]:
@@ -51,7 +55,7 @@ def same_object(gold: str, stated: str) -> bool:
     r"""Whether two LaTeX expressions denote the same object, as far as math-verify can tell.
 
     math-verify overlooks the base of a number (`12_3` and `12_4` are equal to it), so different bases are told apart
-    here; and it misreads `\frac \pi4`, which gets its braces first.
+    here; and it misreads `\frac \pi4` and `10\,000`, which are written plainly first.
     """
     if stated == INVALID:
         return False
@@ -62,10 +66,15 @@ def same_object(gold: str, stated: str) -> bool:
 
 
 def _parsed(expression: str) -> list:
-    braced = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", expression)
-    return parse(f"${braced}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
+    plain = _THIN_SPACE.sub("", _BARE_FRACTION.sub(r"\\frac{\1}{\2}", expression))
+    return parse(f"${plain}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
 
 
-def _undollared(text: str) -> str:
+def _bare(text: str) -> str:
+    """An expression without the full stop after it and the marks of mathematics or emphasis around it."""
     text = text.strip().rstrip(".").strip()
-    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == "$" and text.count("$") == 2 else text
+    for opening, closing in _DELIMITERS:
+        inner = text[len(opening) : -len(closing)]
+        if text == f"{opening}{inner}{closing}" and opening not in inner and inner.strip():
+            return _bare(inner)
+    return text
