@@ -127,7 +127,7 @@ class MatrixRule:
         -1 / (k - 1).
         """
         # Wide enough for what remains to be reckoned without rounding.
-        work = torch.float32 if rows.dtype.itemsize == 2 else torch.float64
+        work = torch.float32 if rows.dtype.itemsize == dtype.itemsize == 2 else torch.float64
         grown = torch.empty(len(rows), len(self.columns), dtype=dtype)
         for copies, sources, targets in self.column_groups:
             remaining = rows[:, sources].to(work)  # (rows, N)

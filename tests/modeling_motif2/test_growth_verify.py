@@ -33,10 +33,11 @@ def test_verification_bounds_stored_rounding(dtype, tmp_path):
     assert CheckpointReader(tmp_path / "grown").dtype("lm_head.weight") == dtype
 
 
-def test_without_rounding_the_bound_in_bfloat16_is_that_of_float64(tmp_path):
+@pytest.mark.parametrize("stored", [None, "float32", "float64"])
+def test_without_rounding_the_bound_in_bfloat16_is_that_of_float64(tmp_path, stored):
     """Copies sum to the source whatever the dtype, so width and heads have nothing to allow for."""
     folder, _ = save_parent(tmp_path / "parent", dtype=torch.bfloat16)
-    result = grow(options(folder, tmp_path / "grown", verify=True, width=3, signal_ratio=3))
+    result = grow(options(folder, tmp_path / "grown", verify=True, width=3, signal_ratio=3, dtype=stored))
     assert result.verification.passed
     bounds = {bound for place in result.verification.places for bound in place.bounds.values()}
     assert bounds == {1e-12}
