@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 from eval_harness.answers import after_thinking
@@ -17,7 +18,7 @@ from eval_harness.sandbox import Program, Sandbox
 from eval_harness.statistics import pass_at_k
 
 WEAK_VARIABLE = "MOTIF2_WEAK_SANDBOX"
-_FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:(?:\n[ \t]*)?```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @functools.cache
@@ -27,9 +28,9 @@ def sandbox() -> Sandbox:
 
 
 def code_block(text: str, needed: str = "") -> str | None:
-    """The last fenced block of a response that contains `needed`; None where there is none."""
+    """The last fenced block of a response that contains `needed`, moved to the margin; None where there is none."""
     blocks = [block for block in _FENCE.findall(after_thinking(text)) if needed in block]
-    return blocks[-1] if blocks else None
+    return textwrap.dedent(blocks[-1]) if blocks else None
 
 
 def humaneval_program(response: str, doc: dict) -> Program:
@@ -48,14 +49,19 @@ def humaneval_program(response: str, doc: dict) -> Program:
 
 
 def mbpp_program(response: str, doc: dict) -> Program:
-    """An MBPP response (fenced or not, up to `[DONE]`) and its problem's assertions."""
-    block = code_block(response)
-    source = block if block is not None else after_thinking(response).split("[DONE]")[0]
+    """An MBPP response (fenced or not, up to `[DONE]`) and its problem's assertions.
+
+    Of several fenced blocks the last one counts that defines an asked-for function: an example may follow it.
+    """
     tests = "\n".join([doc.get("test_setup_code") or "", *doc["test_list"]])
-    names = names_needed(tests)
-    modules = [name for name in names if name in sys.stdlib_module_names]
+    needed = names_needed(tests)
+    modules = [name for name in needed if name in sys.stdlib_module_names]
+    names = tuple(name for name in needed if name not in modules)
+    blocks = [code_block(response, f"def {name}(") for name in names] + [code_block(response)]
+    unfenced = after_thinking(response).split("[DONE]")[0].removeprefix("[BEGIN]")
+    source = next((block for block in blocks if block is not None), unfenced)
     setup = "\n".join(f"import {name}" for name in modules)
-    return Program(source.replace("\r\n", "\n"), tests, tuple(n for n in names if n not in modules), setup)
+    return Program(source.replace("\r\n", "\n"), tests, names, setup)
 
 
 def names_needed(tests: str) -> list[str]:

@@ -43,6 +43,8 @@ def test_base_and_chat_responses_of_humaneval():
         "def double(x):\n    return 2 * x\n": True,
         "```python\ndef other(x):\n    return 2 * x\n```": False,
         "def helper(x):\n    return 0\ndef double(x):\n    return 0\n": False,
+        "```python\ndef double(x):\n    return 2 * x\n```\nIt prints\n```\n4\n```": True,
+        "1. Code:\n   ```python\n   def double(x):\n       return 2 * x\n   ```": True,
         "": False,
     }
     verdicts = judge_humaneval([[text] for text in responses], [DOUBLE] * len(responses))
@@ -56,6 +58,8 @@ def test_base_and_chat_responses_of_mbpp():
         SQUARE["code"] + "\n[DONE]\nmore": True,
         "```python\ndef square(x):\n    return x ** 2\n```": True,
         "def square(x):\n    return x + x": False,
+        "```python\ndef square(x):\n    return x ** 2\n```\nFor example\n```\n>>> square(3)\n9\n```": True,
+        "[BEGIN]\ndef square(x):\n    return x ** 2\n[DONE]": True,
         "import math\nmath.isclose = lambda *a: True\ndef square(x):\n    return 9": False,
     }
     verdicts = judge_mbpp([[text] for text in responses], [SQUARE] * len(responses))
@@ -95,4 +99,9 @@ def test_names_that_only_the_program_can_define(tests, names):
 def test_code_blocks():
     assert code_block("a\n```\none\n```\n```py\ntwo\n```") == "two"
     assert code_block("```python\nx = 1") == "x = 1"
+    assert code_block("``` python title=a\none\n```\ntext") == "one"
+    assert code_block("```python\nreturn 1```") == "return 1"
+    assert code_block('```python\n"""Quotes ``` here."""\nx = 1\n```') == '"""Quotes ``` here."""\nx = 1'
+    assert code_block("- item\n    ```\n    if x:\n        y\n    ```") == "if x:\n    y"
+    assert code_block("```\n```\ntext\n```\none\n```") == "one"
     assert code_block("none") is None
