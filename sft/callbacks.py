@@ -13,7 +13,7 @@ from modeling_motif2.diagnostics import attention_modules, reset_max_logits
 
 # Steps between exact maximum logits (assumption); in others a bound stands for those under QK-clip's threshold.
 _EXACT_LOGIT_STEPS = 10
-_NAMES = {"entropy": "entropy", "mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
+_NAMES = {"mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows
 from sft.examples import write_conversations
-from sft.files import write_lines
-from sft.journal import TRAIN_FILE, Journal
+from sft.files import new_train_file, write_lines
+from sft.journal import Journal
 from sft.samplers import Endpoint, EndpointError, Judge, RequestRefused, in_order
 from sft.scoring import question_and_answer, score_conversation, select_by_quality
 from trainer.cli import parse_recipe
@@ -82,11 +82,7 @@ def curate(
         EndpointError: the judge fails; its ratings so far are kept.
         OSError: a file cannot be written.
     """
-    train_file = Path(config.output_dir) / TRAIN_FILE
-    if train_file.exists():
-        raise ValueError(
-            f"output_dir {config.output_dir!r} holds selected data; choose another folder, or remove this one"
-        )
+    train_file = new_train_file(config.output_dir, "selected data")
     report, malformed = DataReport() if report is None else report, []
     loaded = list(load_rows(config.train_files, report, config.bad_rows, malformed=malformed))
     if not loaded:

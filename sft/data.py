@@ -44,6 +44,7 @@ class DataReport:
         tokens: tokens of the kept conversations.
         trained_tokens: those that the loss counts.
         longest_tokens: tokens of the longest kept conversation.
+        truncated: kept conversations that were cut at the longest length.
         dropped: rows left out, by reason.
         places: the first few places (file and row) for each reason.
         provenance: kept conversations by what the rows say of their `source`, `license` and `origin`.
@@ -55,6 +56,7 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest_tokens: int = 0
+    truncated: int = 0
     dropped: Counter = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     provenance: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in PROVENANCE})
@@ -81,7 +83,7 @@ class DataReport:
         trained = f", {self.trained_tokens} of them trained" if self.trained_tokens else ""
         lines = [
             f"{self.kept} of {self.rows} conversations kept: {self.tokens} tokens{trained}, the longest "
-            f"{self.longest_tokens}"
+            f"{self.longest_tokens}" + (f"; {self.truncated} of them cut there" if self.truncated else "")
         ]
         return "\n".join(lines + self.dropped_lines())
 
@@ -396,6 +398,7 @@ def _fits(place: str, ids: list[int], mark: list[int], max_length: int, rule: st
             "raise max_length, or set long_samples: skip or truncate"
         )
     if rule == "truncate" and any(mark[:max_length]):
+        report.truncated += 1
         return True
     report.drop(f"more than {max_length} tokens", place)
     return False

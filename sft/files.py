@@ -3,9 +3,27 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+TRAIN_FILE = "train.jsonl"
+
+
+def new_train_file(output_dir: str | Path, held: str) -> Path:
+    """The file of conversations that a step of the data work writes last.
+
+    Args:
+        output_dir: folder of the step.
+        held: what a folder holds that has the file already, for the message.
+
+    Raises:
+        ValueError: the file is there.
+    """
+    train_file = Path(output_dir) / TRAIN_FILE
+    if train_file.exists():
+        raise ValueError(f"output_dir {str(output_dir)!r} holds {held}; choose another folder, or remove this one")
+    return train_file
 
 
 @contextmanager
@@ -30,7 +48,8 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
     except OSError as error:
         raise OSError(error.errno, f"{str(path)!r} cannot be written: {error.strerror}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.files import write_lines, write_text
+from sft.files import new_train_file, write_lines, write_text
 
 JOURNAL_FILE = "journal.jsonl"
 SETTINGS_FILE = "settings.json"
-TRAIN_FILE = "train.jsonl"
 
 
 class Journal:
@@ -28,10 +27,7 @@ class Journal:
         self.folder = Path(folder)
         self.path = self.folder / JOURNAL_FILE
         self.identity, self.key = identity, key
-        if (self.folder / TRAIN_FILE).exists():
-            raise ValueError(
-                f"output_dir {str(folder)!r} holds a finished {work}; choose another folder, or remove this one"
-            )
+        new_train_file(folder, f"a finished {work}")
         known = self.folder / SETTINGS_FILE
         try:
             before = json.loads(known.read_text(encoding="utf-8")) if known.exists() else identity

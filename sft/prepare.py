@@ -16,12 +16,13 @@ from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows, read_rows, row_tools
 from sft.data_card import write_data_card
 from sft.examples import write_conversations
-from sft.files import write_lines
+from sft.files import new_train_file, write_lines
 from sft.filters import Contamination, NearDuplicates, conversation_text, nested_texts
 from sft.mixing import domain_budgets, fill_budgets, parse_ratios
 from trainer.cli import parse_recipe
 
 BATCH = 256
+HELD = "prepared data"
 
 
 @dataclass
@@ -181,7 +182,7 @@ def write_prepared(prepared: Prepared, output_dir: str | Path) -> Path:
         ValueError: the folder holds prepared data.
         OSError: a file cannot be written; there is no train.jsonl then.
     """
-    folder, train_file = Path(output_dir), _new_train_file(output_dir)
+    folder, train_file = Path(output_dir), new_train_file(output_dir, HELD)
     lines = [
         {"place": place, "source": row.get("source"), "domain": row.get("domain"), "reason": reason}
         for place, row, reason in prepared.dropped
@@ -190,15 +191,6 @@ def write_prepared(prepared: Prepared, output_dir: str | Path) -> Path:
     write_lines(lines, folder / "dropped.jsonl")
     write_data_card(prepared, folder)
     return write_conversations(prepared.rows, train_file)
-
-
-def _new_train_file(output_dir: str | Path) -> Path:
-    train_file = Path(output_dir) / "train.jsonl"
-    if train_file.exists():
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds prepared data; choose another folder, or remove this one"
-        )
-    return train_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     from sft.stage import load_tokenizer
 
     try:
-        _new_train_file(config.output_dir)
+        new_train_file(config.output_dir, HELD)
         prepared = prepare(config, load_tokenizer(config.tokenizer))
         train_file = write_prepared(prepared, config.output_dir)
     except (ValueError, OSError) as error:

@@ -24,13 +24,14 @@ from sft.config import ROW_RULES
 from sft.data import DataReport, load_rows, row_tools
 from sft.equations import false_equation
 from sft.examples import write_conversations
-from sft.files import write_lines, write_text
+from sft.files import new_train_file, write_lines, write_text
 from sft.filters import NearDuplicates, conversation_text, nearest_by_embedding
 from sft.prune_page import reason_kind, render_page
 from sft.scoring import score_conversation
 from trainer.cli import parse_recipe
 
 HUMAN = "human"
+HELD = "pruned data"
 
 
 @dataclass
@@ -271,7 +272,7 @@ def write_pruned(
         ValueError: the folder holds pruned data, or nothing was kept.
         OSError: a file cannot be written; there is no train.jsonl then.
     """
-    folder, train_file = Path(output_dir), _new_train_file(output_dir)
+    folder, train_file = Path(output_dir), new_train_file(output_dir, HELD)
     kept = [row for row, decision in zip(rows, decisions, strict=True) if decision.kept]
     if not kept:
         raise ValueError(f"pruning kept none of {len(rows)} rows; lower its thresholds or raise keep_share")
@@ -280,15 +281,6 @@ def write_pruned(
     write_lines(lines, folder / "decisions.jsonl")
     write_text(render_page(rows, decisions, malformed), folder / "page.html")
     return write_conversations(kept, train_file)
-
-
-def _new_train_file(output_dir: str | Path) -> Path:
-    train_file = Path(output_dir) / "train.jsonl"
-    if train_file.exists():
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds pruned data; choose another folder, or remove this one"
-        )
-    return train_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     (config,) = parse_recipe(PruneConfig, description=__doc__.replace("%", "%%"), argv=argv)
     report, malformed = DataReport(), []
     try:
-        _new_train_file(config.output_dir)
+        new_train_file(config.output_dir, HELD)
         loaded = list(load_rows(config.train_files, report, config.bad_rows, malformed=malformed))
         if not loaded:
             raise ValueError(f"no conversation in {config.train_files}: {report.summary()}")

@@ -155,8 +155,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer can be loaded from model_name_or_path {name_or_path!r}: {error}; "
-            "give a folder or Hub name with a tokenizer"
+            f"no tokenizer can be loaded from {name_or_path!r}: {error}; give a folder or Hub name with a tokenizer"
         ) from error
     return attach_chat_template(tokenizer)
 

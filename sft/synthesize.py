@@ -19,9 +19,9 @@ from sft.chat import attach_chat_template, set_stop_tokens
 from sft.config import ROW_RULES
 from sft.data import DataReport, read_rows
 from sft.examples import write_conversations
-from sft.files import write_text
+from sft.files import TRAIN_FILE, write_text
 from sft.filters import Contamination
-from sft.journal import TRAIN_FILE, Journal
+from sft.journal import Journal
 from sft.prepare import evaluation_texts
 from sft.samplers import Endpoint, EndpointError, LocalModel, RequestRefused, Sampler, in_order
 from sft.tasks import Task, compose_tasks, tasks_from_rows

@@ -193,11 +193,7 @@ def check_rows(rows: Dataset | IterableDataset, split: str, rule: str) -> Datase
     if isinstance(rows, IterableDataset):
         return rows.filter(stays, with_indices=True)
     kept = [index for index, row in enumerate(rows) if stays(row, index)]
-    lines = [f"{len(kept)} of {report.rows} rows of {split} kept"]
-    lines += [
-        f"  dropped {count}: {reason} (first: {', '.join(report.places[reason])})"
-        for reason, count in report.dropped.most_common()
-    ]
+    lines = [f"{len(kept)} of {report.rows} rows of {split} kept", *report.dropped_lines()]
     if not kept:
         raise ValueError("; ".join(line.strip() for line in lines))
     PartialState().print("\n".join(lines))

@@ -198,10 +198,13 @@ def test_long_conversations_by_rule(tokenizer, write_rows):
     all_prompt = turns({"role": "user", "content": "2 " * 300}, REPLY)
     path = write_rows([GOOD, long, all_prompt])
     data, report = load_conversations([path], tokenizer, max_length=100, seed=None)
-    assert (len(data), report.dropped["more than 100 tokens"]) == (1, 2)
+    assert (len(data), report.dropped["more than 100 tokens"], report.truncated) == (1, 2, 0)
+    exactly, _ = load_conversations([path], tokenizer, max_length=report.longest_tokens, seed=None)
+    assert len(exactly) == 1
     data, report = load_conversations([path], tokenizer, max_length=100, seed=None, long_samples="truncate")
     assert [len(ids) for ids in data["input_ids"]][1] == 100
     assert (len(data), report.longest_tokens) == (2, 100), "a reply that is wholly cut off teaches nothing"
+    assert "the longest 100; 1 of them cut there" in report.summary()
     with pytest.raises(ValueError, match="more than max_length 100"):
         load_conversations([path], tokenizer, max_length=100, long_samples="refuse")
 

@@ -37,6 +37,12 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/rows.jsonl' cannot be written: "):
+        write_lines([], tmp_path / "file" / "rows.jsonl")
+
+
 def test_folders_are_made_and_dates_become_text(tmp_path):
     write_text("два\n", tmp_path / "a" / "text")
     write_lines([{"on": datetime.date(2026, 1, 2)}, "x"], tmp_path / "a" / "rows.jsonl")
