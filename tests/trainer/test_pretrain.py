@@ -39,6 +39,8 @@ def test_every_recipe_loads_and_says_what_it_would_do(path, capsys):
     assert re.search(r"days on \d+ x 989 TFLOP/s", printed)
     assert float(re.search(r"memory by rank   ([\d.]+) GiB", printed)[1]) < 70  # of the 80 of an H100
     assert "measured peaks were 2 to 12% lower at 12.7B" in printed
+    parameters = int(re.search(r"parameters +([\d,]+) ", printed)[1].replace(",", ""))
+    assert f"at the start     {4 * parameters / 2**30:.2f} GiB in every rank's host memory" in printed
     (config,) = parse_recipe(PretrainConfig, description="", argv=["--config", str(path)])
     sources = [source for domain in config.domains.values() for source in domain["sources"]]
     assert len(sources) >= len(config.domains)
