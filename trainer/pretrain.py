@@ -100,8 +100,8 @@ def describe_run(config: PretrainConfig) -> str:
             f"FLOPs a token    {by_length}",
             f"tokens a step    {' to '.join(sizes)}",
             _describe_memory(config, architecture),
-            f"at the start     {BYTES_FLOAT32 * counts['total'] / 2**30:.2f} GiB in every rank's host memory, then on its "
-            "GPU: the model is made whole, in float32, and sharded there",
+            f"at the start     {BYTES_FLOAT32 * counts['total'] / 2**30:.2f} GiB in every rank's host memory, then "
+            "on its GPU: the model is made whole, in float32, and sharded there",
             f"time             {days:.3g} days on {gpus} x {peak:g} TFLOP/s at an MFU of {mfu:.0%} "
             f"({24 * days * gpus:,.0f} GPU hours)",
         ]
