@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lm_eval.utils import simple_parse_args_string
+
 from eval_harness.suites import Row, Suite, load_suite
 
 BACKENDS = (
@@ -60,7 +62,8 @@ class EvalConfig:
                 raise ValueError(f"{name} is {value}; use 1 or more")
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; use 0 for greedy decoding, or more")
-        if self.repeats > 1 and self.suite != "instruct" and not self.temperature:
+        greedy = self.temperature == 0 or (self.temperature is None and self.suite != "instruct")
+        if self.repeats > 1 and greedy:
             raise ValueError(
                 f"repeats is {self.repeats} with greedy decoding, which writes the same program each time; "
                 "add --temperature 0.8"
@@ -69,6 +72,7 @@ class EvalConfig:
             raise ValueError(f"data_dir {self.data_dir!r} is no folder; give the folder that holds gsm8k, mmlu, …")
         if not self.output and not self.dry_run:
             raise ValueError("output is empty; give --output with a folder for responses, samples and the report")
+        self.lm_eval_options()
         if self.suite is not None:
             self.rows()
 
@@ -96,12 +100,11 @@ class EvalConfig:
         return options or None
 
     def lm_eval_options(self) -> dict:
-        """`model_args` as a dictionary.
+        """`model_args` as a dictionary; numbers, `True`, `False` and `None` are read as such.
 
         Raises:
             ValueError: a word without `=`.
         """
-        words = [word for word in self.model_args.split(",") if word]
-        if bad := [word for word in words if "=" not in word]:
+        if bad := [word for word in self.model_args.split(",") if word and "=" not in word]:
             raise ValueError(f"model_args holds {bad[0]!r}; write key=value,key=value")
-        return dict(word.split("=", 1) for word in words)
+        return simple_parse_args_string(self.model_args)

@@ -6,13 +6,15 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_motif2  # noqa: F401  (registers Motif-2 with the Auto classes)
@@ -25,14 +27,40 @@ RESULTS_FILE = "results.json"
 
 
 class QuietHFLM(HFLM):
-    """lm-eval's transformers model, with two changes.
+    """lm-eval's transformers model, with three changes.
 
-    No progress bar a batch: `RecordedLM` shows one over all requests. And the end of thinking stays in the text where
-    it is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer.
+    No progress bar a batch: `RecordedLM` shows one over all requests. The end of thinking stays in the text where it
+    is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer. And a prompt
+    that exceeds the model's window is refused, which lm-eval cuts from the left, examples first, with a warning among
+    many; `truncation=True` lets it. Where the window has room for fewer tokens than may be generated, the answer ends
+    with the window.
     """
 
+    def generate_until(self, requests, disable_tqdm=False):
+        if not self.truncation:
+            longest = max(len(self.tok_encode(request.args[0])) for request in requests)
+            self._require_window(longest + 1)
+            requests = [self._within(request, self.max_length - longest) for request in requests]
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        if not self.truncation:
+            self._require_window(max(len(context) + len(choice) for _, context, choice in requests) - 1)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _require_window(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ValueError(
+                f"a prompt and its answer need {tokens} tokens, the model's window has {self.max_length}: use fewer "
+                f"examples or another task, state the window (`--model_args max_length={tokens}`), or let prompts be "
+                "cut from the left (`--model_args truncation=True`)"
+            )
+
+    def _within(self, request: Instance, room: int) -> Instance:
+        context, options = request.args
+        if normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"] <= room:
+            return request
+        return replace(request, arguments=(context, {**options, "max_gen_toks": room}))
 
     def tok_decode(self, tokens, skip_special_tokens=True):
         mark = self.tokenizer.convert_tokens_to_ids(THINKING_END)

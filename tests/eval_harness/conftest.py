@@ -33,7 +33,7 @@ def tiny_model(tokenizer):
         num_key_value_heads=4,
         num_noise_heads=2,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

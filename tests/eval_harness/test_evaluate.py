@@ -104,6 +104,25 @@ def test_the_end_of_thinking_is_seen_though_it_is_a_special_token(tiny_model, to
     assert lm.tok_decode(ids[:1]) == ""
 
 
+def test_answers_end_with_the_window_and_longer_prompts_are_refused(demo_data, tmp_path, tiny_model, tokenizer):
+    options = {"data_dir": demo_data, "limit": 1, "generation_options": {"max_gen_toks": 2**20}}
+    narrow = wrap_model(tiny_model, tokenizer, 1, max_length=40)
+    (row,) = evaluate(narrow, None, TASKS[:1], **options).samples["motif2_arithmetic"]
+    options["generation_options"] = {"max_gen_toks": 40 - len(narrow.tok_encode(row["arguments"][0][0]))}
+    wide = wrap_model(tiny_model, tokenizer, 1)
+    assert (
+        row["resps"] == evaluate(wide, None, TASKS[:1], **options).samples["motif2_arithmetic"][0]["resps"] != [[""]]
+    )
+    tight = wrap_model(tiny_model, tokenizer, 1, max_length=8)
+    with pytest.raises(ValueError, match="the model's window has 8"):
+        evaluate(tight, None, TASKS[:1], **options)
+    with pytest.raises(ValueError, match="the model's window has 8"):
+        evaluate(tight, None, ["motif2_mmlu_5shot::anatomy"], data_dir=write_benchmarks(tmp_path))
+    assert evaluate(tight, None, TASKS[1:2], data_dir=demo_data), "a whole text is scored window by window"
+    cut = wrap_model(tiny_model, tokenizer, 1, max_length=8, truncation=True)
+    assert evaluate(cut, None, TASKS[:1], data_dir=demo_data, limit=1, generation_options={"max_gen_toks": 2})
+
+
 def test_a_model_is_loaded_only_once_the_rows_are_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"arithmetic\.jsonl"):
         evaluate(lambda: pytest.fail("loaded too early"), None, TASKS[:1], data_dir=tmp_path)
