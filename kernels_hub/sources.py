@@ -59,7 +59,12 @@ def load_local(name: str) -> ModuleType:
     variant = CHECKOUT / name / "build" / f"torch-{backend()}"
     if not (variant / "metadata.json").is_file():
         raise KernelUnavailable(f"{variant} does not exist: run python kernels_hub/build.py {name}")
-    namespace = json.loads((variant / "metadata.json").read_text())["id"]
+    try:
+        namespace = json.loads((variant / "metadata.json").read_text())["id"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise KernelUnavailable(
+            f"{variant}/metadata.json is damaged: run python kernels_hub/build.py {name}"
+        ) from error
     if namespace in sys.modules:
         return sys.modules[namespace]
     try:

@@ -345,6 +345,16 @@ def test_a_local_kernel_that_cannot_be_imported(model, monkeypatch, tmp_path, wi
         assert kernels_hub.use_polynorm(model, "local").source == "torch"
 
 
+@pytest.mark.parametrize("metadata", ["", "{}", "[]"])
+def test_a_build_cut_off_while_it_was_written(model, monkeypatch, tmp_path, metadata):
+    variant = tmp_path / "polynorm" / "build" / "torch-cpu"
+    variant.mkdir(parents=True)
+    (variant / "metadata.json").write_text(metadata)
+    monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
+    with pytest.raises(sources.KernelUnavailable, match=r"run python kernels_hub/build\.py polynorm"):
+        sources.load_local("polynorm")
+
+
 def test_a_gpu_without_triton(model, monkeypatch):
     found = sources.importlib.util.find_spec
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from trainer.optim.groups import group_parameters
 from trainer.optim.muon_clip_reference import MuonClip
@@ -45,8 +46,14 @@ def build_muon_clip(
             and keys a layer).
 
     Raises:
-        ValueError: names or settings that fit nothing in the model, or out of range; the model is left as it was.
+        ValueError: names or settings that fit nothing in the model, or out of range; the model is left as it was. Or
+            the model is sharded by FSDP 1.
     """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is sharded by FSDP 1, whose flat parameters are no matrices: take FSDP2 (fully_shard; "
+            "fsdp_version 2 in accelerate's files)"
+        )
     if "attentions" in options:
         raise ValueError("attentions are found in the model: leave them out, or make ParallelMuonClip itself")
     groups = group_parameters(

@@ -6,6 +6,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.optim.gradients import names_of
 
 QK_CLIP_RULES = ("official", "q_only", "compensated")
 
@@ -43,8 +46,17 @@ class CheckedOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state; without a count (a distributed checkpoint keeps none) this optimizer's own stays."""
+        """Take over a state; without a count (a distributed checkpoint keeps none) this optimizer's own stays.
+
+        Raises:
+            ValueError: a parameter's state is spread over ranks or shaped as the parameter is not.
+        """
         super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for name, parameter in zip(names_of(self.param_groups), parameters, strict=True):
+            for key, value in self.state.get(parameter, {}).items():
+                if key != "step":
+                    _check_state(f"{key} of {name}", value, parameter)
         self.skipped_steps = state_dict.get("skipped_steps", self.skipped_steps)
 
 
@@ -63,7 +75,10 @@ def check_group(group: dict) -> None:
     for beta in group["betas"]:
         _check_number("one of betas", beta, 1)
     if group["algorithm"] == "muon" and any(parameter.ndim != 2 for parameter in group["params"]):
-        raise ValueError("a Muon group holds a parameter that is no matrix: give it to an 'adamw' group")
+        raise ValueError(
+            "a Muon group holds a parameter that is no matrix: give it to an 'adamw' group; where FSDP 1 has made it "
+            "flat, take FSDP2"
+        )
 
 
 def check_qk_clip(threshold: float, rule: str, attentions: Iterable[nn.Module], groups: list[dict]) -> None:
@@ -94,6 +109,19 @@ def check_gate(attention: nn.Module, threshold: float) -> None:
     gate = getattr(attention, "max_logits_gate", None)
     if gate is not None and gate > threshold:
         raise ValueError(f"max_logits_gate {gate} is above qk_clip_threshold {threshold}: lower it")
+
+
+def _check_state(name: str, value: Tensor, parameter: Tensor) -> None:
+    if isinstance(value, DTensor) != isinstance(parameter, DTensor):
+        given, wanted = ("a whole tensor", "a shard")[:: -1 if isinstance(value, DTensor) else 1]
+        raise ValueError(
+            f"{name} is {given} and its parameter {wanted}: load it by torch.distributed.checkpoint.state_dict"
+        )
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}: load the state of "
+            "the same model"
+        )
 
 
 def _check_number(name: str, value: float | Tensor, below: float) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from trainer.optim.base import check_group
 from trainer.optim.communication import Team
 from trainer.optim.fused import apply_update, nesterov, not_finite
 from trainer.optim.gradients import describe, is_copied, local_gradient, names_of, settle
@@ -201,6 +202,11 @@ class ParallelMuonClip(MuonClip):
         known = self._known_parameters
         if len(parameters) == len(known) and all(map(operator.is_, parameters, known)):
             return
+        for group in self.param_groups:  # a wrapper may have put others there, or a checkpoint other settings
+            check_group(group)
+        devices = sorted({str(local_of(parameter).device) for parameter in parameters})
+        if len(devices) > 1:
+            raise ValueError(f"parameters lie on {', '.join(devices)}: put a rank's model on one device")
         self._device = local_of(parameters[0]).device
         if self.copy_engines and self._device.type != "cuda":
             raise ValueError(f"copy_engines is set and the parameters are on {self._device}: leave it off there")

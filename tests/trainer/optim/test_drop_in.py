@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
@@ -242,6 +243,21 @@ def test_accelerate_with_fsdp_follows_the_reference_on_the_whole_batch():
     for result in run_distributed(accelerated, 2):
         for (name, parameter), sharded in zip(model.named_parameters(), result, strict=True):
             torch.testing.assert_close(sharded, parameter.detach(), rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.distributed
+def test_flat_parameters_of_fsdp_1_are_refused():
+    def run(rank):
+        model = FullyShardedDataParallel(tiny_model(), use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="FSDP 1"):
+            build_muon_clip(model, lr=0.01)
+        model = tiny_model()
+        optimizer = build_muon_clip(model, lr=0.01)
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="FSDP 1"):
+            optimizer.step()
+
+    run_distributed(run, 2)
 
 
 def test_a_model_without_attention_needs_no_clip():

@@ -86,3 +86,27 @@ def test_a_plain_state_dict_resumes_bit_for_bit():
     optimizer.load_state_dict(saved[1])
     result = train(bag, optimizer, steps=2, first=3)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+@pytest.mark.distributed
+def test_whole_tensors_are_no_state_of_shards():
+    # an accelerator's kernels would take the first rows of a whole momentum for any rank's own
+    bag, optimizer = make()
+    train(bag, optimizer, steps=1)
+    saved = optimizer.state_dict()
+
+    def load(rank):
+        _, sharded = make((2,))
+        with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 \(18, 5\) of group 0 is a whole tensor"):
+            sharded.load_state_dict(saved)
+
+    run_distributed(load, 2)
+
+
+def test_state_of_another_shape_is_refused():
+    bag, optimizer = make()
+    train(bag, optimizer, steps=1)
+    saved = optimizer.state_dict()
+    saved["state"][2]["momentum_buffer"] = torch.zeros(8, 6)
+    with pytest.raises(ValueError, match=r"parameter 2 \(16, 6\) of group 0 has the shape \(8, 6\)"):
+        make()[1].load_state_dict(saved)

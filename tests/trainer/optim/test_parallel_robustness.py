@@ -172,6 +172,12 @@ def test_only_the_latest_plans_are_kept():
     assert len(optimizer._plans) <= 8
 
 
+def test_parameters_on_several_devices_are_refused():
+    here, there = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"parameters lie on cpu, meta"):
+        ParallelMuonClip([here, there], lr=0.1).step()
+
+
 def test_a_wide_matrix_behind_a_narrow_one_keeps_its_precision():
     narrow, wide = nn.Parameter(torch.ones(8, 4)), nn.Parameter(full_tensors(1)["gate"])
     alone = nn.Parameter(wide.detach().clone())
