@@ -5,7 +5,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -31,6 +31,7 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # else accelerate takes gloo ranks for single processes
         log_with=config.trackers or None,
         project_dir=config.output_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else a variable divides losses again
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds))],
     )
     kept = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         result = run_pretraining(config, stop_asked=termination)
     except (ValueError, OSError, NonFiniteLossError, RunStoppedError) as error:
         raise SystemExit(f"motif2-pretrain: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("motif2-pretrain: interrupted: start the same command again to go on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
         if torch.distributed.is_initialized():

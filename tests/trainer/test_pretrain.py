@@ -14,6 +14,7 @@ import yaml
 
 from trainer.cli import parse_recipe
 from trainer.config import PretrainConfig
+from trainer.data.__main__ import main as data_main
 from trainer.data.shards import TokenCorpus
 from trainer.pretrain import main
 
@@ -196,6 +197,19 @@ def test_a_signal_ends_the_process_at_once_before_training(recipe, tmp_path, mon
     process.join(30)
     assert process.exitcode == 1
     assert "a signal stopped this process before its first step" in (tmp_path / "errors").read_text()
+
+
+def test_an_interrupted_command_says_that_it_goes_on(recipe, monkeypatch):
+    path, _ = recipe
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.loop.prepare_shards", interrupted)
+    monkeypatch.setattr("trainer.data.__main__.load_tokenizer", interrupted)
+    for command in (main, data_main):
+        with pytest.raises(SystemExit, match="interrupted: start the same command again"):
+            command(["--config", str(path)])
 
 
 def test_help_teaches(capsys):

@@ -20,6 +20,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
+from trainer.assemble import make_accelerator
 from trainer.data.loader import Batch
 from trainer.execution import compile_layers
 from trainer.optim import build_muon_clip
@@ -140,6 +141,14 @@ def test_chunked_loss_and_accumulation_give_the_same_curve(alone, layout):
 
     for found in [run()] if layout == "one" else run_distributed(run, 2):
         assert_same(found, alone)
+
+
+def test_the_loss_is_divided_once_whatever_the_environment_says(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    weight = torch.ones((), requires_grad=True)
+    make_accelerator(make_config()).backward(8 * weight)
+    assert weight.grad == 8
 
 
 def test_rows_must_be_dealt_out_for_the_tensor_parallelism_of_the_launch(monkeypatch):

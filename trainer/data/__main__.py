@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_corpus(config.data_dir))
     except (ValueError, OSError) as error:
         raise SystemExit(f"trainer.data: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("trainer.data: interrupted: start the same command again to go on") from None
 
 
 def describe_corpus(folder: str) -> str:
