@@ -10,13 +10,29 @@ REPORT = "arXiv:2511.07464"
 TAGS = ("motif2", "grouped-differential-attention", "polynorm")
 
 USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", {argument})
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {auto}.from_pretrained("path/or/repository", {argument})
+tokenizer = AutoTokenizer.from_pretrained("path/or/repository")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+print({shown})
 ```"""
+# What a model is for, by the end of its class's name: the Hub's task, transformers' class, what the example prints.
+TASKS = {
+    "ForCausalLM": (
+        "text-generation",
+        "AutoModelForCausalLM",
+        "tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0])",
+    ),
+    "ForSequenceClassification": (
+        "text-classification",
+        "AutoModelForSequenceClassification",
+        "model(**inputs).logits",
+    ),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "model(**inputs).logits"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering", "model(**inputs).start_logits"),
+    "Model": ("feature-extraction", "AutoModel", "model(**inputs).last_hidden_state"),
+}
 
 
 def write_model_card(
@@ -63,7 +79,7 @@ def write_model_card(
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(config)[0],
         license=license,
         base_model=base_model,
         datasets=datasets,
@@ -85,24 +101,35 @@ def write_model_card(
     return path
 
 
+def _task(config: dict) -> tuple[str, str, str]:
+    """The entry of `TASKS` that the configuration's class has; a language model's where it names none."""
+    (architecture,) = config.get("architectures") or ["Motif2ForCausalLM"]
+    return next(entry for name, entry in TASKS.items() if architecture.endswith(name))
+
+
 def _what_it_is(config: dict, num_parameters: int | None, description: str | None) -> str:
-    noise = config.get("num_noise_heads")
-    groups = noise or config["num_attention_heads"] // 2
-    attention = f"{config['num_attention_heads'] - groups} signal and {groups} noise heads in {groups} groups"
+    heads = config["num_attention_heads"]
+    groups = config.get("num_noise_heads") or heads // 2
+    # In the form for engines a group's queries are repeated: r for each of 4 keys.
+    signal = heads // 4 if config.get("single_attention_call") else heads - groups
+    attention = f"{signal} signal and {groups} noise heads in {groups} groups"
     size = "" if num_parameters is None else f"{num_parameters / 1e9:.3g} B parameters, "
     facts = (
-        f"A Motif-2 language model: {size}{config['num_hidden_layers']} layers of width {config['hidden_size']}, "
+        f"A Motif-2 model: {size}{config['num_hidden_layers']} layers of width {config['hidden_size']}, "
         f"grouped differential attention ({attention}), PolyNorm, {config['vocab_size']:,} tokens ({REPORT})."
     )
     return facts if description is None else f"{facts}\n\n{description}"
 
 
 def _use(config: dict) -> str:
+    _, auto, shown = _task(config)
     if config["model_type"] == "motif2":
         text = "With the `motif2` package, `import modeling_motif2` first and leave `trust_remote_code` out."
-        return USE.format(folder="path/or/repository", argument="trust_remote_code=True") + "\n\n" + text
-    text = "This folder is in the official layout and has no sources: `import modeling_motif2` first."
-    return USE.format(folder="path/or/repository", argument='dtype="auto"') + "\n\n" + text
+        argument = "trust_remote_code=True"
+    else:
+        text = "This folder is in the official layout and has no sources: `import modeling_motif2` first."
+        argument = 'dtype="auto"'
+    return USE.format(auto=auto, argument=argument, shown=shown) + "\n\n" + text
 
 
 def _table(evaluation: dict[str, dict[str, float]]) -> str:

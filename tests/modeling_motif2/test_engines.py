@@ -130,6 +130,7 @@ def test_saving_for_engines(tmp_path):
     assert (engine.config.num_attention_heads, engine.config.num_key_value_heads) == (4 * 2 * 3, 4 * 2)
     assert engine.config.auto_map["AutoModel"] == "modeling_motif2.Motif2Model"
     assert not model.config.single_attention_call
+    assert "6 signal and 2 noise heads in 2 groups" in (tmp_path / "README.md").read_text()
     ids = random_ids(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(engine(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Official checkpoints, both layouts, errors that name tensors, and folders that load without this package."""
 
+import builtins
 import json
 import shutil
 import subprocess
@@ -9,7 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM, Motif2Model
 from modeling_motif2.model_card import write_model_card
@@ -436,6 +443,40 @@ def test_the_model_card_says_what_is_known(tmp_path):
     assert "Pre-trained on nothing much." in card
     small_model().save_pretrained(tmp_path / "my-model")
     assert "nothing much" in (tmp_path / "my-model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        ("ForCausalLM", "text-generation"),
+        ("ForSequenceClassification", "text-classification"),
+        ("ForTokenClassification", "token-classification"),
+        ("ForQuestionAnswering", "question-answering"),
+        ("", "feature-extraction"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["motif2", "official"])
+def test_the_example_of_the_model_card_runs(tmp_path, monkeypatch, layout, head, task):
+    model = getattr(transformers, f"AutoModel{head}").from_config(small_model().config)
+    model.save_pretrained(tmp_path, layout=layout)
+    card = (tmp_path / "README.md").read_text()
+    assert f"pipeline_tag: {task}" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/or/repository", str(tmp_path))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: Tokenizer())
+    monkeypatch.setattr(builtins, "print", lambda shown: found.append(shown))
+    found = []
+    exec(code)
+    assert len(found) == 1
+
+
+class Tokenizer:
+    """Gives the same ids for every text, and ids for text."""
+
+    def __call__(self, text, return_tensors):
+        return {"input_ids": random_ids(1, 5)}
+
+    def decode(self, ids):
+        return ids.tolist()
 
 
 def test_a_saved_model_saves_again_after_its_folder_is_gone(tmp_path):
