@@ -30,6 +30,7 @@ OTHERS = {
     "how much does she earn when each loaf costs three dollars and every tenth one is given away?",
     "half of it rewritten": STORY[:100] + " It meets a bicycle, a horse and two hikers before it comes to the river, "
     "where the bridge is out, so the journey ends there and everybody walks home in the rain.",
+    "a word changed in the middle": STORY.replace("morning", "red blue"),
     "short": "A train leaves.",
     "empty": "",
 }
@@ -137,7 +138,8 @@ def test_nested_texts_come_in_order():
 
 
 def test_texts_of_too_few_words_are_not_looked_for():
-    assert Contamination(["yes", SHORT]).num_texts == 1
+    seven = "You have all the time you need"
+    assert Contamination(["yes", seven, f"{seven} now"]).num_texts == 1
 
 
 def test_rows_that_mean_the_same_are_found_by_their_embeddings():
@@ -183,6 +185,10 @@ def test_scarcest_domain_sets_the_total():
         domain_budgets({"a": 1000, "b": 100}, {"a": 0.8, "b": 0.2}, 501)
     with pytest.raises(ValueError, match=r"ratios name the domains \['a'\] and the data has \['a', 'b'\]"):
         domain_budgets({"a": 1000, "b": 100}, {"a": 1.0})
+
+
+def test_a_budget_is_used_up():
+    assert fill_budgets(["a", "a", "a"], [4, 4, 4], {"a": 8}, seed=0)[1] in ([0], [1], [2])
 
 
 def test_ratios_hold_by_tokens_and_not_by_rows():

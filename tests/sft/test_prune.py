@@ -106,7 +106,7 @@ def test_low_utility_goes_within_a_skill_but_no_skill_dies_out():
 def test_same_meaning_goes_within_a_skill_only():
     rows = [solved(10), solved(20), solved(30, skill="other"), solved(40)]
     embeddings = numpy.array([[1.0, 0, 0], [1.0, 0.001, 0], [1.0, 0, 0], [-3.0, 0.2, 1.0]])
-    reading = Reading(numpy.full(4, 0.5), numpy.ones(4), embeddings)
+    reading = Reading(numpy.full(4, 0.5), numpy.ones(4), embeddings + 100)  # what all share says nothing
     decisions = prune(["a", "b", "c", "d"], rows, config(keep_share=1.0), reading)
     assert [decision.reason for decision in decisions] == ["kept", "means the same as a", "kept", "kept"]
 

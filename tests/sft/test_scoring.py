@@ -136,6 +136,14 @@ def test_selection_keeps_the_best_of_each_domain_and_drops_the_unfinished():
     assert "below the best 40% of code" in reasons[5]
 
 
+def test_the_share_is_of_all_of_a_domain_and_no_domain_goes():
+    rows = [conversation("", "math")] * 4 + [conversation("", "rare")]
+    scores = [Score(0.1, 0.2, 1.0)] * 2 + [Score(0.5, 0.9, 1.0)] * 2 + [Score(0.1, 0.9, 1.0)]
+    assert select_by_quality(rows, scores, keep_share=0.5)[0] == [2, 3, 4]
+    assert select_by_quality(rows, scores, keep_share=0.4)[0] == [2, 3, 4]
+    assert select_by_quality(rows, scores, keep_share=0.1)[0] == [2, 4]
+
+
 def test_selection_refuses_bad_settings():
     with pytest.raises(ValueError, match="keep_share is 0"):
         select_by_quality([], [], keep_share=0)
