@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.utils.generic import maybe_autocast
 
 from .configuration_motif2 import Motif2Config
 
@@ -107,6 +106,15 @@ class Motif2RotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Moves the frequencies with the model and leaves them in float32: rounded, they would turn other angles."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     @staticmethod
     def compute_default_rope_parameters(config: Motif2Config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         """Returns the inverse frequencies (D / 2,) in float32, and the factor on cos and sin (1 without scaling)."""
@@ -117,11 +125,9 @@ class Motif2RotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cos and sin, each (B, T, D), in the dtype of `hidden_states`; `position_ids` is (B, T)."""
-        device_type = hidden_states.device.type if hidden_states.device.type != "mps" else "cpu"
-        with maybe_autocast(device_type=device_type, enabled=False):
-            angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, T, D / 2)
-            angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
-            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        angles = position_ids[..., None].float() * self.inv_freq  # (B, T, D / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 

@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_motif2.attention import lambda_init
-from modeling_motif2.layers import poly_norm
-from tests.modeling_motif2.builders import random_ids, small_model
+from modeling_motif2.layers import Motif2RotaryEmbedding, poly_norm
+from tests.modeling_motif2.builders import random_ids, small_config, small_model
 from tests.modeling_motif2.reference import reference_logits
 
 # RoPE's angles are float32 in the model whatever its dtype: that is what is left in float64.
@@ -92,6 +94,27 @@ def test_polynorm_gives_the_published_values():
     x = torch.tensor([1.0, -2.0, 0.5, -0.25], dtype=torch.float64)
     y = poly_norm(x, torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.05]))
     torch.testing.assert_close(y, torch.tensor([0.554770, -0.683406, 0.228870, -0.007552]).double(), atol=1e-6, rtol=0)
+
+
+WIDER = {"factor": 4.0, "original_max_position_embeddings": 32}
+ROPE = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": WIDER,
+    "llama3": WIDER | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": WIDER | {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_scaled_rope_is_that_of_transformers(kind, tokens):
+    rope = {"rope_type": kind, "rope_theta": 1e4} | ROPE[kind]
+    sizes = {"rope_parameters": rope, "max_position_embeddings": 128, "head_dim": 8}
+    ours = Motif2RotaryEmbedding(small_config(rope_theta=None, **sizes))
+    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=4, **sizes))
+    arguments = torch.zeros(1, tokens, 32), torch.arange(tokens)[None]
+    torch.testing.assert_close(ours(*arguments), theirs(*arguments))
 
 
 def test_lambda_init_counts_layers_from_zero():

@@ -57,6 +57,32 @@ def test_weights_in_bfloat16_stay_close(tmp_path, norms):
     assert 0 < float((half_gradient - wide_gradient).norm() / wide_gradient.norm()) < GRADIENT_BOUND
 
 
+@pytest.mark.parametrize("made", ["cast", "loaded", "cast twice", "autocast"])
+def test_rope_keeps_its_angles_far_into_the_context(tmp_path, made):
+    """In bfloat16 a frequency is off by a part in 500, and angles are many turns off after 32,768 tokens."""
+    model = small_model()
+    if made == "loaded":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    elif made != "autocast":
+        model.bfloat16().to(torch.float32 if made == "cast twice" else torch.bfloat16)
+    positions = torch.tensor([[0, 1, 4095, 32767]])
+    states = torch.zeros(1, 4, 32, dtype=torch.bfloat16 if made == "loaded" else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=made == "autocast"):
+        cos, sin = model.model.rotary_emb(states, positions)
+    angles = (positions[..., None].double() * 10000.0 ** -(torch.arange(0, 8, 2) / 8).double()).repeat(1, 1, 2)
+    for found, wanted in ((cos, angles.cos()), (sin, angles.sin())):
+        assert found.dtype == states.dtype
+        assert (found.double() - wanted).abs().max() < (3e-3 if made != "loaded" else 7e-3)
+
+
+def test_the_rotary_embedding_moves_with_its_model():
+    rotary = small_model().model.rotary_emb.to("meta", torch.float16)
+    assert rotary.inv_freq.is_meta
+    assert rotary.original_inv_freq.is_meta
+    assert rotary.inv_freq.dtype == torch.float32
+
+
 def train(seed: int, autocast: bool, steps: int = 30) -> list[float]:
     """Losses of a short training on rows that continue arithmetic progressions."""
     model = small_model(seed=seed, attention="sdpa", lambda_std_dev=0.1, **SIZES).train()
