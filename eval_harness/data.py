@@ -35,7 +35,8 @@ def load_benchmark(
         path: repository on the hub, `openai/gsm8k`; locally the folder `gsm8k` under `data_dir`.
         name: configuration of that repository; locally a folder inside it.
         file: instead of `path`: one file in `data_dir` (a set that is on no hub), read as the split `test`.
-        splits: which splits the task needs, `["test"]` by default; locally files that begin with these names.
+        splits: which splits the task needs, `["test"]` by default; locally `test.jsonl`, or all of
+            `test-00000-of-00002.parquet`, ….
         data_dir: local folder; None reads from the hub.
         metadata: whatever else lm-eval hands to a custom dataset; not used.
 
@@ -53,7 +54,8 @@ def load_benchmark(
     if data_dir is None:
         return _from_hub(path, name, splits)
     folder = local_folder(data_dir, path, name)
-    return {split: read_rows(_split_file(folder, split, path, name)) for split in splits}
+    files = {split: _split_files(folder, split, path, name) for split in splits}
+    return {split: datasets.concatenate_datasets(list(map(read_rows, files[split]))) for split in splits}
 
 
 def read_rows(file: Path) -> datasets.Dataset:
@@ -71,15 +73,19 @@ def local_folder(data_dir: str | Path, path: str, name: str | None) -> Path:
     return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 
 
-def _split_file(folder: Path, split: str, path: str, name: str | None) -> Path:
-    files = sorted(file for file in folder.glob(f"{split}*") if file.suffix in SUFFIXES)
-    if not files:
-        target = folder.parent if name else folder
-        raise MissingDataset(
-            f"split {split!r} of {path}{f' ({name})' if name else ''} is not in {folder}; get it with "
-            f"`{_download(path, target)}`, or leave data_dir out to read it from the hub"
-        )
-    return files[0]
+def _split_files(folder: Path, split: str, path: str, name: str | None) -> list[Path]:
+    """The file of a split, or all of its parts."""
+    present = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    found = [file for file in present if file.is_file()][:1] or sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    number = int(found[0].stem.rpartition("-")[2]) if found and found[0].stem != split else 1
+    if len(found) == number:
+        return found
+    target = folder.parent if name else folder
+    lacking = f"is in {folder} with {len(found)} of {number} parts" if found else f"is not in {folder}"
+    raise MissingDataset(
+        f"split {split!r} of {path}{f' ({name})' if name else ''} {lacking}; get it with "
+        f"`{_download(path, target)}`, or leave data_dir out to read it from the hub"
+    )
 
 
 def _existing(file: Path) -> Path:

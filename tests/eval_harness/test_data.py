@@ -23,6 +23,19 @@ def test_local_files_in_the_hub_s_layout(tmp_path):
     assert found["train"][0]["question"] == "q2"
 
 
+def test_all_parts_of_a_split_are_read(tmp_path):
+    folder = tmp_path / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    for part in range(2):
+        table = pyarrow.table({"question": [f"q{part}"]})
+        pyarrow.parquet.write_table(table, folder / f"test-0000{part}-of-00002.parquet")
+    (folder / "test_notes.jsonl").write_text("{}\n")
+    assert load_benchmark(**GSM8K, data_dir=tmp_path)["test"]["question"] == ["q0", "q1"]
+    (folder / "test-00001-of-00002.parquet").unlink()
+    with pytest.raises(MissingDataset, match="1 of 2 parts"):
+        load_benchmark(**GSM8K, data_dir=tmp_path)
+
+
 def test_a_missing_split_says_how_to_get_it(tmp_path):
     with pytest.raises(MissingDataset, match=r"hf download openai/gsm8k --repo-type dataset --local-dir .*gsm8k"):
         load_benchmark(**GSM8K, data_dir=tmp_path)
