@@ -128,44 +128,72 @@ def check(corpus: Iterable[str], benchmarks: dict[str, dict[str, str]]) -> dict[
 def read_corpus(path: str | Path, column: str = "text") -> Iterator[str]:
     """Texts of a corpus: `.jsonl`, `.jsonl.zst`, `.parquet` (their `column`), plain text as one, or a folder of them.
 
+    A row whose text is null is left out.
+
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a row without the column.
+        FileNotFoundError: no such file, or a folder without any.
+        ValueError: a file or a row that cannot be read, or that has no text in the column.
     """
     path = Path(path)
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if {".jsonl", ".parquet", ".txt"} & set(file.suffixes):
-                yield from read_corpus(file, column)
-        return
-    if path.suffix == ".parquet":
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-    elif ".jsonl" in path.suffixes:
-        with path.open("rb") as file:
-            stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
-                row = json.loads(line)
-                if column not in row:
-                    raise ValueError(f"{path}, line {number}: no column {column!r}; it has {', '.join(row)}")
+        files = [file for file in sorted(path.rglob("*")) if {".jsonl", ".parquet", ".txt"} & set(file.suffixes)]
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .jsonl, .jsonl.zst, .parquet or .txt file; name the files")
+        for file in files:
+            yield from read_corpus(file, column)
+    elif path.suffix == ".parquet" or {".jsonl", ".zst"} & set(path.suffixes):
+        rows = _parquet_rows(path, column) if path.suffix == ".parquet" else _json_rows(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or column not in row:
+                names = ", ".join(row) if isinstance(row, dict) else f"no columns but {row!r:.40}"
+                raise ValueError(f"{path}, row {number}: no column {column!r}; it has {names}")
+            if not isinstance(row[column], str | None):
+                raise ValueError(f"{path}, row {number}: {column!r} holds a {type(row[column]).__name__}, not text")
+            if row[column] is not None:
                 yield row[column]
     else:
-        yield path.read_text(encoding="utf-8")
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is no text in UTF-8 ({error}); give .jsonl, .jsonl.zst, .parquet or text"
+            ) from error
 
 
-def benchmark_texts(names: list[str], data_dir: str | None) -> dict[str, dict[str, str]]:
-    """Texts of the evaluation rows: benchmark (a key of `TASKS`) -> row -> question."""
+def _parquet_rows(path: Path, column: str) -> Iterator[dict]:
+    file = pyarrow.parquet.ParquetFile(path)
+    present = column in file.schema_arrow.names
+    for batch in file.iter_batches(columns=[column] if present else None):
+        yield from batch.to_pylist()
+
+
+def _json_rows(path: Path) -> Iterator[object]:
+    with path.open("rb") as file:
+        stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
+        number = 1
+        try:
+            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+                yield json.loads(line)
+                number += 1
+        except (ValueError, zstandard.ZstdError) as error:
+            raise ValueError(f"{path}, line {number} cannot be read: {error}") from error
+
+
+def benchmark_texts(names: list[str], data_dir: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Texts of the evaluation rows, benchmark (a key of `TASKS`) -> row -> question, and the parts that are missing."""
     texts: dict[str, dict[str, str]] = {}
+    missing: list[str] = []
     for name in names:
         task_name, column = TASKS[name]
-        _, loaded, _ = load_tasks([task_name], data_dir, skip_missing=data_dir is not None)
+        _, loaded, skipped = load_tasks([task_name], data_dir, skip_missing=data_dir is not None)
+        missing += skipped
         members = [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
         texts[name] = {
             f"{task.task_name.partition('::')[2] or name}/{number}": doc[column]
             for task in members
             for number, doc in enumerate(task.eval_docs)
         }
-    return texts
+    return texts, missing
 
 
 def main(argv: list[str]) -> None:
@@ -175,13 +203,15 @@ def main(argv: list[str]) -> None:
         if not Path(path).exists():
             raise FileNotFoundError(f"corpus {path} does not exist; give a .jsonl, .jsonl.zst, .parquet or text file")
     texts = chain.from_iterable(read_corpus(path, config.column) for path in config.corpus)
-    corpus = tqdm(texts, desc="reading the corpus", unit="text")
-    results = check(corpus, benchmark_texts(config.task_names, config.data_dir))
+    benchmarks, missing = benchmark_texts(config.task_names, config.data_dir)
+    results = check(tqdm(texts, desc="reading the corpus", unit="text"), benchmarks)
     for name, result in results.items():
         share = len(result.found) / max(result.rows, 1)
         print(
             f"{name:10} {len(result.found):6} of {result.rows} ({100 * share:.2f}%) share {RUN_WORDS} words in a row"
         )
+    if missing:
+        print(f"not looked for, since their rows are missing: {', '.join(missing)}")
     if config.output:
         found = {name: result.found for name, result in results.items()}
         Path(config.output).write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -3,6 +3,8 @@
 import json
 import random
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -41,9 +43,33 @@ def test_corpora_are_read_in_every_form(tmp_path, suffix):
     lines = "".join(json.dumps({"text": line}) + "\n" for line in ("eins", "zwei")).encode()
     path.write_bytes({".jsonl": lines, ".jsonl.zst": zstandard.compress(lines), ".txt": b"eins zwei"}[suffix])
     assert list(read_corpus(path)) == (["eins zwei"] if suffix == ".txt" else ["eins", "zwei"])
-    if suffix == ".jsonl":
-        with pytest.raises(ValueError, match="no column 'body'"):
-            list(read_corpus(path, "body"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "eins"}\n{"body": 1}\n', "row 2: no column 'text'; it has body"),
+        ("a.jsonl", b'["eins"]\n', "row 1: no column 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', "row 1: 'text' holds a int"),
+        ("a.jsonl", b'{"text": "eins"}\noops\n', "line 2 cannot be read"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "line 1 cannot be read"),
+        ("a.jsonl.zst", b'{"text": "eins"}\n', "line 1 cannot be read"),
+        ("a.txt", b"\xff\xfe", "is no text in UTF-8"),
+        ("a.md", b"eins", "holds no .jsonl"),
+    ],
+)
+def test_a_corpus_that_cannot_be_read_is_no_clean_corpus(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        list(read_corpus(tmp_path))
+
+
+def test_a_parquet_corpus_names_its_columns_and_leaves_null_out(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["eins", None], "source": ["x", "y"]}), path)
+    assert list(read_corpus(path)) == ["eins"]
+    with pytest.raises(ValueError, match="no column 'body'; it has text, source"):
+        list(read_corpus(path, "body"))
 
 
 def test_the_command_names_the_rows(tmp_path, capsys):
@@ -63,7 +89,9 @@ def test_the_command_names_the_rows(tmp_path, capsys):
         ]
     )
     assert json.loads((tmp_path / "found.json").read_text()) == {"gsm8k": {"gsm8k/0": [1, 1]}, "math": {}}
-    assert "1 of 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 2" in printed
+    assert "missing: motif2_math_4shot::counting_and_probability, " in printed
 
 
 @pytest.mark.parametrize(
@@ -94,6 +122,7 @@ def test_the_shared_corpus_is_as_clean_as_it_says(shared_data):
     from eval_harness.contamination import benchmark_texts
 
     corpus = read_corpus(shared_data / "pretrain" / "code.jsonl.zst")
-    found = check(corpus, benchmark_texts(["gsm8k", "math", "humaneval", "mbpp", "mmlu"], str(shared_data / "eval")))
+    texts, _ = benchmark_texts(["gsm8k", "math", "humaneval", "mbpp", "mmlu"], str(shared_data / "eval"))
+    found = check(corpus, texts)
     for name, result in found.items():
         assert len(result.found) <= 0.01 * result.rows, (name, list(result.found)[:20])
