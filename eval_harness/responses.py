@@ -8,6 +8,7 @@ uninterrupted one gives.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,15 +161,12 @@ def request_keys(kind: str, requests: Sequence[Instance]) -> list[str]:
 
 
 def _read_responses(path: Path, identity: dict) -> dict[str, object]:
-    """Responses on file; a torn last line, left by an interruption, is cut off.
+    """Responses on file, but for a torn last line that an interruption left.
 
     Raises:
         ValueError: they belong to another run, or the file is no record of responses.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if len(whole) < len(lines):
-        path.write_bytes(b"".join(whole))
+    *whole, _ = path.read_bytes().split(b"\n")
     if not whole:
         return {}
     try:
@@ -183,6 +181,9 @@ def _read_responses(path: Path, identity: dict) -> dict[str, object]:
 
 
 def _open_for_append(path: Path, identity: dict):
+    """Open a process's own file behind its last whole line; only its owner may cut a torn one."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     file = path.open("a", encoding="utf-8")
     if file.tell() == 0:
         file.write(json.dumps({"identity": identity}) + "\n")

@@ -103,6 +103,29 @@ def test_a_torn_last_line_is_asked_for_again(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_torn_first_line_is_written_again(tmp_path):
+    (tmp_path / "responses.jsonl").write_bytes(b'{"identity": {"mod')
+    for _ in range(2):
+        recorded = RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=1)
+        recorded.generate_until(asked("a"))
+        recorded.close()
+    assert recorded.num_reused == 1
+
+
+def test_only_its_owner_cuts_a_torn_line(tmp_path):
+    """Another process may be writing to its file while this one reads it."""
+    other = CountingLM()
+    other._rank = 1
+    RecordedLM(other, tmp_path, IDENTITY, batch_size=1).generate_until(asked("a"))
+    path = tmp_path / "responses.rank1.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"key": "half')
+    torn = path.read_bytes()
+    first = RecordedLM(CountingLM(), tmp_path, IDENTITY, batch_size=1)
+    assert (path.read_bytes(), len(first.responses)) == (torn, 1)
+    RecordedLM(other, tmp_path, IDENTITY, batch_size=1).close()
+    assert path.read_bytes() == torn[: -len(b'{"key": "half')]
+
+
 def test_repeats_of_one_prompt_get_answers_of_their_own():
     recorded = RecordedLM(CountingLM(), None, IDENTITY, batch_size=2)
     assert len(set(recorded.generate_until(asked("a", "a", "a")))) == 3
