@@ -36,6 +36,7 @@ WEAK_LACKS = (
     "generated programs can read this user's files, write wherever this user can, fill the disk, use the network, "
     "start processes that outlive them and escape the limit of memory in total, and reach the process that judges them"
 )
+MOST_WORKERS = 64  # assumption
 WALL_FACTOR = 30  # assumption
 WATCH_SECONDS = 0.05  # assumption: a program can fill about a hundred MiB in this time
 
@@ -81,7 +82,8 @@ class Sandbox:
         memory_bytes: memory of a program and its judge in total, over all their processes; also the address space of
             each process (assumption).
         threads: threads of both in total: the kernel's memory for a thread is in no limit (assumption).
-        workers: programs at a time; by default two a processor core, since half of a program's time is waiting.
+        workers: programs at a time; by default two a processor, since half of a program's time is waiting, but not more
+            than `MOST_WORKERS`: each holds up to ten file descriptors, of which a process often may have 1,024.
         weak: go on without bubblewrap. What is then missing is `WEAK_LACKS`.
 
     Raises:
@@ -91,7 +93,7 @@ class Sandbox:
     timeout_seconds: float = 10.0
     memory_bytes: int = 2**30
     threads: int = 256
-    workers: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
+    workers: int = field(default_factory=lambda: min(2 * len(os.sched_getaffinity(0)), MOST_WORKERS))
     weak: bool = False
 
     def __post_init__(self):
@@ -144,8 +146,10 @@ class Sandbox:
         """The judge's message; None when it dies without one; a reason when too much time or memory is taken."""
         received, idle_seconds = b"", 0.0
         started = looked = time.monotonic()
+        readable = select.poll()  # `select.select` knows only descriptors below 1,024
+        readable.register(descriptor, select.POLLIN)
         while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "big"):
-            if select.select([descriptor], [], [], WATCH_SECONDS)[0]:
+            if readable.poll(1000 * WATCH_SECONDS):
                 part = os.read(descriptor, 1 << 16)
                 if not part:
                     return None

@@ -1,6 +1,8 @@
 """No hostile program passes, reaches the host, leaves a process, or keeps the next program from running."""
 
+import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -192,6 +194,18 @@ def test_values_cross_unchanged(patient, source, tests):
 def test_many_programs_keep_their_order(patient):
     programs = [Program(f"def f(): return {number}", f"assert f() == {number % 3}", ("f",)) for number in range(9)]
     assert [outcome.passed for outcome in patient.run_many(programs)] == [number < 3 for number in range(9)]
+
+
+def test_a_process_with_many_open_files_runs_programs():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        assert Sandbox(weak=True, timeout_seconds=60).run(RIGHT).passed
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_without_bubblewrap_it_refuses_and_says_what_the_weaker_mode_lacks(monkeypatch):
