@@ -180,7 +180,7 @@ def _json_rows(path: Path) -> Iterator[object]:
 
 
 def benchmark_texts(names: list[str], data_dir: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Texts of the evaluation rows, benchmark (a key of `TASKS`) -> row -> question, and the parts that are missing."""
+    """Texts of the evaluation rows: benchmark (a key of `TASKS`) -> row -> question; and parts that are missing."""
     texts: dict[str, dict[str, str]] = {}
     missing: list[str] = []
     for name in names:

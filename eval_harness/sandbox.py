@@ -82,8 +82,8 @@ class Sandbox:
         memory_bytes: memory of a program and its judge in total, over all their processes; also the address space of
             each process (assumption).
         threads: threads of both in total: the kernel's memory for a thread is in no limit (assumption).
-        workers: programs at a time; by default two a processor, since half of a program's time is waiting, but not more
-            than `MOST_WORKERS`: each holds up to ten file descriptors, of which a process often may have 1,024.
+        workers: programs at a time; by default two a processor, since half of a program's time is waiting, but at most
+            `MOST_WORKERS`: each holds up to ten file descriptors, of which a process often may have 1,024.
         weak: go on without bubblewrap. What is then missing is `WEAK_LACKS`.
 
     Raises:
