@@ -28,11 +28,11 @@ def average_with_checkpoints(model: nn.Module, checkpoints: Sequence[Path]) -> N
     """
     weights, seen = {}, set()
     for name, weight in get_model_state_dict(model).items():
-        storage = local(weight).data_ptr()
-        if storage not in seen or not local(weight).numel():  # a tied weight is averaged once
+        storage = local_part(weight).data_ptr()
+        if storage not in seen or not local_part(weight).numel():  # a tied weight is averaged once
             weights[name] = weight
             seen.add(storage)
-    for names in in_portions({name: local(weight).nbytes for name, weight in weights.items()}):
+    for names in in_portions({name: local_part(weight).nbytes for name, weight in weights.items()}):
         sums = {name: weights[name].detach().clone() for name in names}
         add_checkpoints(sums, checkpoints)
         for name, total in sums.items():
@@ -70,6 +70,6 @@ def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield portion
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kernels_hub import assert_polynorm_runs, polynorm_in_use
 from modeling_motif2.diagnostics import attention_modules, reset_max_logits
+from trainer.averaging import local_part
 from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
@@ -274,10 +275,6 @@ def summed_parameters(model: nn.Module) -> list[nn.Parameter]:
         if model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name)) == "replicated_with_grad_allreduce"
         for parameter in module.parameters(recurse=False)
     ]
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

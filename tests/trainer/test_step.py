@@ -21,10 +21,11 @@ import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import run_distributed
 from trainer.assemble import make_accelerator
+from trainer.averaging import local_part
 from trainer.data.loader import Batch
 from trainer.execution import compile_layers
 from trainer.optim import build_muon_clip
-from trainer.step import TrainStep, local_part
+from trainer.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, LENGTH, STEPS = 8, 16, 3

@@ -41,11 +41,6 @@ class DomainStream:
         self.rows: list[np.ndarray] = []
         self.waiting = np.empty((0, 3), np.int64)  # (P, 3)
 
-    @property
-    def epoch(self) -> float:
-        """How often the domain was read through."""
-        return self.next_document / self.corpus.num_documents
-
     def take(self, row_length: int) -> np.ndarray:
         """The next row, (P, 3) pieces; a new `row_length` packs what was not yet used again."""
         if row_length != self.row_length:

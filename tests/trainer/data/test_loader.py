@@ -119,6 +119,45 @@ def test_realised_shares_follow_the_schedule_over_any_thousand_steps(folder):
     assert 1 - totals.sum() / (1400 * 256) < 0.01
 
 
+def test_every_epoch_has_an_order_of_its_own(folder):
+    stream = make_loader(folder).streams["a"]
+    count = stream.corpus.num_documents
+    first, second = (stream._documents(count)[:, 0].tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second
+
+
+def test_the_rows_of_a_window_are_shuffled(folder):
+    """Packed, those with the longest documents come first."""
+    stream = make_loader(folder).streams["a"]
+    stream.take(64)
+    longest = [(row[:, 2] - row[:, 1]).max() for row in stream.rows]
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.3
+
+
+class Equal:
+    """Documents of one length."""
+
+    num_documents, fingerprint = 100, ""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def lengths(self, documents):
+        return np.full(len(documents), self.length)
+
+    def tokens(self, document, start, stop):
+        return np.zeros(stop - start, np.uint16)
+
+
+def test_padding_is_not_booked_for_a_domain():
+    shares = {"a": DomainShare(0.5, 0.5), "b": DomainShare(0.5, 0.5)}
+    corpora = {"a": Equal(255), "b": Equal(256)}
+    (batch,) = take(CurriculumLoader(corpora, Mixture(shares, 10**6), BatchPlan(8 * 256, {0: 256}), 0, 0), 1)
+    assert batch.tokens_by_domain == {"a": 4 * 255, "b": 4 * 256}
+    assert batch.state["deficit_tokens"] == {"a": 2, "b": -2}
+
+
 def test_heldout_batches_are_packed_and_bounded(folder):
     corpus = TokenCorpus(folder, "a", "heldout")
     batches = heldout_batches(corpus, 64, 2, max_tokens=200, pad_token_id=0)
