@@ -5,6 +5,8 @@ runs each group on a stream of its own, beside the products on the current strea
 """
 
 import contextlib
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from trainer.optim.peer_copies import Arrival, PeerCopies
 from trainer.optim.plan import Chunk, Route
@@ -143,15 +146,22 @@ class Team:
             )
 
 
+_groups_made: Counter = Counter()  # by their ranks
+
+
 def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
     """A process group that its own ranks alone take part in making, since others may not know of it."""
     world = dist.group.WORLD
     if len(ranks) == world.size():
         return dist.new_group(timeout=timeout)
+    _groups_made[ranks] += 1
     # where the default group is bound to a device, NCCL would split the new communicator off the default one, and for
     # that all ranks of the world would have to come
     bound, world.bound_device_id = world.bound_device_id, None
+    # PyTorch would name the group after how many groups this process knows, which may be others on other ranks
+    named, name = distributed_c10d._hash_ranks_to_str, f"muon_clip {ranks} {_groups_made[ranks]}"
+    distributed_c10d._hash_ranks_to_str = lambda _: hashlib.sha1(name.encode()).hexdigest()
     try:
         return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     finally:
-        world.bound_device_id = bound
+        world.bound_device_id, distributed_c10d._hash_ranks_to_str = bound, named

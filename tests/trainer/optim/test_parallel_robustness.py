@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -276,6 +277,20 @@ def test_a_rank_that_dies_is_a_clear_error(when):
 
     with pytest.raises(RuntimeError, match=r"rank 0 lost a rank among \[0, 1\]: it died, or did not"):
         run_distributed(run, 2, timeout_seconds=30)  # the other learns of it before its own timeout
+
+
+def test_ranks_of_a_team_may_know_different_numbers_of_groups():
+    # PyTorch names a group that its members alone make after the number of groups that each of them knows
+    def run(rank):
+        dist.new_group([0])
+        found = []
+        for _ in range(2 if rank < 2 else 0):
+            team = Team([0, 1], 5.0, torch.device("cpu"))
+            found.append(team.maximum(torch.tensor([float(rank)])).item())
+        dist.new_group([1, 2])  # the names of other groups are still the same everywhere
+        return found
+
+    assert run_distributed(run, 3) == [[1.0, 1.0], [1.0, 1.0], []]
 
 
 def test_a_lack_of_memory_is_no_lost_rank():
