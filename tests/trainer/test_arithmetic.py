@@ -30,6 +30,16 @@ def test_splits_share_no_operands():
     assert not operands["train"] & mirrored
 
 
+def test_no_step_of_a_training_solution_is_held_out():
+    kinds = {"+": "add", "-": "subtract", "*": "multiply"}
+    steps = 0
+    for problem in generate_problems(2, 2000):
+        for a, sign, b in re.findall(r"^(\d+) ([-+*]) (\d+):", problem.solution, re.MULTILINE):
+            assert not is_heldout(kinds[sign], (int(a), int(b))), problem.solution
+            steps += 1
+    assert steps == 2500  # two in each fourth problem
+
+
 def test_about_a_tenth_is_held_out():
     share = sum(is_heldout("subtract", (a, b)) for a in range(1, 100) for b in range(1, a + 1)) / 4950
     assert 0.08 < share < 0.12

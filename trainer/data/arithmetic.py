@@ -2,7 +2,8 @@
 
 Every problem shows its columns, so that a very small model can learn the steps instead of a table of answers. Whether
 a problem belongs to the training or the held-out split is decided by a hash of its operands: no held-out sum is ever
-trained on, in any wording. Ranges, wordings and the 10% held out are ours (assumption).
+trained on, in any wording or as a step of a longer problem. Ranges, wordings and the 10% held out are ours
+(assumption).
 """
 
 import hashlib
@@ -84,7 +85,8 @@ def generate_problems(
     while len(problems) < count:
         kind = kinds[len(problems) % len(kinds)]
         operands = _draw_operands(rng, kind, min_operand, max_operand)
-        if is_heldout(kind, operands) == (split == "heldout"):
+        wanted = is_heldout(kind, operands) if split == "heldout" else not _shows_heldout(kind, operands)
+        if wanted:
             problems.append(_make_problem(rng, kind, operands, words))
     return problems
 
@@ -94,6 +96,15 @@ def is_heldout(kind: str, operands: tuple[int, ...]) -> bool:
     key = sorted(operands) if kind in ("add", "multiply") else operands
     digest = hashlib.sha256(f"{kind}:{key}".encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT
+
+
+def _shows_heldout(kind: str, operands: tuple[int, ...]) -> bool:
+    """Whether the problem, or a step of its solution, is held out."""
+    steps = [(kind, operands)]
+    if kind == "two_step":
+        a, b, c = operands
+        steps += [("add", (a, b)), ("subtract", (a + b, c))]
+    return any(is_heldout(*step) for step in steps)
 
 
 def _draw_operands(rng: random.Random, kind: str, smallest: int, largest: int) -> tuple[int, ...]:
