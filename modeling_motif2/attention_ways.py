@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .diagnostics import keeps_max_logits
+from .layers import Motif2RMSNorm
 from .visible_intervals import block_mask, boolean_mask, causal_block_mask, is_intervals, lengths_of_documents
 
 FLEX_SIZES = 64  # sizes that FlexAttention is compiled for before it runs uncompiled (assumption)
@@ -119,6 +120,7 @@ def possible_ways(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, 
         and kernel.supports(query.shape[3], query.dtype, ratio, query.device)
         and (mask is None or is_intervals(mask))
         and attention.output_norms is None  # the norms are of the two maps' own outputs
+        and isinstance(attention.subln, Motif2RMSNorm)  # an adapter around it is not in the kernel
         # A rank's share: the norm's gradient is summed.
         and (groups == attention.num_groups or not query.requires_grad)
     ):

@@ -14,7 +14,7 @@ from modeling_motif2 import (
     attention_ways,
     visible_intervals,
 )
-from modeling_motif2.attention_measurement import Choice, Situation
+from modeling_motif2.attention_measurement import Situation
 from modeling_motif2.attention_ways import FLASH, FLASH_BACKWARD, KERNEL, SDPA, WAYS, Way, possible_ways
 from modeling_motif2.diagnostics import attention_modules
 from tests.modeling_motif2 import flash_kernel
@@ -303,12 +303,6 @@ def test_a_situation_names_what_matters():
     name = situation.key([SDPA, KERNEL], "_gda_1")
     for part in ("H100", torch.__version__, "_gda_1", "bfloat16", "T4096", "causal", "training", "sdpa, kernel"):
         assert part in name
-
-
-def test_ways_and_choices_are_consistent():
-    assert WAYS["kernel"] is KERNEL
-    assert all(name == way.name for name, way in WAYS.items())
-    assert vars(Choice("sdpa", {"sdpa": 1.0}, {})) == {"name": "sdpa", "milliseconds": {"sdpa": 1.0}, "refused": {}}
 
 
 @pytest.mark.slow

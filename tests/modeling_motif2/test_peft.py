@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from modeling_motif2.diagnostics import attention_modules, track_max_logits
-from tests.modeling_motif2.builders import random_ids, small_model
+from tests.modeling_motif2.builders import random_ids, small_model, with_kernel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,6 +72,18 @@ def test_checkpointing_and_tracking_work_through_an_adapter():
     ids = random_ids(2, 9)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(torch.isfinite(module.max_logits).all() for module in attention_modules(model))
+
+
+def test_a_tuned_norm_is_not_passed_over_by_the_attention_kernel():
+    config = LNTuningConfig(target_modules=["subln"], task_type="CAUSAL_LM")
+    plain = get_peft_model(small_model(attention="sdpa", dtype=torch.float64, ratio=3), config)
+    tuned = get_peft_model(with_kernel(), config)
+    ids, gradients = random_ids(2, 9), []
+    for model in (plain, tuned):
+        for parameter in (trained := [each for each in model.parameters() if each.requires_grad]):
+            parameter.data += torch.linspace(0, 1, len(parameter))
+        gradients.append(torch.autograd.grad(model(input_ids=ids, labels=ids).loss, trained))
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_prefix_is_tuned_through_the_cache():
