@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
@@ -142,6 +143,18 @@ def test_chunked_loss_and_accumulation_give_the_same_curve(alone, layout):
 
     for found in [run()] if layout == "one" else run_distributed(run, 2):
         assert_same(found, alone)
+
+
+def test_gradients_are_those_of_the_mean_over_the_predicted_tokens():
+    step = make_step("one", micro_batch_tokens=3 * LENGTH)  # micro-batches of 3, 3 and 2 rows
+    rows = batch(step, 0)
+    step._backward(rows)
+    found = [parameter.grad for parameter in step.model.parameters()]
+    step.model.zero_grad()
+    logits = step.model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), rows.labels[:, 1:].flatten()).backward()
+    for gradient, parameter in zip(found, step.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_loss_is_divided_once_whatever_the_environment_says(make_config, monkeypatch):
