@@ -85,7 +85,7 @@ class ReinforceConfig:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and beta {self.beta}; use a rate above 0, and 0 or more"
             )
-        if self.num_generations < 2 or self.batch_size % self.num_generations:
+        if self.method == "grpo" and (self.num_generations < 2 or self.batch_size % self.num_generations):
             raise ValueError(
                 f"num_generations is {self.num_generations} and batch_size {self.batch_size}; use 2 or more that "
                 "divide batch_size"

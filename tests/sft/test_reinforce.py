@@ -184,7 +184,7 @@ def test_grpo_samples_and_leaves_a_model(config):
     [
         ({"method": "ppo"}, "method is 'ppo'; use one of dpo, grpo"),
         ({"output_dir": ""}, "output_dir is empty"),
-        ({"num_generations": 3}, "divide batch_size"),
+        ({"method": "grpo", "num_generations": 3}, "divide batch_size"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"kernels": "fast"}, "kernels is 'fast'; use one of auto"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
@@ -195,6 +195,10 @@ def test_grpo_samples_and_leaves_a_model(config):
 def test_bad_settings_are_named(config, settings, message):
     with pytest.raises(ValueError, match=message):
         config(**({"method": "dpo"} | settings))
+
+
+def test_pairs_need_no_generations(config):
+    assert config("dpo", batch_size=3, num_generations=8).batch_size == 3
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

@@ -36,6 +36,7 @@ def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
     assert (result.steps, result.eval_loss, result.kernel.source) == (10, after, "torch")
     assert [line["step"] for line in updates] == list(range(1, 11))
     assert all(len(line["max_logits"]) == 2 and line["clipped_heads"] == 0 for line in updates)
+    assert [line["max_logits_exact"] for line in updates] == [True] + [False] * 9
     assert updates[-1]["learning_rate"] < updates[1]["learning_rate"]
 
     model = AutoModelForCausalLM.from_pretrained(result.model_dir)
@@ -80,12 +81,13 @@ def test_trl_with_muon_clip_equals_a_plain_loop(settings, workplace, monkeypatch
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(stage.StageTrainer, "compute_loss", record)
-    config = settings(qk_clip_threshold=0.02, weight_decay=0.1, warmup_ratio=0.3)
+    config = settings(qk_clip_threshold=0.02, weight_decay=0.1, warmup_ratio=0.3, adamw_learning_rate=1e-3)
     result = run_stage(config)
     reported = metric_lines(config.output_dir)
 
     model = AutoModelForCausalLM.from_pretrained(workplace / "base", dtype=torch.float32)
-    optimizer = build_muon_clip(model, lr=config.learning_rate, weight_decay=0.1, qk_clip_threshold=0.02)
+    options = {"adamw_lr": 1e-3, "weight_decay": 0.1, "qk_clip_threshold": 0.02}
+    optimizer = build_muon_clip(model, lr=config.learning_rate, **options)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=4)
     for line, micro_batches in zip(reported, zip(batches[::2], batches[1::2], strict=True), strict=True):
         num_tokens = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
@@ -197,7 +199,8 @@ def test_adapters_train_alone_and_are_merged(settings, workplace):
     changed = {name for name, value in base.items() if not torch.equal(value, merged[name])}
     assert changed == {name for name in base if any(target in name for target in config.lora_target_modules)}
     assert (result.output_dir / "adapter" / "adapter_model.safetensors").exists()
-    assert all(value is not None for line in metric_lines(result.output_dir) for value in line["max_logits"])
+    lines = metric_lines(result.output_dir)
+    assert all(line["max_logits_exact"] and None not in line["max_logits"] for line in lines)
 
 
 def test_the_attention_kernel_trains_as_sdpa_does(settings, monkeypatch):
