@@ -67,3 +67,5 @@ def test_a_window_of_a_sliding_cache():
     """Keys 4 to 9 are kept; queries are 8 and 9."""
     mask = visible_intervals(1, 2, 6, 8, 4, sliding_window_causal_mask_function(3))
     assert mask.tolist() == [[[2, 3]], [[4, 5]]]
+    assert visible_intervals(1, 1, 6, 9, 4) is None
+    assert visible_intervals(1, 1, 6, 5, 4).tolist() == [[[0]], [[1]]]
