@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.cache_utils import StaticCache
 
 import kernels_hub
 from modeling_motif2 import visible_intervals
@@ -45,3 +46,12 @@ def test_a_mask_with_holes_is_asked_for_at_every_step(asked):
     mask[0, 2] = 0
     assert torch.equal(generate(mask), generate(mask, kernel=False))
     assert len(asked) == NEW_TOKENS
+
+
+def test_only_a_mask_that_grew_by_the_new_token_is_believed(asked):
+    model = small_model(attention="gda_kernel")
+    cache = StaticCache(model.config, max_cache_len=12)
+    arguments = {"config": model.config, "inputs_embeds": torch.empty(1, 1, 0), "past_key_values": cache}
+    for columns, times in ((5, 1), (6, 1), (7, 1), (9, 2), (9, 3), (10, 3)):
+        model.create_masks_for_generate(attention_mask=torch.ones(1, columns), **arguments)
+        assert len(asked) == times
