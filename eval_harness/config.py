@@ -15,6 +15,7 @@ BACKENDS = (
     "openai-completions",
     "openai-chat-completions",
 )
+WINDOW_OPTIONS = ("max_length", "max_model_len", "truncation")
 
 
 @dataclass
@@ -108,3 +109,7 @@ class EvalConfig:
         if bad := [word for word in self.model_args.split(",") if word and "=" not in word]:
             raise ValueError(f"model_args holds {bad[0]!r}; write key=value,key=value")
         return simple_parse_args_string(self.model_args)
+
+    def lasting_options(self) -> dict:
+        """What of `model_args` must stay when an interrupted run goes on: it may have stopped for want of a window."""
+        return {name: value for name, value in self.lm_eval_options().items() if name not in WINDOW_OPTIONS}

@@ -93,6 +93,17 @@ def test_mistakes_are_explained(checkpoint, data_dir, tmp_path, capsys, more, me
     assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 
+def test_a_run_that_stopped_at_the_window_goes_on_with_a_wider_one(checkpoint, data_dir, tmp_path, capsys):
+    chosen = ["--tasks", "motif2_math_chat::algebra,motif2_mmlu_5shot::anatomy", "--output", str(tmp_path / "run")]
+    narrow = words(checkpoint, data_dir, *chosen, "--model_args", "max_length=160", "--max_gen_toks", "4")
+    with pytest.raises(SystemExit, match="the model's window has 160"):
+        main(narrow)
+    wide = words(checkpoint, data_dir, *chosen, "--model_args", "max_length=800", "--max_gen_toks", "4")
+    main(wide)
+    printed = capsys.readouterr().out
+    assert "(2 found on file)" in printed, printed
+
+
 def test_a_folder_without_rows_and_a_model_without_name_are_explained(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--model", str(checkpoint), "--suite", "base", "--data_dir", str(tmp_path / "no"), "--output", "x"])
