@@ -1,8 +1,8 @@
 """Keeps the layout of a gradient that a compiler may change.
 
 cuDNN's attention backward in PyTorch 2.11 plans for the strides of the first output gradient that it sees of a shape.
-Another layout later, as torch.compile chooses it, gives wrong gradients without a word (on an H100 off by 140%). Here
-the gradient of an attention's output always lies in memory as the output does: token after token.
+Another layout later, as torch.compile chooses it, gives wrong gradients without a word (NaN on an H200). Here the
+gradient of an attention's output always lies in memory as the output does: token after token.
 
 Shapes: B batch, T tokens, H heads, D head dimension.
 """
