@@ -157,6 +157,27 @@ def test_gradients_are_those_of_the_mean_over_the_predicted_tokens():
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_the_gradient_norm_is_clipped_to_the_limit(limit, monkeypatch):
+    step = make_step("one")
+    step = TrainStep(step.accelerator, step.model, step.optimizer, ["a", "b"], limit, None)
+    losses, update, norms = step.token_losses, step.optimizer.step, []
+
+    def token_losses(*arguments):
+        tokens, counted = losses(*arguments)
+        return 100 * tokens, counted
+
+    def note():
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in step.model.parameters()]).item())
+        update()
+
+    monkeypatch.setattr(step, "token_losses", token_losses)
+    monkeypatch.setattr(step.optimizer, "step", note)
+    before_clipping = step.run(batch(step, 0), 1.0).grad_norm
+    assert before_clipping > 10
+    assert norms == pytest.approx([limit or before_clipping], rel=1e-4)
+
+
 def test_the_loss_is_divided_once_whatever_the_environment_says(make_config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     AcceleratorState._reset_state(reset_partial_state=True)

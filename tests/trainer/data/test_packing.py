@@ -28,6 +28,13 @@ def test_padding_is_under_one_percent_even_for_awkward_lengths(lengths):
     assert sum(lengths) / (len(rows) * 256) > 0.99
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 1023), min_size=1, max_size=60))
+def test_no_piece_is_cut_to_a_crumb(lengths):
+    for document, start, stop in np.concatenate(pack_best_fit(whole_documents(lengths), 1024)):
+        assert stop - start >= min(8, lengths[document])  # 1/128 of a row
+
+
 def test_documents_that_fit_are_not_cut():
     rows = pack_best_fit(whole_documents([60, 30, 70, 40, 100]), 100)
     assert sorted(sorted(row[:, 0].tolist()) for row in rows) == [[0, 3], [1, 2], [4]]
