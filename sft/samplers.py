@@ -50,16 +50,26 @@ class RequestRefused(EndpointError):
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `work` makes of it, in order, with up to `workers` of them in work at a time."""
+    """Each item with what `work` makes of it, in order, with up to `workers` of them in work at a time.
+
+    When one fails, those in work beside it come first, so that nothing that was paid for is lost; then its error.
+    """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()
         for item in items:
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > workers:
-                item, result = waiting.popleft()
-                yield item, result.result()
-        for item, result in waiting:
-            yield item, result.result()
+                yield from _first_of(waiting)
+        while waiting:
+            yield from _first_of(waiting)
+
+
+def _first_of(waiting: deque) -> Iterator[tuple]:
+    item, future = waiting.popleft()
+    if error := future.exception():
+        yield from ((other, beside.result()) for other, beside in waiting if beside.exception() is None)
+        raise error
+    yield item, future.result()
 
 
 @dataclass(frozen=True)

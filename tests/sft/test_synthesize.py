@@ -282,6 +282,18 @@ def test_work_is_done_several_at_a_time_and_in_order():
     assert list(in_order(work, range(6), workers=3)) == [(number, number * number) for number in range(6)]
 
 
+def test_what_was_in_work_beside_a_failure_is_not_lost():
+    together, found = threading.Barrier(3, timeout=20), []
+
+    def work(number):
+        together.wait()
+        return 6 // number
+
+    with pytest.raises(ZeroDivisionError):
+        found.extend(in_order(work, [2, 0, 3], workers=3))
+    assert found == [(2, 3), (3, 2)]
+
+
 def test_judge_rates_through_the_endpoint(endpoint):
     judge = Judge(Endpoint(endpoint.url, "judge", attempts=1))
     endpoint.replies.append((200, choices("7")))
