@@ -61,6 +61,8 @@ class PrepareConfig:
             raise ValueError(
                 f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; use 1 or more, and min <= max"
             )
+        if not 0 < self.duplicate_threshold < 1:
+            raise ValueError(f"duplicate_threshold is {self.duplicate_threshold}; use a similarity between 0 and 1")
         if self.total_tokens < 0:
             raise ValueError(f"total_tokens is {self.total_tokens}; use 0 or more")
         if self.total_tokens and not self.domain_ratios:

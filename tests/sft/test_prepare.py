@@ -103,6 +103,7 @@ def test_each_row_goes_for_its_reason_and_the_card_adds_up(config, tokenizer, tm
         ({"output_dir": ""}, "output_dir is empty"),
         ({"min_tokens": 9, "max_tokens": 8}, "min <= max"),
         ({"total_tokens": 9}, "give each domain a share"),
+        ({"duplicate_threshold": 1.0}, "duplicate_threshold is 1.0"),
         ({"domain_ratios": ["math"]}, "is not a new domain=share"),
     ],
 )
