@@ -188,6 +188,8 @@ def _joined(strip: Strip, tile: Strip) -> Strip | None:
     last = strip.count - 1
     corner_step = tuple(new - old - last * step for new, old, step in zip(
         tile.corner, strip.corner, strip.corner_step, strict=True))  # fmt: skip
+    if corner_step < (0, 0):  # memory cannot be viewed backwards
+        return None
     offset_step = tile.offset - strip.offset - last * strip.offset_step
     if strip.count > 1 and (corner_step, offset_step) != (strip.corner_step, strip.offset_step):
         return None

@@ -124,29 +124,48 @@ def test_routes_of_all_ranks_fit_together():
         assert gathered == sum(layouts[n].shape[0] * layouts[n].shape[1] for chunk in chunks for n in chunk.owned)
 
 
-@pytest.mark.parametrize("mesh_shape", [(4,), (2, 2), (1, 6)])
+@pytest.mark.parametrize("mesh_shape", [(4,), (2, 2), (1, 6), (2, 2, 2)])
 @pytest.mark.parametrize(
-    "placements", [(Shard(0),), (Shard(1),), (Shard(0), Shard(1)), (_StridedShard(0, split_factor=2),)]
+    "placements",
+    [
+        (Shard(0),),
+        (Shard(1),),
+        (Shard(0), Shard(1)),
+        (_StridedShard(0, split_factor=2),),
+        (Shard(1), Shard(0), Shard(1)),  # of (2, 5), equal tiles follow each other upwards
+    ],
 )
 def test_strips_copy_what_pieces_are(mesh_shape, placements):
     placements = (*[Replicate()] * (len(mesh_shape) - len(placements)), *placements)[-len(mesh_shape) :]
     mesh = torch.arange(torch.tensor(mesh_shape).prod()).view(mesh_shape)
-    layouts = [_read_placements(mesh, placements, shape) for shape in [(12, 8), (8, 12), (7, 5)]]
-    chunk = plan_chunks(layouts, 0, cost_of, None, True)[0]
-    for pieces, strips in (
-        (chunk.gather.receives, chunk.gather.receive_strips),
-        (chunk.scatter.sends, chunk.scatter.send_strips),
-    ):
-        buffer = torch.arange(-7, sum(piece.block.numel for piece in pieces))[7:]  # not at its memory's start
-        by_strip, by_piece = ({n: torch.full(layout.shape, -1) for n, layout in enumerate(layouts)} for _ in range(2))
-        for strip in strips:
-            target, source = strip.views(by_strip[strip.matrix], buffer)
-            target.copy_(source)
-        for piece in pieces:
-            local = buffer[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)
-            for target, source in piece.block.tiles(by_piece[piece.matrix], local):
-                target.copy_(source)
-        assert all(torch.equal(by_strip[n], by_piece[n]) for n in by_strip)
+    layouts = [_read_placements(mesh, placements, shape) for shape in [(12, 8), (8, 12), (7, 5), (2, 5)]]
+    layouts = [layout for layout in layouts for _ in range(mesh.numel())]  # each rank owns one of each shape
+    chunk = plan_chunks(layouts, 0, cost_of, None, False)[0]
+    received = torch.arange(-7, sum(chunk.gather.receive_splits))[7:]  # not at its memory's start
+    by_strip, by_piece = ({n: torch.full(layouts[n].shape, -1) for n in chunk.owned} for _ in range(2))
+    for strip in chunk.gather.receive_strips:
+        in_matrix, in_buffer = strip.views(by_strip[strip.matrix], received)
+        in_matrix.copy_(in_buffer)
+    for local, full in tiles_of(chunk.gather.receives, received, by_piece):
+        full.copy_(local)
+    assert all(torch.equal(by_strip[n], by_piece[n]) for n in by_strip)
+    wholes = {n: torch.randn(layouts[n].shape) for n in chunk.owned}
+    sent_by_strip, sent_by_piece = (torch.zeros(7 + sum(chunk.scatter.send_splits))[7:] for _ in range(2))
+    for strip in chunk.scatter.send_strips:
+        in_matrix, in_buffer = strip.views(wholes[strip.matrix], sent_by_strip)
+        in_buffer.copy_(in_matrix)
+    for local, full in tiles_of(chunk.scatter.sends, sent_by_piece, wholes):
+        local.copy_(full)
+    assert torch.equal(sent_by_strip, sent_by_piece)
+    assert all(sent_by_piece != 0)
+
+
+def tiles_of(pieces, buffer, wholes):
+    """Views of each tile of the pieces, in the buffer and in its matrix."""
+    for piece in pieces:
+        local = buffer[piece.offset : piece.offset + piece.block.numel].view(piece.block.shape)
+        for full, tile in piece.block.tiles(wholes[piece.matrix], local):
+            yield tile, full
 
 
 def test_even_shards_take_one_copy_a_matrix_on_any_number_of_ranks():
