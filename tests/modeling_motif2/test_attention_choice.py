@@ -1,6 +1,7 @@
 """Attention by measurement: what is measured, kept and refused, and the ways that can be chosen."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,6 +304,26 @@ def test_a_situation_names_what_matters():
     name = situation.key([SDPA, KERNEL], "_gda_1")
     for part in ("H100", torch.__version__, "_gda_1", "bfloat16", "T4096", "causal", "training", "sdpa, kernel"):
         assert part in name
+
+
+@pytest.mark.parametrize(
+    ("latest", "possible", "taken"),
+    [
+        (SDPA, [SDPA, KERNEL], SDPA),
+        (FLASH, [SDPA, KERNEL], KERNEL),
+        (FLASH, [SDPA], SDPA),
+        (None, [SDPA, KERNEL], KERNEL),
+    ],
+    ids=str,
+)
+def test_compiled_code_takes_the_latest_way_if_that_can_run_here(monkeypatch, latest, possible, taken):
+    layer = attention_modules(with_kernel("gda_fastest"))[0]
+    states = SimpleNamespace(device=torch.device("cuda"), shape=(1, 6, 6, 8), requires_grad=False)
+    monkeypatch.setattr(attention_choice, "is_recorded", lambda _: True)
+    monkeypatch.setattr(attention_choice, "possible_ways", lambda *_: [*possible, FLASH_BACKWARD])
+    if latest is not None:
+        attention_measurement._latest["causal", False, False] = latest.name
+    assert attention_choice.choose(layer, states, states, None, {}) is taken
 
 
 @pytest.mark.slow
