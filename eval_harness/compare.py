@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from eval_harness.evaluate import RESULTS_FILE, file_name
+from eval_harness.evaluate import RESULTS_FILE, file_name, leaf_tasks
 from eval_harness.statistics import PairedDifference, paired_difference
 from trainer.cli import parse_recipe
 
@@ -43,12 +43,12 @@ class Scores:
         rows: (task or group, metric) -> row -> score, of the metrics that are a number a row. A row's name is made of
             its number and its content.
         prompts: task or group -> row -> digest of its prompt.
-        groups: names of groups, and of tasks that are in none.
+        tops: names of groups and tasks that are in no group.
     """
 
     rows: dict[tuple[str, str], dict[str, float]]
     prompts: dict[str, dict[str, str]]
-    groups: set[str]
+    tops: set[str]
 
 
 def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[tuple[str, str], PairedDifference]:
@@ -69,10 +69,13 @@ def compare(first: str | Path, second: str | Path, parts: bool = False) -> dict[
     found = {}
     for key in sorted(left.rows.keys() & right.rows.keys()):
         shared = sorted(left.rows[key].keys() & right.rows[key].keys())
-        if shared and (parts or key[0] in left.groups):
+        if shared and (parts or key[0] in left.tops):
             found[key] = paired_difference([left.rows[key][r] for r in shared], [right.rows[key][r] for r in shared])
     if not found:
-        raise ValueError(f"{first} and {second} share no row: they ran {_tasks(left)} and {_tasks(right)}")
+        raise ValueError(
+            f"{first} and {second} share no row with a score of its own (whole texts have none): they ran "
+            f"{_tasks(left)} and {_tasks(right)}"
+        )
     return found
 
 
@@ -98,21 +101,24 @@ def read_scores(folder: str | Path) -> Scores:
             f"{folder} holds no finished run: {RESULTS_FILE} is missing; run motif2-eval --output {folder}"
         )
     raw = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["raw"]
-    members = {group: _leaves(raw.get("group_subtasks", {}), group) for group in raw.get("group_subtasks", {})}
-    owners = {file_name(part): file_name(group) for group, parts in members.items() for part in parts if part != group}
+    children = raw.get("group_subtasks", {})
+    inside = {file_name(child) for group in children for child in children[group]}
+    owners: dict[str, list[str]] = {}
+    for group in children:
+        for leaf in leaf_tasks(children, group):
+            owners.setdefault(file_name(leaf), []).extend([file_name(group)] if leaf != group else [])
     scores: dict[tuple[str, str], dict[str, float]] = {}
     prompts: dict[str, dict[str, str]] = {}
     for path in sorted((folder / "samples").glob("*.jsonl")):
-        owner = owners.get(path.stem)
         for row in map(json.loads, path.open(encoding="utf-8")):
-            for task, name in ((path.stem, ""), (owner, f"{path.stem}/")) if owner else ((path.stem, ""),):
-                row_name = f"{name}{row['doc_id']}:{row['doc_hash']}"
+            row_name = f"{path.stem}/{row['doc_id']}:{row['doc_hash']}"
+            for task in (path.stem, *owners.get(path.stem, ())):
                 prompts.setdefault(task, {})[row_name] = row["prompt_hash"]
                 for metric in row["metrics"]:
                     if isinstance(row[metric], float | int):
                         full = metric if row["filter"] in ("none", "answer") else f"{metric},{row['filter']}"
                         scores.setdefault((task, full), {})[row_name] = float(row[metric])
-    return Scores(scores, prompts, {task for task, _ in scores} - set(owners))
+    return Scores(scores, prompts, set(prompts) - inside)
 
 
 def as_markdown(found: dict[tuple[str, str], PairedDifference], differently: dict[str, int]) -> str:
@@ -133,13 +139,8 @@ def as_markdown(found: dict[tuple[str, str], PairedDifference], differently: dic
     return "\n".join(lines)
 
 
-def _leaves(groups: dict[str, list[str]], name: str) -> list[str]:
-    children = groups.get(name) or []
-    return [leaf for child in children for leaf in _leaves(groups, child)] if children else [name]
-
-
 def _tasks(scores: Scores) -> str:
-    return ", ".join(sorted(scores.groups)) or "nothing"
+    return ", ".join(sorted(scores.tops)) or "nothing"
 
 
 def main(argv: list[str]) -> None:

@@ -256,6 +256,17 @@ def file_name(task: str) -> str:
     return task.replace("::", ".").replace("/", "_")
 
 
+def leaf_tasks(groups: dict[str, list[str]], name: str) -> list[str]:
+    """The tasks of a group, through groups within it; a task is its own.
+
+    Args:
+        groups: group -> its tasks and groups, lm-eval's `group_subtasks`.
+        name: of a group or task.
+    """
+    children = groups.get(name) or []
+    return [leaf for child in children for leaf in leaf_tasks(groups, child)] if children else [name]
+
+
 def _identity(model, lm: LM, chat: bool, seed: int) -> dict:
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return {"model": name or type(model).__name__, "dtype": str(getattr(lm, "dtype", "")), "chat": chat, "seed": seed}
@@ -288,9 +299,8 @@ def _collect(results: dict, skipped: list[str], cost: dict) -> EvaluationResult:
             errors[name] = {_metric(key.replace("_stderr,", ",")): v for key, v in scores.items() if "_stderr," in key}
     samples = results.pop("samples", {})
     counts = {name: count["effective"] for name, count in results["n-samples"].items()}
-    for group, children in results.get("group_subtasks", {}).items():
-        if children:
-            counts[group] = sum(counts.get(child, 0) for child in children)
+    groups = results.get("group_subtasks", {})
+    counts |= {group: sum(counts.get(leaf, 0) for leaf in leaf_tasks(groups, group)) for group in groups}
     return EvaluationResult(metrics, errors, samples, counts, skipped, cost, raw=results)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from eval_harness.evaluate import RESULTS_FILE, file_name
+from eval_harness.evaluate import RESULTS_FILE, file_name, leaf_tasks
 from eval_harness.statistics import standard_error, wilson_interval
 from eval_harness.suites import REPORT_MODEL, Row
 
@@ -93,11 +93,17 @@ def write_report(folder: str | Path, settings: dict, rows: list[Row]) -> str:
 def report_lines(folder: Path, results: dict, rows: list[Row]) -> list[Line]:
     """Scores of the suite's rows, or of every task and group where no suite was named."""
     if rows:
-        chosen = [(row, row.task, row.metric) for row in rows if row.task in results["metrics"]]
+        rows = [row for row in rows if row.task in results["metrics"]]
+        chosen = [(row, row.task, m) for row in rows for m in _shown_metrics(row, results["metrics"][row.task])]
     else:
         parts = {part for group in results["raw"].get("group_subtasks", {}).values() for part in group}
         chosen = [(None, task, m) for task, values in results["metrics"].items() if task not in parts for m in values]
     return [_line(folder, results, row, task, metric) for row, task, metric in chosen]
+
+
+def _shown_metrics(row: Row, measured: dict[str, float]) -> list[str]:
+    """The row's metric and, where several programs a problem were asked for, pass@k for each further k."""
+    return [row.metric, *(name for name in measured if name.startswith("pass@") and name != row.metric)]
 
 
 def _line(folder: Path, results: dict, row: Row | None, task: str, metric: str) -> Line:
@@ -110,7 +116,7 @@ def _line(folder: Path, results: dict, row: Row | None, task: str, metric: str) 
         low, high = wilson_interval(sum(values), len(values))
     elif percent:
         reach = 1.959964 * standard_error(values)
-        low, high = score - reach, score + reach
+        low, high = max(0.0, score - reach), min(1.0, score + reach)
     scale = 100.0 if percent else 1.0
     skipped = [part for part in results["skipped"] if part.startswith(f"{task}::")]
     notes = [row.assumption] if row and row.assumption else []
@@ -125,8 +131,8 @@ def _line(folder: Path, results: dict, row: Row | None, task: str, metric: str) 
         low=None if low is None else scale * low,
         high=None if high is None else scale * high,
         rows=results["num_samples"].get(task, len(values)),
-        published=row.published if row else {},
-        sources=row.sources if row else {},
+        published=row.published if row and metric == row.metric else {},
+        sources=row.sources if row and metric == row.metric else {},
         note="; ".join(notes),
         percent=percent,
     )
@@ -135,18 +141,12 @@ def _line(folder: Path, results: dict, row: Row | None, task: str, metric: str) 
 def sample_scores(folder: Path, results: dict, task: str, metric: str) -> list[float]:
     """Scores of a task's rows, or of all rows of a group's parts; none where a row's is no plain number."""
     name, _, chosen = metric.partition(",")
-    parts = results["raw"].get("group_subtasks", {}).get(task) or [task]
+    filters = (chosen,) if chosen else ("none", "answer")
     scores = []
-    for part in parts:
-        nested = results["raw"].get("group_subtasks", {}).get(part)
-        if nested and part != task:
-            scores += sample_scores(folder, results, part, metric)
-            continue
+    for part in leaf_tasks(results["raw"].get("group_subtasks", {}), task):
         path = folder / "samples" / f"{file_name(part)}.jsonl"
         for row in map(json.loads, path.open(encoding="utf-8")) if path.exists() else ():
-            if row["filter"] in ((chosen,) if chosen else ("none", "answer")) and isinstance(
-                row.get(name), float | int
-            ):
+            if row["filter"] in filters and isinstance(row.get(name), float | int):
                 scores.append(float(row[name]))
     return scores
 
@@ -227,7 +227,7 @@ def _bars(line: Line) -> str:
         return ""
     whisker = ""
     if line.low is not None:
-        whisker = f'<b style="left:{max(line.low, 0):.2f}%;width:calc({line.high - max(line.low, 0):.2f}% - 4px)"></b>'
+        whisker = f'<b style="left:{line.low:.2f}%;width:calc({line.high - line.low:.2f}% - 4px)"></b>'
     bars = [
         f'<div class="row ours"><span>here</span><div class=bar><i style="width:{line.score:.2f}%"></i>{whisker}</div>'
     ]
@@ -238,7 +238,7 @@ def _bars(line: Line) -> str:
             f'<div class="row {kind}"><span>{_safe(model)}</span>'
             f'<div class=bar><i style="width:{score:.2f}%"></i></div><span>{score:g}</span></div>'
         )
-    return f"<h2>{_safe(line.label)}, {line.shots}-shot</h2>{''.join(bars)}"
+    return f"<h2>{_safe(line.label)}, {line.shots}-shot, {_safe(line.metric)}</h2>{''.join(bars)}"
 
 
 def sample_tasks(folder: Path) -> list[str]:

@@ -146,6 +146,8 @@ def test_several_programs_a_problem_give_pass_at_10(checkpoint, data_dir, tmp_pa
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metrics"]["motif2_humaneval"] == {"pass@1": 0.0, "pass@10": 0.0}
     assert results["cost"]["responses"] == 20
+    lines = json.loads((tmp_path / "run" / "report.json").read_text())["lines"]
+    assert [(line["metric"], bool(line["published"])) for line in lines] == [("pass@1", True), ("pass@10", False)]
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples" / "motif2_humaneval.jsonl").open()]
     assert all(len(set(row["resps"][0])) > 1 for row in rows)
 
