@@ -1,6 +1,5 @@
 """Official checkpoints, both layouts, errors that name tensors, and folders that load without this package."""
 
-import builtins
 import json
 import shutil
 import subprocess
@@ -10,16 +9,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM, Motif2Model
-from modeling_motif2.model_card import write_model_card
 from tests.modeling_motif2.builders import random_ids, small_model
 from tests.modeling_motif2.reference import reference_logits
 
@@ -423,60 +415,6 @@ def test_a_saved_folder_works_without_this_package(tmp_path):
     sources = {path.name for path in (tmp_path / "saved").glob("*.py")}
     assert {"modeling_motif2.py", "configuration_motif2.py", "diagnostics.py"} <= sources
     assert sources == {path.name for path in (tmp_path / "again").glob("*.py")}
-
-
-def test_the_model_card_says_what_is_known(tmp_path):
-    small_model().save_pretrained(tmp_path / "my-model")
-    card = (tmp_path / "my-model" / "README.md").read_text()
-    assert "4 signal and 2 noise heads in 2 groups" in card
-    assert "Not recorded by whoever saved this model." in card
-    assert "Weights: not stated" in card
-    write_model_card(
-        tmp_path / "my-model",
-        training="Pre-trained on nothing much.",
-        license="apache-2.0",
-        evaluation={"gsm8k": {"exact_match": 0.5}},
-    )
-    card = (tmp_path / "my-model" / "README.md").read_text()
-    assert "| gsm8k | exact_match | 0.5 |" in card
-    assert "license: apache-2.0" in card
-    assert "Pre-trained on nothing much." in card
-    small_model().save_pretrained(tmp_path / "my-model")
-    assert "nothing much" in (tmp_path / "my-model" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("head", "task"),
-    [
-        ("ForCausalLM", "text-generation"),
-        ("ForSequenceClassification", "text-classification"),
-        ("ForTokenClassification", "token-classification"),
-        ("ForQuestionAnswering", "question-answering"),
-        ("", "feature-extraction"),
-    ],
-)
-@pytest.mark.parametrize("layout", ["motif2", "official"])
-def test_the_example_of_the_model_card_runs(tmp_path, monkeypatch, layout, head, task):
-    model = getattr(transformers, f"AutoModel{head}").from_config(small_model().config)
-    model.save_pretrained(tmp_path, layout=layout)
-    card = (tmp_path / "README.md").read_text()
-    assert f"pipeline_tag: {task}" in card
-    code = card.split("```python\n")[1].split("```")[0].replace("path/or/repository", str(tmp_path))
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: Tokenizer())
-    monkeypatch.setattr(builtins, "print", lambda shown: found.append(shown))
-    found = []
-    exec(code)
-    assert len(found) == 1
-
-
-class Tokenizer:
-    """Gives the same ids for every text, and ids for text."""
-
-    def __call__(self, text, return_tensors):
-        return {"input_ids": random_ids(1, 5)}
-
-    def decode(self, ids):
-        return ids.tolist()
 
 
 def test_a_saved_model_saves_again_after_its_folder_is_gone(tmp_path):
