@@ -269,11 +269,15 @@ def test_operations_of_the_gram_form_are_those_executed():
     executed = 0
 
     class Counting(package.orthogonalize.TorchProducts):
-        def _multiply(self, left, right, *rest, **factors):
+        def symmetric(self, left, right, *rest, **factors):
             nonlocal executed
-            symmetric = right.size(1) == size
-            executed += (1 if symmetric else 2) * left.size(0) * left.size(1) * right.size(1)
-            return super()._multiply(left, right, *rest, **factors)
+            executed += size * left.size(1) * size
+            return super().symmetric(left, right, *rest, **factors)
+
+        def apply(self, left, last=False):
+            nonlocal executed
+            executed += 2 * size * size * length
+            super().apply(left, last)
 
     for restarts in ((), (2,), (1, 3)):
         executed = 0

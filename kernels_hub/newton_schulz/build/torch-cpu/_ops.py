@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._newton_schulz_cpu_06f701b
+ops = torch.ops._newton_schulz_cpu_e6f7ae4
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_newton_schulz_cpu_06f701b::{op_name}"
+    return f"_newton_schulz_cpu_e6f7ae4::{op_name}"

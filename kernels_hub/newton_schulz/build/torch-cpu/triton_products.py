@@ -261,8 +261,16 @@ class TritonProducts:
     def gram(self) -> torch.Tensor:
         return symmetric_product(self.x, config=self.config)  # (N, S, S)
 
-    def symmetric(self, *operands: torch.Tensor | None, **factors: float) -> torch.Tensor:
-        return symmetric_product(*operands, **factors, config=self.config)  # (N, S, S)
+    def symmetric(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        addend: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.0,
+    ) -> torch.Tensor:
+        return symmetric_product(left, right, addend, alpha, beta, gamma, config=self.config)  # (N, S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         shifted = aligned_empty(*matrix.shape, matrix.dtype, matrix.device).copy_(matrix)  # (N, S, S)

@@ -25,7 +25,10 @@ class TorchProducts:
         x = (source.mT if self.transposed else source).to(wide).contiguous()  # (S, L)
         self.x = (x / (torch.linalg.vector_norm(x) + eps)).to(dtype)
 
-    def _multiply(
+    def gram(self) -> torch.Tensor:
+        return self.symmetric(self.x, self.x.mT)  # (S, S)
+
+    def symmetric(
         self,
         left: torch.Tensor,
         right: torch.Tensor,
@@ -43,19 +46,13 @@ class TorchProducts:
             value = torch.addmm(addend.to(self.product_dtype), left, right, alpha=alpha, beta=beta)
         if gamma:
             value.diagonal().add_(gamma)
-        return value.to(self.dtype)
-
-    def gram(self) -> torch.Tensor:
-        return self._multiply(self.x, self.x.mT)  # (S, S)
-
-    def symmetric(self, *operands: torch.Tensor | None, **factors: float) -> torch.Tensor:
-        return self._multiply(*operands, **factors)  # (S, S)
+        return value.to(self.dtype)  # (S, S)
 
     def shift(self, matrix: torch.Tensor, amount: float) -> torch.Tensor:
         diagonal = matrix.diagonal().to(torch.promote_types(self.dtype, torch.float32)) + amount  # (S,)
         return matrix.diagonal_scatter(diagonal.to(self.dtype))  # (S, S)
 
     def apply(self, left: torch.Tensor, last: bool = False) -> None:
-        self.x = self._multiply(left, self.x)  # (S, L)
+        self.x = torch.mm(left.to(self.product_dtype), self.x.to(self.product_dtype)).to(self.dtype)  # (S, L)
         if last:
             self.result.copy_(self.x.mT if self.transposed else self.x)
