@@ -260,6 +260,15 @@ def test_keys_alone_may_want_gradients():
     assert FLASH_BACKWARD in possible_ways(layer, query, key.requires_grad_(), None, "causal")
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_rank_with_some_of_the_groups_trains_without_the_kernel(wanted):
+    """Its norm's gradient is summed over the ranks by a hook on the norm, which the kernel does not call."""
+    layer = attention_modules(with_kernel("gda_fastest"))[0]
+    query, key = states(wanted=wanted)
+    assert KERNEL in possible_ways(layer, query, key, None, "causal")
+    assert (KERNEL in possible_ways(layer, query[:, :3], key[:, :1], None, "causal")) is not wanted
+
+
 def test_a_way_that_fails_or_disagrees_is_refused(monkeypatch):
     layer, _, _ = measuring(monkeypatch, {"sdpa": 2.0, "kernel": 1.0}, ways=("sdpa",))
     functions = layer.kernel
