@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import threading
 from concurrent import futures
@@ -103,6 +104,27 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
         verify_checkpoint(tmp_path / "step_00000001")
     assert Checkpoints(tmp_path, accelerator=None, keep_last=1).latest() == tmp_path / "step_00000001"
+
+
+def test_files_are_on_the_disk_before_the_folder_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        events.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    model, optimizer = build(1)
+    target = Checkpoints(tmp_path, Accelerator(cpu=True), keep_last=1).save(model, optimizer, {"step": 1})
+    named = events.index(target)
+    synced = {path.name.removesuffix(".tmp") for path in events[:named]}
+    assert {target.name, *(path.name for path in target.iterdir())} <= synced
+    assert events[named + 1 :] == [tmp_path]
 
 
 @pytest.fixture

@@ -178,6 +178,14 @@ def test_the_gradient_norm_is_clipped_to_the_limit(limit, monkeypatch):
     assert norms == pytest.approx([limit or before_clipping], rel=1e-4)
 
 
+def test_the_rate_of_every_group_is_the_factor_of_its_peak():
+    step = make_step("one")
+    assert {group["lr"] for group in step.optimizer.param_groups} == {0.02, 0.005}
+    for number, factor in enumerate((0.5, 0.25)):
+        step.run(batch(step, number), factor)
+        assert {group["lr"] for group in step.optimizer.param_groups} == {0.02 * factor, 0.005 * factor}
+
+
 def test_the_loss_is_divided_once_whatever_the_environment_says(make_config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     AcceleratorState._reset_state(reset_partial_state=True)
