@@ -71,8 +71,8 @@ class _Termination:
         Raises:
             StoppedBySignalError: training has not begun.
         """
-        self.asked = True
-        if not self.training:
+        repeated, self.asked = self.asked, True
+        if not (self.training or repeated):  # a second one would interrupt the cleaning up after the first
             raise StoppedBySignalError("a signal stopped this process before its first step: start the command again")
 
     def __call__(self) -> bool:
