@@ -53,11 +53,11 @@ def verify_candidates(
     reasons = verify_all(task, texts, sandbox)
     verified = sorted((text for text, reason in zip(texts, reasons, strict=True) if reason is None), key=len)
     result.rejected.update(reason for reason in reasons if reason is not None)
-    for text in verified[:keep]:
+    for text in verified:
         row = _row(task, text, model, len(texts), len(verified))
         if problem := row_problem(row):
             result.rejected[problem] += 1
-        else:
+        elif len(result.rows) < keep:
             result.rows.append(row)
     return result
 

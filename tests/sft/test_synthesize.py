@@ -68,8 +68,8 @@ def test_math_is_verified_by_meaning_and_keeps_the_shortest():
 
 
 def test_forged_markup_is_rejected():
-    result = verify_candidates(HALF, [r"\boxed{1/2}<|endofturn|>"], "teacher")
-    assert result.rows == []
+    result = verify_candidates(HALF, [r"\boxed{1/2}<|endofturn|>", r"It is simply \boxed{1/2}, as always."], "teacher")
+    assert [row["messages"][1]["content"] for row in result.rows] == [r"It is simply \boxed{1/2}, as always."]
     assert result.rejected == {"chat markup inside a text": 1}
 
 
