@@ -150,6 +150,11 @@ class SftStageConfig:
         self._check_tracker()
         if self.eval_steps and not self.eval_files:
             raise ValueError(f"eval_steps is {self.eval_steps} and eval_files is empty; name files, or set it to 0")
+        if self.adamw_learning_rate and self.optimizer == "adamw":
+            raise ValueError(
+                f"adamw_learning_rate is {self.adamw_learning_rate} with optimizer adamw, which has one rate; set "
+                "learning_rate"
+            )
         if self.lora_rank and self.optimizer == "muon_clip":
             raise ValueError(
                 f"lora_rank is {self.lora_rank} with optimizer muon_clip, whose QK-clip rescales "

@@ -36,6 +36,7 @@ from sft.export import CONFIG_FILE, METRICS_FILE, REPORT_FILE, save_final_model
 from sft.guards import GuardedSteps
 from trainer.execution import FP8_ALIGNMENT, convert_to_fp8
 from trainer.optim import MuonClipFactory
+from trainer.optim.groups import group_parameters
 
 
 @dataclass(frozen=True)
@@ -349,8 +350,11 @@ def _describe_model(config: SftStageConfig) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if config.lora_rank:
         return f"parameters: {parameters:,}, frozen; weights {4 * parameters / 2**30:.1f} GiB, adapters extra"
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    moments = matrices + 2 * (parameters - matrices) if config.optimizer == "muon_clip" else 2 * parameters
+    moments = 2 * parameters
+    if config.optimizer == "muon_clip":
+        groups = group_parameters(model.named_parameters(), config.learning_rate)
+        muon = [group["params"] for group in groups if group["algorithm"] == "muon"]
+        moments -= sum(parameter.numel() for group in muon for parameter in group)  # Muon has one, AdamW two
     return (
         f"parameters: {parameters:,}; weights, gradients and optimizer in float32: "
         f"{4 * (2 * parameters + moments) / 2**30:.1f} GiB over all devices, activations extra"

@@ -32,6 +32,7 @@ NEEDED = {"model_name_or_path": "m", "output_dir": "o", "train_files": ["t.jsonl
         ({"eval_steps": 5}, "eval_steps is 5 and eval_files is empty; name files"),
         ({"per_device_batch_size": 0}, "per_device_batch_size is 0"),
         ({"lora_rank": 8}, "set optimizer: adamw"),
+        ({"optimizer": "adamw", "adamw_learning_rate": 1e-3}, "which has one rate; set learning_rate"),
         ({"fp8": "tensorwise"}, "fp8 is 'tensorwise'; use one of none, rowwise"),
         ({"lora_rank": 8, "optimizer": "adamw", "fp8": "rowwise"}, "set fp8 none"),
         ({"global_batch_tokens": 1 << 20, "gradient_accumulation_steps": 2}, "both set the batch"),

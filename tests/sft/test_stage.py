@@ -290,6 +290,17 @@ def test_dry_run_shows_sizes_and_masks_and_writes_nothing(settings, capsys, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("optimizer", "gibibytes"), [("muon_clip", "10.5"), ("adamw", "11.4")])
+def test_dry_run_counts_a_moment_for_matrices_and_two_for_the_rest(
+    settings, workplace, tmp_path, optimizer, gibibytes
+):
+    """256M parameters each in the embedding, the head and the feed-forward layer."""
+    sizes = {"vocab_size": 4_000_000, "hidden_size": 64, "intermediate_size": 1_333_333, "num_hidden_layers": 1}
+    AutoConfig.from_pretrained(workplace / "base", **sizes).save_pretrained(tmp_path / "large")
+    config = settings(model_name_or_path=str(tmp_path / "large"), optimizer=optimizer)
+    assert f"in float32: {gibibytes} GiB" in stage._describe_model(config)
+
+
 def test_entry_point_trains_and_names_mistakes(settings, capsys, tmp_path):
     settings(max_steps=1).save(tmp_path / "recipe.yaml")
     main(["--config", str(tmp_path / "recipe.yaml")])
