@@ -26,6 +26,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 BATCH_DOCUMENTS = 512
+HELDOUT = object()  # key of documents that were given to be held out; no document's own
 
 
 def build_shards(
@@ -85,7 +86,7 @@ def build_shards(
             writer = _DomainWriter(
                 output_dir / name, sources, tokenizer, encode, settings, name in (heldout or {}), progress
             )
-            explicit = ({**document, "heldout": True} for document in (heldout or {}).get(name, ()))
+            explicit = ({**document, HELDOUT: True} for document in (heldout or {}).get(name, ()))
             manifest["domains"][name] = writer.write(itertools.chain(explicit, documents))
             _write_manifest(output_dir, manifest)
             (output_dir / name / "progress.json").unlink(missing_ok=True)
@@ -199,7 +200,7 @@ class _DomainWriter:
             if not tokens:
                 continue
             licenses[document.get("license") or "unknown"] += 1
-            split = "heldout" if document.get("heldout") or self._is_held_out(document["text"]) else "train"
+            split = "heldout" if HELDOUT in document or self._is_held_out(document["text"]) else "train"
             self.buffers[split].append(np.array([*tokens, self.eos_token_id], self.dtype))
             self.num_buffered += len(tokens) + 1
             if split == "heldout":

@@ -54,6 +54,12 @@ def test_given_heldout_documents_replace_the_hash(tmp_path, tokenizer):
     assert load_manifest(tmp_path)["domains"]["a"]["train"]["documents"] == 100
 
 
+def test_a_documents_own_field_holds_nothing_out(tmp_path, tokenizer):
+    documents = [document | {"heldout": "no"} for document in make_documents(50)]
+    manifest = build_shards(tmp_path, {"a": documents}, tokenizer, **{**SETTINGS, "heldout_fraction": 0})
+    assert manifest["domains"]["a"]["train"]["documents"] == 50
+
+
 def test_an_interrupted_build_goes_on_and_gives_the_same_files(tmp_path, tokenizer):
     documents = make_documents(3000)
 
