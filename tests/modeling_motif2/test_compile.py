@@ -98,3 +98,8 @@ def test_the_gradient_of_compiled_sdpa_lies_as_its_output_does():
     for gradient, source in gradients:
         assert "tokens_first" in source
         assert gradient.transpose(1, 2).is_contiguous()  # (B, H, T, D)
+    gradient = torch.randn(2, 3, 4, 5).transpose(1, 2)  # (B, T, H, D)
+    torch.library.opcheck(
+        torch.ops.motif2.tokens_first.default, (gradient,), test_utils=("test_schema", "test_faketensor")
+    )
+    assert torch.ops.motif2.tokens_first(gradient).is_contiguous()

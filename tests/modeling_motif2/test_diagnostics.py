@@ -173,13 +173,14 @@ def test_generation_with_a_static_cache_is_recorded_as_with_a_growing_one(attent
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "gda_kernel"])
 def test_forwards_with_a_static_cache_are_recorded(attention):
     model = small_model(attention=attention, ratio=3)
-    ids = random_ids(1, 9)
+    ids, mask = random_ids(1, 9), torch.ones(1, 9)
+    mask[:, :2] = 0
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = attention_statistics(model, input_ids=ids)
+        expected = attention_statistics(model, input_ids=ids, attention_mask=mask)
         cache = StaticCache(model.config, max_cache_len=16)
         with record_attention(model) as found:
-            model(ids[:, :5], past_key_values=cache, use_cache=True)
-            model(ids[:, 5:], past_key_values=cache, use_cache=True)
+            model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache, use_cache=True)
+            model(ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True)
     compare(found, expected)
 
 

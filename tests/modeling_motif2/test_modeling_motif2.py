@@ -36,6 +36,8 @@ def random_shape(seed: int) -> dict:
         "intermediate_size": draw.choice((8, 33, 64)),
         "rope_theta": draw.choice((100.0, 10000.0, 1e6)),
         "tie_word_embeddings": draw.random() < 0.3,
+        "rms_norm_eps": draw.choice((1e-6, 0.03)),
+        "attn_rms_norm_eps": draw.choice((1e-5, 0.1)),
     } | ({"num_noise_heads": None} if plain else {})
 
 

@@ -28,8 +28,10 @@ def with_products(**overrides):
 
 @pytest.mark.parametrize("attention", ["eager", "gda_kernel"])
 def test_generation_is_the_same(attention):
-    model, called = with_products()
-    plain = small_model(dtype=torch.float64, ratio=3)
+    model, called = with_products(rms_norm_eps=0.1)
+    plain = small_model(dtype=torch.float64, ratio=3, rms_norm_eps=0.1)
+    for each in (model, plain):
+        each.model.layers[0].mlp.act_fn.eps = 0.2
     if attention == "gda_kernel":
         kernels_hub.use_gda_attention(model, attn_implementation=attention)
     ids = random_ids(1, 7)
@@ -132,6 +134,14 @@ def test_a_projection_that_is_more_than_its_weight_runs_itself(change):
         change(model)
         torch.testing.assert_close(model(ids).logits, wanted)
     assert len(called) == 4
+
+
+def test_a_share_of_the_mlp_is_refused_by_the_layers_own_code():
+    model, called = with_products(layers=1)
+    model.model.layers[0].mlp.intermediate_size *= 2
+    with torch.no_grad(), pytest.raises(ValueError, match="PolyNorm sees 48 of 96 features"):
+        model(random_ids(1, 1))
+    assert called == []
 
 
 @pytest.mark.parametrize("name", ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"])
