@@ -33,7 +33,8 @@ def checkpoint_step(path: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first; copies under other names are left alone."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and NAME.fullmatch(path.name))
+    paths = (path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and NAME.fullmatch(path.name))
+    return sorted(paths, key=checkpoint_step)
 
 
 def remove_unfinished(folder: Path) -> None:

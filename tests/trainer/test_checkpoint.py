@@ -1,10 +1,12 @@
 import json
 import os
+import random
 import shutil
 import threading
 from concurrent import futures
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -127,6 +129,18 @@ def test_files_are_on_the_disk_before_the_folder_gets_its_name_and_then_the_name
     assert events[named + 1 :] == [tmp_path]
 
 
+def test_random_numbers_go_on_where_the_checkpoint_was_taken(tmp_path):
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    model, optimizer = build(1)
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep_last=1)
+    target = checkpoints.save(model, optimizer, {"step": 1})
+    drawn = draw()
+    checkpoints.load(target, model, optimizer)
+    assert draw() == drawn
+
+
 @pytest.fixture
 def writing(tmp_path, monkeypatch):
     """Asynchronous checkpoints of a small model, whose files wait for `released` before they reach the disk."""
@@ -216,6 +230,12 @@ def test_every_so_many_steps_are_kept(tmp_path):
         (tmp_path / f"step_{step:08d}").mkdir()
         prune(tmp_path, keep_last=2, keep_every_steps=8)
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [8, 17, 24, 26]
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for name in ("step_100000000", "step_99999999"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_99999999", "step_100000000"]
 
 
 def test_copies_under_other_names_are_no_checkpoints(tmp_path):
