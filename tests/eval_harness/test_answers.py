@@ -113,6 +113,7 @@ def test_a_model_that_repeats_itself_ends_no_run_and_costs_no_minutes():
     repeated = ["1", "\n", " ", "- ", ",111", "\\boxed{", "\\frac{1}{", "the answer is ", "#"]
     code = "from eval_harness.answers import final_number, letter\nfor text in {!r}: final_number(text), letter(text)"
     texts = [f"0.5 {piece * 10_000}" for piece in repeated]
+    texts += [f"{'1' * 10_000}/2", f"\\frac{{{'1' * 10_000}}}{{2}}"]
     subprocess.run([sys.executable, "-"], input=code.format(texts), text=True, check=True, timeout=30)
 
 
