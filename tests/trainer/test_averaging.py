@@ -1,6 +1,7 @@
 """The mean of checkpoints is the plain mean, on one rank and sharded, and a run goes on from it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_a_run_goes_on_from_the_mean_and_restarts_alike(make_config, tmp_path, m
     settings = {"checkpoint_steps": 1, "average_every_tokens": 128 * 3, "average_checkpoints": 3, "eval_steps": 0}
     whole, cut = (make_config(output_dir=str(tmp_path / name), **settings) for name in ("whole", "cut"))
     run_pretraining(whole)
-    assert "going on from the mean of the weights and step_00000004, step_00000005" in capsys.readouterr().out
+    means = re.findall(r"step (\d+): going on from the mean of the weights and (.*)", capsys.readouterr().out)
+    assert means == [("3", "step_00000001, step_00000002"), ("6", "step_00000004, step_00000005")]
     with monkeypatch.context() as patch:
         kill_at(patch, 5)
         with pytest.raises(Killed):
