@@ -4,7 +4,7 @@ The card says what the run recorded: settings, data with sources and licences, r
 `--evaluate` the stage is evaluated first, as its recipe or `--eval_tasks` say; what was interrupted goes on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -67,6 +67,8 @@ def evaluate_run(config: PublishConfig) -> str:
     from sft.evaluation import evaluate_stage
 
     settings = yaml.safe_load((Path(config.run_dir) / CONFIG_FILE).read_text(encoding="utf-8"))
+    known = {setting.name for setting in fields(SftStageConfig)}  # an earlier version's run may have others
+    settings = {name: value for name, value in settings.items() if name in known}
     settings |= {"output_dir": config.run_dir}
     settings |= {name: getattr(config, name) for name in ("eval_tasks", "eval_data_dir") if getattr(config, name)}
     settings |= {"eval_limit": config.eval_limit} if config.eval_limit != -1 else {}

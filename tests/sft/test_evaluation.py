@@ -157,6 +157,8 @@ def test_mistakes_are_named_before_anything_is_trained(settings, arithmetic, cha
 def test_a_finished_stage_is_evaluated_later(settings, arithmetic, evaluated, capsys):
     config = settings(max_steps=1)
     run_stage(config)
+    with Path(config.output_dir, "config.yaml").open("a") as file:
+        file.write("setting_of_an_earlier_version: 1\n")
     words = ["--run_dir", config.output_dir, "--evaluate"]
     with pytest.raises(SystemExit, match="eval_tasks is empty; name the tasks"):
         publish.main(words)
