@@ -2,9 +2,9 @@
 
 import torch
 
-ops = torch.ops._polynorm_cuda_a83aedb
+ops = torch.ops._polynorm_cuda_3ce8f2c
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """Full name of an operator of this build."""
-    return f"_polynorm_cuda_a83aedb::{op_name}"
+    return f"_polynorm_cuda_3ce8f2c::{op_name}"

@@ -95,6 +95,16 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _second(up: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Rows of the second factor, or `x` as a pointer that nobody reads; and whether there is one."""
+    return (x, False) if up is None else (_rows(up), True)
+
+
+def _plan_of_parts(x: torch.Tensor) -> Plan:
+    """The launch of sums alone, or of what follows from sums that are known; x (R, N)."""
+    return Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
+
+
 def forward(x, up, weight, bias, eps, chosen=None):
     """y like x, and inverse_rms (*x.shape[:-1], 3) float32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -102,7 +112,7 @@ def forward(x, up, weight, bias, eps, chosen=None):
     if x.numel() == 0:
         return y, inverse_rms.fill_(eps).rsqrt_()
     x, weight = _rows(x), weight.contiguous()
-    up = x if (has_up := up is not None) is False else _rows(up)
+    up, has_up = _second(up, x)
     num_rows, num_columns = x.shape
     chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, False, _shared_bytes(x.device))
     strides = (x.stride(0), up.stride(0))
@@ -129,7 +139,7 @@ def backward(dy, x, up, weight, bias, inverse_rms, chosen=None):
         return [dx, dweight, dbias] if up is None else [dx, dweight, dbias, dup]
     dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     dy, x, weight = _rows(dy), _rows(x), weight.contiguous()
-    up = x if (has_up := up is not None) is False else _rows(up)
+    up, has_up = _second(up, x)
     num_rows, num_columns = x.shape
     chosen = chosen or plan(num_rows, num_columns, x.element_size(), has_up, True, _shared_bytes(x.device))
     grid = _grid(x, chosen)
@@ -159,7 +169,7 @@ def power_sums(x):
     if x.numel() == 0:
         return sums.zero_()
     x = _rows(x)
-    chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
+    chosen = _plan_of_parts(x)
     with torch.cuda.device_of(x):
         kernels.long_forward_kernel[_grid(x, chosen)](
             x, x, x, x, x, sums, sums, *x.shape, x.stride(0), 0, 0.0,
@@ -174,8 +184,8 @@ def apply(x, up, weight, bias, inverse_rms):
     if x.numel() == 0:
         return y
     x, weight = _rows(x), weight.contiguous()
-    up = x if (has_up := up is not None) is False else _rows(up)
-    chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
+    up, has_up = _second(up, x)
+    chosen = _plan_of_parts(x)
     with torch.cuda.device_of(x):
         kernels.long_forward_kernel[_grid(x, chosen)](
             x, up, weight, bias, y, inverse_rms, inverse_rms, *x.shape, x.stride(0), up.stride(0), 0.0,
@@ -190,8 +200,8 @@ def gradient_sums(dy, x, up, inverse_rms):
     if x.numel() == 0:
         return sums.zero_()
     dy, x = _rows(dy), _rows(x)
-    up = x if (has_up := up is not None) is False else _rows(up)
-    chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
+    up, has_up = _second(up, x)
+    chosen = _plan_of_parts(x)
     with torch.cuda.device_of(x):
         kernels.long_backward_kernel[_grid(x, chosen)](
             dy, x, up, x, x, inverse_rms, sums, x, x, sums,
@@ -207,8 +217,8 @@ def input_gradients(dy, x, up, weight, bias, inverse_rms, sums, count):
     dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
     if x.numel() > 0:
         dy, x, weight = _rows(dy), _rows(x), weight.contiguous()
-        up = x if (has_up := up is not None) is False else _rows(up)
-        chosen = Plan(warps=8, programs=8, stages=1, block=min(TILE, triton.next_power_of_2(x.shape[1])))
+        up, has_up = _second(up, x)
+        chosen = _plan_of_parts(x)
         with torch.cuda.device_of(x):
             kernels.long_backward_kernel[_grid(x, chosen)](
                 dy, x, up, weight, bias, inverse_rms, sums, dx, dx if dup is None else dup, sums,
