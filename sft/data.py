@@ -78,11 +78,11 @@ class DataReport:
         if len(places) < EXAMPLES_PER_REASON:
             places.append(place)
 
-    def summary(self) -> str:
-        """Two or more lines for a person: what was kept, and what was dropped for which reason."""
+    def summary(self, what: str = "conversations") -> str:
+        """One or more lines for a person: what was kept, and what was dropped for which reason."""
         trained = f", {self.trained_tokens} of them trained" if self.trained_tokens else ""
         lines = [
-            f"{self.kept} of {self.rows} conversations kept: {self.tokens} tokens{trained}, the longest "
+            f"{self.kept} of {self.rows} {what} kept: {self.tokens} tokens{trained}, the longest "
             f"{self.longest_tokens}" + (f"; {self.truncated} of them cut there" if self.truncated else "")
         ]
         return "\n".join(lines + self.dropped_lines())

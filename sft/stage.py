@@ -94,7 +94,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         notes = [f"goes on from {checkpoint}", *(f"passed over {line}" for line in notes), *changed]
     _check_evaluation(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    train_data, eval_data, report = load_stage_data(config, tokenizer)
+    train_data, eval_data, report, eval_report = load_stage_data(config, tokenizer)
     if checkpoint is not None:
         _refuse_other_data(report, output_dir / REPORT_FILE)
     model = load_stage_model(config, tokenizer)
@@ -104,7 +104,8 @@ def run_stage(config: SftStageConfig) -> SftResult:
     if trainer.is_world_process_zero():
         config.save(output_dir / CONFIG_FILE)
         report.save(output_dir / REPORT_FILE)
-        print(*notes, report.summary(), *preview(tokenizer, train_data, config.preview_samples), sep="\n")
+        shown = preview(tokenizer, train_data, config.preview_samples)
+        print(*notes, *_summaries(report, eval_report), *shown, sep="\n")
     if eval_data is not None and checkpoint is None:
         trainer.evaluate()
     output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -163,8 +164,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 def load_stage_data(
     config: SftStageConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None, DataReport]:
-    """Training and evaluation conversations of a stage, tokenized, and the report on the training rows."""
+) -> tuple[Dataset, Dataset | None, DataReport, DataReport | None]:
+    """Training and held-out conversations of a stage, tokenized, and the reports on both."""
     rules = {
         "max_length": config.max_length,
         "bad_rows": config.bad_rows,
@@ -174,10 +175,15 @@ def load_stage_data(
     train_data, report = load_conversations(
         config.train_files, tokenizer, max_samples=config.max_samples, seed=config.seed, **rules
     )
-    eval_data = None
+    eval_data = eval_report = None
     if config.eval_files:
-        eval_data, _ = load_conversations(config.eval_files, tokenizer, seed=None, **rules)
-    return train_data, eval_data, report
+        eval_data, eval_report = load_conversations(config.eval_files, tokenizer, seed=None, **rules)
+    return train_data, eval_data, report, eval_report
+
+
+def _summaries(report: DataReport, eval_report: DataReport | None) -> list[str]:
+    heldout = [eval_report.summary("held-out conversations")] if eval_report is not None else []
+    return [report.summary(), *heldout]
 
 
 def load_model(name: str, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
@@ -333,8 +339,8 @@ def describe_stage(config: SftStageConfig) -> str:
     except ValueError as error:
         lines.append(f"data not read: {error}")
         return "\n".join(lines)
-    train_data, _, report = load_stage_data(config, tokenizer)
-    lines.append(report.summary())
+    train_data, _, *reports = load_stage_data(config, tokenizer)
+    lines += _summaries(*reports)
     lines += preview(tokenizer, train_data, config.preview_samples)
     return "\n".join(lines)
 

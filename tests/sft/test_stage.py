@@ -50,7 +50,7 @@ def test_stage_learns_and_leaves_a_usable_model(settings, workplace, tokenizer):
 
 def test_batches_are_packed_and_masked_to_the_token(settings, tokenizer):
     config = settings(max_length=200)
-    data, _, report = stage.load_stage_data(config, tokenizer)
+    data, _, report, _ = stage.load_stage_data(config, tokenizer)
     model = stage.load_stage_model(config, tokenizer)
     trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
     expected = {
@@ -229,7 +229,7 @@ def test_packing_changes_no_conversation(settings, workplace, packing):
     """Losses before any update, conversation by conversation, do not depend on what is packed beside them."""
     config = settings("packed" if packing else "plain", packing=packing)
     tokenizer = stage.load_tokenizer(config.model_name_or_path)
-    data, _, _ = stage.load_stage_data(config, tokenizer)
+    data, *_ = stage.load_stage_data(config, tokenizer)
     data = data.select(range(6))
     model = stage.load_stage_model(config, tokenizer)
     trainer = stage.build_trainer(config, model, tokenizer, data, None, MetricsCallback(Path(config.output_dir)))
@@ -281,12 +281,15 @@ def test_a_folder_without_weights_is_named(settings, workplace, tmp_path):
         run_stage(settings(model_name_or_path=str(tmp_path / "empty")))
 
 
-def test_dry_run_shows_sizes_and_masks_and_writes_nothing(settings, capsys, tmp_path):
-    settings().save(tmp_path / "recipe.yaml")
+def test_dry_run_shows_sizes_and_masks_and_writes_nothing(settings, workplace, capsys, tmp_path):
+    (tmp_path / "heldout.jsonl").write_text((workplace / "eval.jsonl").read_text() + "{}\n")
+    settings(eval_files=[str(tmp_path / "heldout.jsonl")]).save(tmp_path / "recipe.yaml")
     main(["--config", str(tmp_path / "recipe.yaml"), "--dry_run", "--preview_samples", "1"])
     shown = capsys.readouterr().out
     for text in ("learning_rate: 0.005", "512 tokens at most", "parameters:", "120 of 120 conversations kept", "⟦"):
         assert text in shown
+    assert "20 of 21 held-out conversations kept" in shown
+    assert f"dropped 1: no messages (first: {tmp_path}/heldout.jsonl:21)" in shown
     assert not (tmp_path / "run").exists()
 
 
