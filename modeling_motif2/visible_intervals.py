@@ -211,10 +211,14 @@ def block_mask(intervals: torch.Tensor, num_keys: int) -> BlockMask:
 
 @lru_cache(maxsize=8)
 def causal_block_mask(tokens: int, keys: int, device: torch.device) -> BlockMask:
-    """Returns FlexAttention's block mask of causal order, the last query seeing every key."""
+    """Returns FlexAttention's block mask of causal order, the last query seeing every key.
+
+    It is kept, so it must serve training after inference.
+    """
     before = keys - tokens
 
     def causal(batch, head, query, key):
         return key <= query + before
 
-    return create_block_mask(causal, None, None, tokens, keys, device=str(device))
+    with torch.inference_mode(False):
+        return create_block_mask(causal, None, None, tokens, keys, device=str(device))

@@ -10,7 +10,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from modeling_motif2.visible_intervals import boolean_mask, is_intervals, visible_intervals
+from modeling_motif2.visible_intervals import boolean_mask, causal_block_mask, is_intervals, visible_intervals
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 3, 3], [0] * 6 + [1] * 4])
 FUNCTIONS = {
@@ -61,6 +61,13 @@ def test_what_is_no_interval_stays_a_boolean_mask():
         mask = visible_intervals(1, 4, 4, **options)
         assert mask.shape == (1, 1, 4, 4)
         assert mask.dtype == torch.bool
+
+
+def test_a_block_mask_made_in_inference_serves_training():
+    with torch.inference_mode():
+        mask = causal_block_mask(7, 9, torch.device("cpu"))
+    assert not mask.kv_indices.is_inference()
+    assert causal_block_mask(7, 9, torch.device("cpu")) is mask
 
 
 def test_a_window_of_a_sliding_cache():
