@@ -5,8 +5,8 @@ write to, no privilege and one process (`seccomp`), with limits on memory, proce
 wall-clock time. The tests run in a second sandbox, as its judge: it calls the program's functions over a pipe and gets
 plain data back. So the program never sees a test or an expected value, and its builtins, comparisons and exit code
 count for nothing. The verdict carries a random token that only the judge was told. The memory and the threads of both
-sandboxes are summed up every few milliseconds, in however many processes they are (`process_tree`); over the limit, all
-of it is killed.
+sandboxes are summed up every few milliseconds, in however many processes they are (`process_tree`); over the limit,
+all of it is killed.
 
     Sandbox().run(Program(source="def f(x): return x + 1", tests="assert f(1) == 2", names=("f",))).passed
 """
