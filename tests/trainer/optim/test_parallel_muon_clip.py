@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.distributed import run_distributed
 from tests.trainer.optim.helpers import Bag, attention_of, distribute, full_tensors, groups_of, shard_fully, train
 from trainer.optim import MuonClip, ParallelMuonClip
+from trainer.optim.layout import Block
 from trainer.optim.muon_clip_reference import newton_schulz_reference, update_scale
+from trainer.optim.qk_clip import _first_local_head, _scale_rows
 
 OPTIONS = {"lr": 0.1, "qk_clip_rule": "official", "method": "classic"}
 
@@ -260,3 +262,19 @@ def test_local_heads_of_tensor_parallelism():
         assert torch.equal(result["q_proj"], expected["q_proj"])
         assert torch.equal(result["k_proj"], expected["k_proj"])
         assert (report["clipped_heads"], report["max_logit"]) == (3, 400.0)
+
+
+def test_rows_in_several_runs_take_their_own_factors():
+    local = torch.ones(4, 3)
+    _scale_rows(local, Block(((0, 2), (4, 6)), ((0, 3),)), torch.arange(6.0))
+    assert local.T.tolist() == [[0.0, 1.0, 4.0, 5.0]] * 3
+
+
+@pytest.mark.distributed
+def test_local_heads_are_those_of_the_tensor_parallel_axis():
+    def first_head(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        placements = (_StridedShard(0, split_factor=2), Shard(0))
+        return _first_local_head(DTensor.from_local(torch.zeros(6, 5), mesh, placements), 4, 8)
+
+    assert run_distributed(first_head, 4) == [0, 4, 0, 4]
