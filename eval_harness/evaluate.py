@@ -45,7 +45,7 @@ class QuietHFLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         if not self.truncation:
-            self._require_window(max(len(context) + len(choice) for _, context, choice in requests) - 1)
+            self._require_window(max((len(context) + len(choice) for _, context, choice in requests), default=1) - 1)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def _require_window(self, tokens: int) -> None:
