@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from eval_harness.answers import INVALID
-from eval_harness.math_tasks import add_answers, final_expression, score
+from eval_harness.math_tasks import add_answers, final_expression, same_object, score
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,11 @@ def test_final_expression(text, expression):
 def test_both_metrics(gold, stated, exact, same):
     found = score({"answer": gold}, [f"It is \\boxed{{{stated}}}."])
     assert found == {"exact_match": exact, "math_verify": same}
+
+
+def test_an_equation_states_its_end_and_is_not_stated_by_it():
+    assert same_object("7", "3 + 4 = 7")
+    assert not same_object("3 + 4 = 7", "7")
 
 
 def test_rows_get_the_answer_that_their_solution_boxes_last():
