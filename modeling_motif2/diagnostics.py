@@ -105,7 +105,14 @@ def _new_state(attention: nn.Module, value: float, extra: int) -> torch.Tensor:
     device = (
         torch.device("cpu") if parameter.is_meta else parameter.device
     )  # an offloaded layer's: the forward moves it
-    return torch.full((heads + extra,), value, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.full((heads + extra,), value, dtype=torch.float32, device=device)
+
+
+def _moved(state: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a state where the forward now is, fit for training even if that forward is inference."""
+    with torch.inference_mode(False):
+        return state.to(device)
 
 
 def _lambda_of(attention: nn.Module) -> float:
@@ -207,7 +214,7 @@ def update_max_logits(
 def raise_max_logits(attention: nn.Module, largest: torch.Tensor) -> None:
     """Raises `attention.max_logits` to a forward's maxima (G, r + 1); called by the attention itself."""
     if attention.max_logits.device != largest.device:  # the model was moved since
-        attention.max_logits = attention.max_logits.to(largest.device)
+        attention.max_logits = _moved(attention.max_logits, largest.device)
     own = _own_groups(attention, attention.max_logits, len(largest))
     own.copy_(torch.maximum(own, largest))
 
@@ -239,6 +246,6 @@ def update_output_norms(
         counted = visible.any(-1)[:, 0].expand(lengths.shape[:2]).to(lengths.dtype)  # (B, T)
     sums = (lengths * counted[..., None]).sum((0, 1)).view(signal.shape[2], -1)  # (G, r + 1)
     if attention.output_norms.device != sums.device:
-        attention.output_norms = attention.output_norms.to(sums.device)
+        attention.output_norms = _moved(attention.output_norms, sums.device)
     _own_groups(attention, attention.output_norms[:-1], len(sums)).add_(sums)
     attention.output_norms[-1:].add_(counted.sum())

@@ -91,6 +91,17 @@ def test_forwards_without_gradients_can_be_left_out():
         torch.testing.assert_close(module.max_logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tracking_that_began_in_inference_goes_on_in_training():
+    model, ids = small_model(attention="sdpa"), random_ids(1, 6)
+    with torch.inference_mode():
+        track_max_logits(model)
+        model(ids)
+    before = [module.max_logits.clone() for module in attention_modules(model)]
+    model(ids, labels=ids).loss.backward()
+    for module, value in zip(attention_modules(model), before, strict=True):
+        torch.testing.assert_close(module.max_logits, value)
+
+
 def test_the_backbone_alone_tracks_too():
     model = small_model()
     track_max_logits(model)
