@@ -44,7 +44,7 @@ def test_a_run_its_report_and_a_comparison(checkpoint, data_dir, tmp_path, capsy
     assert "without counting_and_probability" in report["lines"][1]["note"]
     page = (tmp_path / "first" / "report.html").read_text()
     assert "<script" not in page
-    assert "http" not in page.replace("http://", "http").split("<body", 1)[0]
+    assert "http" not in page
     assert 'href="samples/motif2_humaneval.html"' in page
     assert "add0" in (tmp_path / "first" / "samples" / "motif2_humaneval.html").read_text()
     main(["compare", str(tmp_path / "first"), str(tmp_path / "second")])
