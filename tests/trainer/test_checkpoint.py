@@ -35,8 +35,8 @@ def finished(trained_run, make_config, tmp_path):
     return tmp_path / "run/checkpoints", make_config(eval_steps=0)
 
 
-def test_only_the_last_ones_are_kept(make_config):
-    config = make_config(checkpoint_steps=2, keep_last=2, eval_steps=0)
+def test_only_the_last_ones_are_kept_and_the_end_is_one(make_config):
+    config = make_config(checkpoint_steps=3, keep_last=2, eval_steps=0)
     run_pretraining(config)
     names = [path.name for path in complete_checkpoints(Path(config.output_dir) / "checkpoints")]
     assert names == ["step_00000006", "step_00000008"]

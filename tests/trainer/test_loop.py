@@ -70,9 +70,18 @@ def test_a_run_learns_and_leaves_everything(make_config):
     assert len(first["max_logits"]) == len(first["lambdas"]) == 2
     assert math.isfinite(first["max_logits"][0])
     assert sum(first["realised"].values()) == pytest.approx(1)
+    assert result.lost_share == pytest.approx(sum(entry["lost_share"] for entry in steps) / 30)
     model = AutoModelForCausalLM.from_pretrained(result.model_dir)
     tokens = AutoTokenizer.from_pretrained(result.model_dir)("w1 w2", return_tensors="pt")
     assert model(**tokens).logits.shape == (1, 2, 51)
+
+
+def test_padding_and_first_tokens_are_counted():
+    run = SimpleNamespace(progress=trainer.loop.Progress())
+    batch = SimpleNamespace(nominal_tokens=100, tokens_by_domain={"a": 60, "b": 35}, predicted_tokens=90)
+    for _ in range(2):
+        trainer.loop._Run._count_tokens(run, batch)
+    assert run.progress == trainer.loop.Progress(tokens=200, padding_tokens=10, lost_tokens=20)
 
 
 def test_resume_continues_bit_for_bit(make_config, tmp_path, monkeypatch):
