@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from sft.checkpoints import ResumeRules
+from sft.files import write_text
 
 OPTIMIZERS = ("muon_clip", "adamw")
 DTYPES = ("float32", "bfloat16")
@@ -244,4 +245,4 @@ class SftStageConfig:
 
     def save(self, path: str | Path) -> None:
         """Write every setting as a recipe that `--config` reads back."""
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), path)

@@ -20,6 +20,7 @@ from sft.callbacks import MetricsCallback
 from sft.checkpoints import ResumeRules, changed_settings, claim_output_dir
 from sft.config import KERNEL_SOURCES
 from sft.export import CONFIG_FILE, METRICS_FILE, save_final_model
+from sft.files import write_text
 from sft.guards import GuardedSteps
 from sft.stage import load_model, load_tokenizer
 from trainer.cli import parse_recipe
@@ -149,7 +150,7 @@ def run_reinforce(config: ReinforceConfig) -> Path:
     trainer = build_reinforce_trainer(config, tokenizer)
     trainer.accelerator.wait_for_everyone()  # every rank has compared the file that is now written
     if trainer.is_world_process_zero():
-        (output_dir / CONFIG_FILE).write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        write_text(yaml.safe_dump(asdict(config), sort_keys=False), output_dir / CONFIG_FILE)
         print(*notes, sep="\n")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return save_final_model(trainer, tokenizer, config)
