@@ -66,6 +66,13 @@ def test_paired_difference_sees_what_separate_intervals_hide():
     assert first[1] > second[0], "the separate intervals overlap"
 
 
+def test_bootstrap_interval_is_the_normal_one_over_many_rows():
+    differences = [1.0] * 300 + [-1.0] * 200 + [0.0] * 500
+    paired = paired_difference([0.0] * 1000, differences)
+    reach = 1.959964 * standard_error(differences)
+    assert (0.1 - paired.low, paired.high - 0.1) == pytest.approx((reach, reach), rel=0.05)
+
+
 def test_bootstrap_interval_covers_the_true_difference():
     rng = np.random.default_rng(1)
     covered = 0
