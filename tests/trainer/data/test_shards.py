@@ -54,6 +54,14 @@ def test_given_heldout_documents_replace_the_hash(tmp_path, tokenizer):
     assert load_manifest(tmp_path)["domains"]["a"]["train"]["documents"] == 100
 
 
+@pytest.mark.parametrize(("words", "dtype"), [(2**16 - 1, np.uint16), (2**16, np.uint32)])
+def test_the_last_word_of_a_large_vocabulary_fits(tmp_path, words, dtype):
+    tokenizer = make_tokenizer(words)  # and one entry more, the end of text
+    build_shards(tmp_path, {"a": [{"text": f"w{words - 1} w0"}]}, tokenizer, **{**SETTINGS, "heldout_fraction": 0})
+    tokens = TokenCorpus(tmp_path, "a").tokens(0, 0, 3)
+    assert (tokens.tolist(), tokens.dtype) == ([words, 1, 0], dtype)
+
+
 def test_a_documents_own_field_holds_nothing_out(tmp_path, tokenizer):
     documents = [document | {"heldout": "no"} for document in make_documents(50)]
     manifest = build_shards(tmp_path, {"a": documents}, tokenizer, **{**SETTINGS, "heldout_fraction": 0})
