@@ -54,6 +54,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(tmp_path)
     assert again.generate_until(asked(*PROMPTS)) == whole
 
 
+def test_another_seed_draws_other_samples():
+    drawn = [
+        RecordedLM(CountingLM(), None, {"seed": seed}, batch_size=4).generate_until(asked(*PROMPTS))
+        for seed in (3, 3, 4)
+    ]
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
+
+
 def test_no_finished_response_is_asked_for_again_whatever_the_batch_size(tmp_path):
     broken = RecordedLM(CountingLM(breaks_after=3), tmp_path, IDENTITY, batch_size=3)
     with pytest.raises(KeyboardInterrupt):
