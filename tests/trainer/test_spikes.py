@@ -124,6 +124,7 @@ def test_too_many_spikes_stop_the_run(make_config, monkeypatch):
         run_pretraining(config)
 
 
+@pytest.mark.slow
 def test_a_limit_below_the_rewinds_so_far_stops_the_run_too(make_config, monkeypatch):
     spoil(monkeypatch, [5, 8])
     with monkeypatch.context() as patch:
