@@ -344,6 +344,18 @@ def test_a_gate_raised_above_the_threshold_is_refused():
         optimizer.step()
 
 
+def test_logits_that_are_no_numbers_on_one_rank_hide_none_of_another():
+    def run(rank):
+        bag, attention, optimizer = sharded(rank, 2)
+        attention.max_logits = torch.where(attention.max_logits.isinf(), math.nan, attention.max_logits)
+        set_gradients(bag, 1)
+        optimizer.step()
+        report = optimizer.clip_report()
+        return report["clipped_heads"], report["max_logit"]
+
+    assert run_distributed(run, 2) == [(3, 400.0)] * 2
+
+
 @pytest.mark.parametrize("logit", [math.nan, math.inf])
 def test_a_logit_that_is_no_number_clips_nothing(logit):
     bag = Bag()
