@@ -160,7 +160,7 @@ def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup:
     bound, world.bound_device_id = world.bound_device_id, None
     # PyTorch would name the group after how many groups this process knows, which may be others on other ranks
     named, name = distributed_c10d._hash_ranks_to_str, f"muon_clip {ranks} {_groups_made[ranks]}"
-    distributed_c10d._hash_ranks_to_str = lambda *_: hashlib.sha1(name.encode()).hexdigest()
+    distributed_c10d._hash_ranks_to_str = lambda *_: hashlib.sha256(name.encode()).hexdigest()
     try:
         return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     finally:
