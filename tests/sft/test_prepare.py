@@ -224,6 +224,7 @@ def test_any_licence_stands_in_the_header_of_the_card(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_real_conversations_without_their_evaluation_sets(shared_data, tokenizer, tmp_path):
     """GSM8K's training questions stay; its test questions, put among them, go."""
     tests = list(read_rows(sorted((shared_data / "eval" / "gsm8k" / "main").glob("test*"))[0]))
