@@ -54,6 +54,12 @@ def test_strided_shards_interleave():
     assert [block.row_runs for block in layout.blocks] == [((0, 2), (4, 6)), ((2, 4), (6, 8))]
 
 
+def test_copies_over_two_axes_are_told_apart():
+    placements = (Replicate(), Shard(0), Replicate())
+    layout = _read_placements(torch.arange(8).view(2, 2, 2), placements, (4, 4))
+    assert layout.replicas == (0, 1, 0, 1, 2, 3, 2, 3)
+
+
 def test_partial_sums_are_refused():
     with pytest.raises(ValueError, match="MuonClip takes shards and replicas"):
         _read_placements(torch.tensor([0, 1]), (Partial(),), (4, 4))
