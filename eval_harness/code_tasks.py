@@ -61,7 +61,7 @@ def mbpp_program(response: str, doc: dict) -> Program:
     unfenced = after_thinking(response).split("[DONE]")[0].removeprefix("[BEGIN]")
     source = next((block for block in blocks if block is not None), unfenced)
     setup = "\n".join(f"import {name}" for name in modules)
-    return Program(source.replace("\r\n", "\n"), tests, names, setup)
+    return Program(source, tests, names, setup)
 
 
 def names_needed(tests: str) -> list[str]:
