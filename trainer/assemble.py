@@ -1,13 +1,21 @@
 """The parts of a run, made from its settings: accelerator, shards, batches, held-out rows, optimizer."""
 
+import dataclasses
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from kernels_hub import use_polynorm
@@ -126,10 +134,22 @@ def prepare(
     config: PretrainConfig, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as accelerate runs them."""
+    keep_losses_in_float32(getattr(accelerator.state, "fsdp_plugin", None))
     if config.tensor_parallel == 1:
         return accelerator.prepare(model, optimizer)
     # accelerate would copy a model to its ranks; in evaluation mode it only casts, and the ranks have their parts
     return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
+
+
+def keep_losses_in_float32(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let FSDP2 hand out what the model gives: accelerate's policy rounds it, and so every token's loss, to bfloat16.
+
+    Args:
+        plugin: accelerate's, changed in place; None without FSDP.
+    """
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:

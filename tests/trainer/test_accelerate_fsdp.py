@@ -17,7 +17,7 @@ import trainer.loop
 from modeling_motif2.modeling_motif2 import Motif2DecoderLayer
 from tests.distributed import run_distributed
 from tests.trainer.test_loop import Killed, curve, kill_at
-from trainer.assemble import make_accelerator
+from trainer.assemble import keep_losses_in_float32, make_accelerator
 from trainer.loop import run_pretraining
 from trainer.step import TrainStep
 
@@ -114,3 +114,33 @@ def test_sharded_by_accelerate_a_run_trains_resumes_and_exports_as_one_rank(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_losses_of_sharded_layers_in_bfloat16_are_those_of_one_rank(make_config, tmp_path, monkeypatch):
+    """Rounded to bfloat16 themselves they would be off by parts in a thousand; the layers' rounding averages out."""
+    length = {"total_tokens": 256, "warmup_tokens": 0, "decay_tokens": 0, "mixed_precision": "bf16"}
+    alone = make_config(output_dir=str(tmp_path / "alone"), residual="bfloat16", **length)
+    run_pretraining(alone)
+    config = make_config(output_dir=str(tmp_path / "sharded"), **length)
+
+    def sharded(rank):
+        shard_as_the_file_says(monkeypatch, "fsdp2_node.yaml", SHARDS)
+        run_pretraining(config)
+
+    run_distributed(sharded, SHARDS)
+    wanted, found = (
+        next(entry["loss"] for entry in curve(each.output_dir) if "loss" in entry) for each in (alone, config)
+    )
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_fsdp2_hands_out_losses_as_the_model_gives_them():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    keep_losses_in_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.output_dtype, policy.param_dtype, policy.reduce_dtype) == (None, torch.bfloat16, torch.bfloat16)
+    keep_losses_in_float32(None)
