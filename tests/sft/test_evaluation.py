@@ -54,6 +54,7 @@ def arithmetic(tmp_path) -> dict:
     return rows | {"eval_limit": 2, "max_steps": 1}
 
 
+@pytest.mark.slow
 def test_table_grows_over_two_stages(settings, arithmetic, tmp_path, capsys):
     first = settings("stage1", **arithmetic)
     second = settings("stage2", model_name_or_path=f"{first.output_dir}/model", **arithmetic)

@@ -174,6 +174,7 @@ def tiles_of(pieces, buffer, wholes):
             yield tile, full
 
 
+@pytest.mark.slow
 def test_even_shards_take_one_copy_a_matrix_on_any_number_of_ranks():
     layouts = [row_layout((128, 4), 64) for _ in range(70)]
     chunk = plan_chunks(layouts, 5, cost_of, None, True)[0]

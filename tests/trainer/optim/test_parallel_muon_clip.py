@@ -176,7 +176,7 @@ def test_the_clip_is_part_of_what_is_compared():
     ("world_size", "dtype"),
     [
         (2, torch.float32),
-        (4, torch.float64),
+        pytest.param(4, torch.float64, marks=pytest.mark.slow),
         pytest.param(2, torch.float64, marks=pytest.mark.slow),
         pytest.param(4, torch.float32, marks=pytest.mark.slow),
     ],
