@@ -1,5 +1,6 @@
 r"""Answers are found whatever stands around them: commas, units, LaTeX, text after the answer, several boxes."""
 
+import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -111,15 +112,18 @@ def test_forms_that_occur(text, number):
 
 def test_a_model_that_repeats_itself_ends_no_run_and_costs_no_minutes():
     """Ten thousand times the same, as greedy decoding may give it; limited in processor time, whatever else runs."""
-    repeated = ["1", "\n", " ", "- ", ",111", "\\boxed{", "\\frac{1}{", "the answer is ", "#"]
-    texts = [f"0.5 {piece * 10_000}" for piece in repeated]
-    texts += [f"{'1' * 10_000}/2", f"\\frac{{{'1' * 10_000}}}{{2}}"]
+    repeated = dict.fromkeys(("1", ",111", "\n", " ", "- ", "\\boxed{", "the answer is ", "#"), "0.5")
+    repeated["\\frac{1}{"] = "1"
+    expected = {f"0.5 {piece * 10_000}": number for piece, number in repeated.items()}
+    long = "1" * 10_000  # a number that nobody means: passed over
+    expected |= {f"{long}/2": "2", f"\\frac{{{long}}}{{2}}": "2"}
     code = (
-        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (15, 15))\n"
+        "import json, resource\nresource.setrlimit(resource.RLIMIT_CPU, (15, 15))\n"
         "from eval_harness.answers import final_number, letter\n"
-        f"for text in {texts!r}: final_number(text), letter(text)"
+        f"print(json.dumps([(final_number(text), letter(text)) for text in {list(expected)!r}]))"
     )
-    subprocess.run([sys.executable, "-"], input=code, text=True, check=True)
+    done = subprocess.run([sys.executable, "-"], input=code, text=True, check=True, stdout=subprocess.PIPE)
+    assert json.loads(done.stdout) == [[number, INVALID] for number in expected.values()]
 
 
 def test_hashes_without_a_number_are_no_answer():
