@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from kernels_hub import KernelChoice, assert_polynorm_runs
 from sft.checkpoints import seal, unseal
 from trainer.errors import CheckpointError
+from trainer.sharding import gather_backwards_in_order, keep_losses_in_float32
 
 
 class GuardedSteps:
@@ -16,14 +17,20 @@ class GuardedSteps:
 
     It stops at the first loss or gradient that is no number, before it reaches the weights. Every rank decides by the
     same reduced number, so that none waits for one that has stopped. In its first micro-step it counts PolyNorm's
-    operators: `kernel` is what ran, and a kernel that did not run is an AssertionError.
+    operators: `kernel` is what ran, and a kernel that did not run is an AssertionError. Under FSDP2 losses stay in
+    float32, and a step after an evaluation gathers its own weights only (`trainer/sharding.py`).
     """
 
     kernel: KernelChoice | None = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        keep_losses_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         step = super().training_step
         if self.kernel is None:
+            gather_backwards_in_order(self.accelerator.unwrap_model(self.model))
             losses = []
             self.kernel = assert_polynorm_runs(self.model, lambda: losses.append(step(*args, **kwargs)))
             loss = losses[0]

@@ -106,8 +106,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         report.save(output_dir / REPORT_FILE)
         shown = preview(tokenizer, train_data, config.preview_samples)
         print(*notes, *_summaries(report, eval_report), *shown, sep="\n")
-    if eval_data is not None and checkpoint is None:
-        trainer.evaluate()
+    trainer.args.eval_on_start = eval_data is not None and checkpoint is None  # before `train` FSDP2 cannot
     output = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
     model_dir = save_final_model(trainer, tokenizer, config)

@@ -4,12 +4,27 @@ import os
 import socket
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes between ranks, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def run_distributed(fn: Callable, world_size: int, *args, backend: str = "gloo", timeout_seconds: int = 120) -> list:

@@ -1,6 +1,5 @@
 """The parts of a run, made from its settings: accelerator, shards, batches, held-out rows, optimizer."""
 
-import dataclasses
 from datetime import timedelta
 
 import torch
@@ -8,14 +7,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
-    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from kernels_hub import use_polynorm
@@ -23,6 +20,7 @@ from trainer.config import PretrainConfig
 from trainer.data.loader import CurriculumLoader, heldout_batches
 from trainer.data.shards import TokenCorpus, build_shards, check_tokenizer, load_manifest
 from trainer.optim import build_muon_clip
+from trainer.sharding import keep_losses_in_float32
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
@@ -139,17 +137,6 @@ def prepare(
         return accelerator.prepare(model, optimizer)
     # accelerate would copy a model to its ranks; in evaluation mode it only casts, and the ranks have their parts
     return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(optimizer)
-
-
-def keep_losses_in_float32(plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Let FSDP2 hand out what the model gives: accelerate's policy rounds it, and so every token's loss, to bfloat16.
-
-    Args:
-        plugin: accelerate's, changed in place; None without FSDP.
-    """
-    policy = getattr(plugin, "mixed_precision_policy", None)
-    if isinstance(policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -25,6 +25,7 @@ from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
 from trainer.masks import attention_masks, send
+from trainer.sharding import drop_gathered_weights, gather_backwards_in_order
 
 
 class NonFiniteLossError(RuntimeError):
@@ -97,6 +98,7 @@ class TrainStep:
         self.data_ranks = accelerator.num_processes // tensor_ranks
         self.data_rank = accelerator.process_index // tensor_ranks  # tensor parallelism is the mesh's innermost axis
         self.bare_model = accelerator.unwrap_model(model)
+        gather_backwards_in_order(self.bare_model)
         self.head_loss = HeadLoss(self.bare_model.get_output_embeddings(), loss, compile_loss)
         compiled = any(hasattr(module.forward, "_torchdynamo_orig_callable") for module in model.modules())
         self._compiled = compiled
@@ -218,6 +220,7 @@ class TrainStep:
                 losses, counted = self.token_losses(**batches[min(index, len(batches) - 1)])
             if index < len(batches):  # a rank without a batch of its own only keeps the others company
                 sums += torch.stack([losses.double().sum(), counted.sum().double()])
+        drop_gathered_weights(self.bare_model)
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return total / count
 

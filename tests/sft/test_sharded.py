@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sft import stage
 from sft.callbacks import MetricsCallback
 from sft.stage import run_stage
-from tests.distributed import run_distributed
+from tests.distributed import Collectives, run_distributed
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -80,6 +80,35 @@ def test_two_ranks_equal_one(settings):
     expected = weights(one.output_dir)
     for name, value in weights(two.output_dir).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+def test_steps_after_an_evaluation_gather_no_more_than_any_step_and_losses_are_not_rounded(settings, workplace):
+    def counted(rank, config):
+        step, compute, gathers, types = stage.StageTrainer.training_step, stage.StageTrainer.compute_loss, [], set()
+
+        def training_step(self, *args, **kwargs):
+            with Collectives() as seen:
+                loss = step(self, *args, **kwargs)
+            gathers.append(sum(count for name, count in seen.counts.items() if "gather" in name))
+            return loss
+
+        def compute_loss(self, *args, **kwargs):
+            loss = compute(self, *args, **kwargs)
+            types.add((loss[0] if isinstance(loss, tuple) else loss).dtype)
+            return loss
+
+        stage.StageTrainer.training_step, stage.StageTrainer.compute_loss = training_step, compute_loss
+        assert run_sharded(rank, config)
+        return gathers, types
+
+    held_out = [str(workplace / "eval.jsonl")]
+    config = settings(eval_files=held_out, eval_steps=2, dtype="bfloat16")
+    (gathers, types), _ = run_distributed(counted, 2, config)
+    usual = gathers[1]
+    assert usual > 1
+    assert gathers == 2 * [usual - 1, usual, usual, usual], "the head's weights are left gathered by an evaluation"
+    assert types == {torch.float32}
 
 
 @pytest.mark.distributed

@@ -17,8 +17,9 @@ import trainer.loop
 from modeling_motif2.modeling_motif2 import Motif2DecoderLayer
 from tests.distributed import run_distributed
 from tests.trainer.test_loop import Killed, curve, kill_at
-from trainer.assemble import keep_losses_in_float32, make_accelerator
+from trainer.assemble import make_accelerator
 from trainer.loop import run_pretraining
+from trainer.sharding import keep_losses_in_float32
 from trainer.step import TrainStep
 
 FILES = Path(__file__).resolve().parents[2] / "recipes/accelerate"

@@ -4,7 +4,6 @@ import contextlib
 import math
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
-from tests.distributed import run_distributed
+from tests.distributed import Collectives, run_distributed
 from trainer.assemble import make_accelerator
 from trainer.averaging import local_part
 from trainer.data.loader import Batch
@@ -55,8 +53,8 @@ def build(layout: str) -> Motif2ForCausalLM:
     if layout != "one":
         shape, names = {"fsdp": ((2,), ("shard",)), "hsdp": ((2, 2), ("replicate", "shard"))}[layout]
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
+        for part in (model.model.embed_tokens, *model.model.layers):  # as accelerate does
+            fully_shard(part, mesh=mesh)
         fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
         fully_shard(model, mesh=mesh)
     return model
@@ -211,19 +209,6 @@ def test_tensor_parallelism_refuses_a_chunked_loss():
     run_distributed(run, 2)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts what goes between ranks, by operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.counts[function.name()] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
 def test_accumulation_reduces_gradients_once(layout, ranks):
@@ -241,6 +226,41 @@ def test_accumulation_reduces_gradients_once(layout, ranks):
     assert any("allreduce" in name for name in reductions) == (layout == "hsdp")
     assert parts.keys() == whole.keys()
     assert {name: parts[name] for name in reductions} == {name: whole[name] for name in reductions}
+
+
+@pytest.mark.distributed
+def test_a_step_after_an_evaluation_gathers_what_any_step_does():
+    """FSDP2 by itself would go on into the evaluation's weights at the end of the first backward."""
+
+    def gathers(rank):
+        step = make_step("fsdp", micro_batch_tokens=LENGTH)
+        counts = []
+        for evaluated in (False, True, False):
+            if evaluated:
+                step.evaluate(_whole_rows(step))
+            with Collectives() as seen:
+                step._backward(batch(step, 0))
+            counts.append({name: count for name, count in seen.counts.items() if "gather" in name})
+        return counts
+
+    before, after, later = run_distributed(gathers, 2)[0]
+    assert before
+    assert before == after == later
+
+
+@pytest.mark.distributed
+def test_an_evaluation_sees_weights_that_changed_since_the_last_one():
+    def losses(rank):
+        step = make_step("fsdp")
+        head = step.bare_model.lm_head.weight  # this rank's part, as the optimizer has it
+        first = step.evaluate(_whole_rows(step))
+        with torch.no_grad():
+            head.zero_()
+        return first, step.evaluate(_whole_rows(step))
+
+    first, second = run_distributed(losses, 2)[0]
+    assert abs(first - math.log(48)) > 1e-3
+    assert second == pytest.approx(math.log(48), abs=1e-6)
 
 
 def test_the_first_step_proves_that_the_polynorm_kernel_runs():

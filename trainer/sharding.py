@@ -1,0 +1,49 @@
+"""FSDP2 as accelerate sets it up, and what must be said to it so that evaluations and losses come out right."""
+
+import dataclasses
+import itertools
+
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def keep_losses_in_float32(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let FSDP2 hand out what the model gives: accelerate's policy rounds it, and so every token's loss, to bfloat16.
+
+    Args:
+        plugin: accelerate's, changed in place; None without FSDP.
+    """
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def gather_backwards_in_order(model: nn.Module) -> None:
+    """Name the weights that FSDP2 gathers next in a backward: each layer's predecessor.
+
+    By itself it goes back through all forwards since the last backward, and so from a training step's first into an
+    evaluation's last. The weights gathered then are thrown away unused, while another gather already writes where they
+    lay: on two GPUs the next forward had wrong rows in its embedding (docs/pretraining.md, Checkpoints).
+
+    Args:
+        model: prepared by accelerate; without FSDP2 nothing happens.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    units = [model.get_input_embeddings(), *layers, model.get_output_embeddings()]
+    units = [unit for unit in units if isinstance(unit, FSDPModule)]
+    # The first names itself, which is there already: an empty list would leave it to FSDP2.
+    for earlier, unit in itertools.pairwise(units[:1] + units):
+        unit.set_modules_to_backward_prefetch([earlier])
+
+
+def drop_gathered_weights(model: nn.Module) -> None:
+    """Free what an evaluation left gathered, the head's weights: a later forward would not see them change.
+
+    Args:
+        model: prepared by accelerate; without FSDP2 nothing happens.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
