@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from kernels_hub import KernelChoice, assert_polynorm_runs
 from sft.checkpoints import seal, unseal
 from trainer.errors import CheckpointError
-from trainer.sharding import gather_backwards_in_order, keep_losses_in_float32
+from trainer.sharding import drop_gathered_weights, gather_backwards_in_order, keep_losses_in_float32
 
 
 class GuardedSteps:
@@ -18,7 +18,7 @@ class GuardedSteps:
     It stops at the first loss or gradient that is no number, before it reaches the weights. Every rank decides by the
     same reduced number, so that none waits for one that has stopped. In its first micro-step it counts PolyNorm's
     operators: `kernel` is what ran, and a kernel that did not run is an AssertionError. Under FSDP2 losses stay in
-    float32, and a step after an evaluation gathers its own weights only (`trainer/sharding.py`).
+    float32, and evaluations leave no trace in the steps after them (`trainer/sharding.py`).
     """
 
     kernel: KernelChoice | None = None
@@ -43,6 +43,11 @@ class GuardedSteps:
         norm = super()._get_grad_norm(model, grad_norm)
         self._refuse_non_finite("gradient's norm", norm)  # over all ranks already
         return norm
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        drop_gathered_weights(self.accelerator.unwrap_model(self.model))
+        return metrics
 
     def _refuse_non_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

@@ -39,11 +39,15 @@ def gather_backwards_in_order(model: nn.Module) -> None:
 
 
 def drop_gathered_weights(model: nn.Module) -> None:
-    """Free what an evaluation left gathered, the head's weights: a later forward would not see them change.
+    """Free what an evaluation left gathered, the weights of norm and head: a later forward would not see them change.
+
+    TRL's fused loss never calls the head. torch 2.11 then waits for it with hooks that gather nothing, in the next
+    forward too, which fails once a checkpoint has freed the weights; that is ended here.
 
     Args:
         model: prepared by accelerate; without FSDP2 nothing happens.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module._get_fsdp_state()._modules_to_run_forward.clear()
             module.reshard()
