@@ -210,10 +210,10 @@ def _data(report: dict) -> str:
 
 
 def _results(table: list[dict]) -> list[str]:
-    from sft.evaluation import render_table
-
     if not table:
         return []
+    from sft.evaluation import render_table
+
     return [
         "### Before and after each stage\n\nThe same rows on both sides, through the chat template.\n\n"
         + render_table(table)
