@@ -27,13 +27,15 @@ RESULTS_FILE = "results.json"
 
 
 class QuietHFLM(HFLM):
-    """lm-eval's transformers model, with three changes.
+    """lm-eval's transformers model, with four changes.
 
     No progress bar a batch: `RecordedLM` shows one over all requests. The end of thinking stays in the text where it
-    is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer. And a prompt
-    that exceeds the model's window is refused, which lm-eval cuts from the left, examples first, with a warning among
-    many; `truncation=True` lets it. Where the window has room for fewer tokens than may be generated, the answer ends
-    with the window.
+    is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer. A stop
+    sequence that is a special token ends its own row at once: lm-eval lets the row write on until the whole batch has
+    stopped and then, since special tokens are left out of the text, no longer sees where to cut. And a prompt that
+    exceeds the model's window is refused, which lm-eval cuts from the left, examples first, with a warning among many;
+    `truncation=True` lets it. Where the window has room for fewer tokens than may be generated, the answer ends with
+    the window.
     """
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -61,6 +63,17 @@ class QuietHFLM(HFLM):
         if normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"] <= room:
             return request
         return replace(request, arguments=(context, {**options, "max_gen_toks": room}))
+
+    def _model_generate(self, context, max_length, stop, **generation_options):
+        marks = {
+            token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        known = self.model.generation_config.eos_token_id
+        ends = [known] if isinstance(known, int) else list(known or [])
+        ends += [marks[text] for text in stop if text in marks and marks[text] not in ends]
+        return super()._model_generate(
+            context, max_length, stop, **{"eos_token_id": ends or None, **generation_options}
+        )
 
     def tok_decode(self, tokens, skip_special_tokens=True):
         mark = self.tokenizer.convert_tokens_to_ids(THINKING_END)

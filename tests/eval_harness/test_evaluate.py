@@ -1,9 +1,11 @@
 """Demo tasks score what they say, raw and in chat markup, whatever the batch size."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from eval_harness.evaluate import evaluate, load_tasks, wrap_model
@@ -102,6 +104,28 @@ def test_the_end_of_thinking_is_seen_though_it_is_a_special_token(tiny_model, to
     ids = tokenizer("<think>4</think>5<|endofturn|>", add_special_tokens=False)["input_ids"]
     assert lm.tok_decode(ids) == "4</think>5"
     assert lm.tok_decode(ids[:1]) == ""
+
+
+def test_a_stop_sequence_that_is_a_special_token_ends_its_row_whatever_the_batch_size(
+    tokenizer, tiny_model, monkeypatch
+):
+    """The checkpoint knows another end, and the other row of the batch goes on for longer."""
+    after = dict(itertools.pairwise(tokenizer.convert_tokens_to_ids([*"15", "<|endofturn|>", "9"])))
+    after |= dict(itertools.pairwise(tokenizer.convert_tokens_to_ids([*"23468", "<|endoftext|>"])))
+    nine = tokenizer.convert_tokens_to_ids("9")
+    forward = type(tiny_model).forward
+
+    def scripted(self, input_ids, **options):
+        output = forward(self, input_ids=input_ids, **options)
+        following = torch.tensor([[after.get(int(row[-1]), nine)] for row in input_ids])  # (B, 1)
+        output.logits = torch.nn.functional.one_hot(following, output.logits.shape[-1]).double()  # (B, 1, V)
+        return output
+
+    monkeypatch.setattr(type(tiny_model), "forward", scripted)
+    options = {"until": ["<|endofturn|>"], "do_sample": False, "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, (prompt, options), 0) for prompt in "12"]
+    for size in (1, 2):
+        assert wrap_model(tiny_model, tokenizer, size).generate_until(asked, disable_tqdm=True) == ["5", "3468"]
 
 
 def test_answers_end_with_the_window_and_longer_prompts_are_refused(demo_data, tmp_path, tiny_model, tokenizer):
