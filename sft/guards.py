@@ -23,8 +23,9 @@ class GuardedSteps:
 
     kernel: KernelChoice | None = None
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Before TRL shards a reference model: rounded, its answers would differ from those of the model it equals.
         keep_losses_in_float32(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:

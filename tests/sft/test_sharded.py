@@ -1,6 +1,7 @@
 """Two ranks under FSDP2 train as one does: the same losses, the same weights, the same heads clipped."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -12,8 +13,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sft import stage
+from sft import reinforce, stage
 from sft.callbacks import MetricsCallback
+from sft.reinforce import ReinforceConfig, run_reinforce
 from sft.stage import run_stage
 from tests.distributed import Collectives, run_distributed
 
@@ -25,18 +27,44 @@ FSDP2 = {
 }
 
 
-def run_sharded(rank: int, config) -> bool:
-    """One rank of a stage; accelerate ignores FSDP on CPU, so the state is told that the ranks are accelerators."""
+def shard_as_on_accelerators(module, arguments_name: str) -> None:
+    """accelerate ignores FSDP on CPU, so the state is told that the ranks are accelerators.
+
+    Args:
+        module: that builds the trainer.
+        arguments_name: of its function that makes the trainer's arguments.
+    """
     os.environ.update(FSDP2)
     AcceleratorState._reset_state(reset_partial_state=True)
-    arguments_of = stage.trl_arguments
+    arguments_of = getattr(module, arguments_name)
 
-    def arguments_then_fsdp(config):
-        arguments = arguments_of(config)
+    def arguments_then_fsdp(*args, **kwargs):
+        arguments = arguments_of(*args, **kwargs)
+        assert arguments.world_size > 1  # sets up the state that is changed here
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return arguments
 
-    stage.trl_arguments = arguments_then_fsdp
+    setattr(module, arguments_name, arguments_then_fsdp)
+
+
+def run_reinforce_sharded(rank: int, config: ReinforceConfig) -> set[str]:
+    """One rank of DPO or GRPO; returns the kinds of the parameters of the model and of the one it started from."""
+    shard_as_on_accelerators(reinforce, "_arguments")
+    build, trainers = reinforce.build_reinforce_trainer, []
+
+    def build_and_keep(*arguments):
+        trainers.append(build(*arguments))
+        return trainers[0]
+
+    reinforce.build_reinforce_trainer = build_and_keep
+    run_reinforce(config)
+    models = (trainers[0].model_wrapped, trainers[0].ref_model)
+    return {type(parameter).__name__ for model in models for parameter in model.parameters()}
+
+
+def run_sharded(rank: int, config) -> bool:
+    """One rank of a stage."""
+    shard_as_on_accelerators(stage, "trl_arguments")
     sharded = []
     build = stage.build_trainer
 
@@ -109,6 +137,66 @@ def test_evaluations_leave_no_trace_in_the_steps_after_them_and_losses_are_not_r
     assert len(set(gathers)) == 1
     assert gathers[0] > 1
     assert types == {torch.float32}
+
+
+@pytest.fixture
+def reinforcement(workplace, tmp_path):
+    """Make the settings of DPO or GRPO; keyword arguments win."""
+
+    def make(method: str, name: str, **changes) -> ReinforceConfig:
+        defaults = {
+            "method": method,
+            "model_name_or_path": str(workplace / "base"),
+            "output_dir": str(tmp_path / name),
+            "num_problems": 16,
+            "max_steps": 3,
+            "batch_size": 2,
+            "num_generations": 2,
+            "max_answer_tokens": 6,
+            "learning_rate": 2e-3,
+            "kernels": "torch",
+            "use_cpu": True,
+        }
+        return ReinforceConfig(**(defaults | changes))
+
+    return make
+
+
+@pytest.mark.distributed
+def test_a_model_equals_the_one_it_starts_from_in_bfloat16_too(reinforcement):
+    """Rounded as accelerate's policy asks, the first model's answers alone would be another's."""
+    config = reinforcement("dpo", "dpo", max_steps=1, bf16=True)
+    assert run_distributed(run_reinforce_sharded, 2, config) == [{"DTensor"}] * 2
+    (line,) = lines_of(config.output_dir)
+    assert line["rewards/margins"] == 0
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_two_ranks_reinforce_go_on_and_export(reinforcement, workplace, method):
+    two = reinforcement(method, "two", save_steps=2)
+    assert run_distributed(run_reinforce_sharded, 2, two) == [{"DTensor"}] * 2
+    broken = replace(two, output_dir=f"{two.output_dir}_broken", resume=True)
+    shutil.copytree(two.output_dir, broken.output_dir, ignore=shutil.ignore_patterns("model", "checkpoint-3"))
+    assert run_distributed(run_reinforce_sharded, 2, broken) == [{"DTensor"}] * 2
+    assert [line["loss"] for line in lines_of(broken.output_dir)] == [
+        line["loss"] for line in lines_of(two.output_dir)
+    ]
+    found, base = weights(two.output_dir), AutoModelForCausalLM.from_pretrained(workplace / "base").state_dict()
+    assert any(not torch.equal(value, base[name]) for name, value in found.items())
+    for name, value in weights(broken.output_dir).items():
+        torch.testing.assert_close(value, found[name], rtol=0, atol=0, msg=name)
+    if method == "grpo":  # ranks sample other answers than one does
+        return
+    one = reinforcement(method, "one", batch_size=4)
+    run_reinforce(one)
+    for alone, together in zip(lines_of(one.output_dir), lines_of(two.output_dir), strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+    for name, value in weights(one.output_dir).items():
+        torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.distributed
