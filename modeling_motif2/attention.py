@@ -6,7 +6,6 @@ heads, D head dimension. A group owns r signal queries, 1 noise query, 2 keys an
 Source: arXiv 2510.06949 (grouped differential attention).
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,16 +21,11 @@ from .attention_ways import Way, attend_with_kernel
 from .configuration_motif2 import Motif2Config
 from .diagnostics import keeps_max_logits, raise_max_logits, update_max_logits, update_output_norms
 from .gradient_layout import keep_gradient_layout
-from .layers import Motif2RMSNorm, rotate, widen
+from .layers import Motif2RMSNorm, lambda_init, rotate, widen
 from .visible_intervals import is_intervals, positions_of_intervals
 
 # Backends that multiply a value twice as wide as the key; the others get the two halves in separate calls.
 WIDE_VALUE_BACKENDS = {"eager"}
-
-
-def lambda_init(layer_idx: int) -> float:
-    """Returns the constant part of lambda for a layer counted from 0 (layer 0 gives -0.0099, layer 1 gives 0.2)."""
-    return 0.8 - 0.6 * math.exp(-0.3 * (layer_idx - 1))
 
 
 def repeat_heads(states: torch.Tensor, repeats: int) -> torch.Tensor:

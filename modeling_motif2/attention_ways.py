@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from .diagnostics import keeps_max_logits
-from .layers import Motif2RMSNorm
+from .layers import Motif2RMSNorm, lambda_init
 from .visible_intervals import block_mask, boolean_mask, causal_block_mask, is_intervals, lengths_of_documents
 
 FLEX_SIZES = 64  # sizes that FlexAttention is compiled for before it runs uncompiled (assumption)
@@ -194,6 +194,10 @@ def attend_with_kernel(
     out_scale = 1 - attention.lambda_init
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in arguments)
     if not wants_gradient and signal_query.shape[2] == 1:
+        if torch.compiler.is_compiling():
+            # From the index, a constant to the compiler, as the cache's place is: layers compiled one by one make a
+            # symbol of the attribute, and Inductor's cache gave them each other's code, with the first one's factor.
+            out_scale = 1 - lambda_init(attention.layer_idx)
         return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
     if not (wants_gradient or torch.compiler.is_compiling()):
         return attention.kernel.attend(*arguments, out_scale=out_scale, **passes, **options)

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C hidden size, F intermediate size, G groups, D head 
 Source: arXiv 2511.07464 (Motif-2-12.7B), 2411.03884 (PolyNorm).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,11 @@ from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_motif2 import Motif2Config
+
+
+def lambda_init(layer_idx: int) -> float:
+    """Returns the constant part of lambda for a layer counted from 0 (layer 0 gives -0.0099, layer 1 gives 0.2)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * (layer_idx - 1))
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,35 @@ def test_the_model_is_one_graph_with_the_kernel():
     assert graphs == [1]
 
 
+def compile_layers_of(model, backend):
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
+
+
+def test_decoding_layers_compiled_one_by_one_hold_their_own_factor():
+    """A number that the compiler had made a symbol of was another layer's in Inductor's code."""
+    model, factors = with_kernel(dtype=torch.float32, layers=3), []
+
+    def note(graph, inputs):
+        factors.extend(node.args[-1] for node in graph.graph.nodes if "gda_decode" in str(node.target))
+        return graph.forward
+
+    compile_layers_of(model, note)
+    with torch.no_grad():
+        model(random_ids(2, 1), use_cache=False)
+    assert factors == [1 - layer.lambda_init for layer in attention_modules(model)]
+
+
+@pytest.mark.slow
+def test_decoding_layers_compiled_one_by_one_give_the_same_logits():
+    model, plain = (with_kernel(dtype=torch.float32, layers=4) for _ in range(2))
+    compile_layers_of(model, "inductor")
+    ids = random_ids(2, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "layer"])
 @pytest.mark.parametrize("name", ["gda_kernel", "gda_fastest"])
