@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import kernels_hub
@@ -24,6 +25,7 @@ from trainer.averaging import local_part
 from trainer.data.loader import Batch
 from trainer.execution import compile_layers
 from trainer.optim import build_muon_clip
+from trainer.sharding import drop_gathered_weights, gather_backwards_in_order
 from trainer.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +248,41 @@ def test_a_step_after_an_evaluation_gathers_what_any_step_does():
     before, after, later = run_distributed(gathers, 2)[0]
     assert before
     assert before == after == later
+
+
+@pytest.mark.distributed
+def test_a_backward_gathers_no_embedding_that_is_frozen():
+    def gathers(rank):
+        step, counts = make_step("fsdp"), []
+        for trained in (True, False):
+            step.bare_model.get_input_embeddings().requires_grad_(trained)
+            gather_backwards_in_order(step.bare_model)
+            with Collectives() as seen:
+                step._backward(batch(step, 0))
+            counts.append(sum(count for name, count in seen.counts.items() if "gather" in name))
+        return counts
+
+    trained, frozen = run_distributed(gathers, 2)[0]
+    assert frozen == trained - 1
+
+
+@pytest.mark.distributed
+def test_weights_of_a_head_that_was_never_called_are_dropped():
+    """As after TRL's fused loss, where torch does not end the forward itself."""
+
+    def gathered(rank):
+        step = make_step("fsdp")
+        step.evaluate(_whole_rows(step))
+        model, found = step.bare_model, []
+        with torch.no_grad():
+            model.model(input_ids=batch(step, 0).input_ids)
+        for _ in range(2):
+            found.append(not isinstance(model.model.norm.weight, DTensor))
+            drop_gathered_weights(model)
+        step.run(batch(step, 0), 1.0)
+        return found
+
+    assert run_distributed(gathered, 2) == [[True, False]] * 2
 
 
 @pytest.mark.distributed
