@@ -11,7 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
+
+from trainer.optim.layout import local_of
 
 BYTES_AT_ONCE = 2**30
 
@@ -28,11 +29,11 @@ def average_with_checkpoints(model: nn.Module, checkpoints: Sequence[Path]) -> N
     """
     weights, seen = {}, set()
     for name, weight in get_model_state_dict(model).items():
-        storage = local_part(weight).data_ptr()
-        if storage not in seen or not local_part(weight).numel():  # a tied weight is averaged once
+        storage = local_of(weight).data_ptr()
+        if storage not in seen or not local_of(weight).numel():  # a tied weight is averaged once
             weights[name] = weight
             seen.add(storage)
-    for names in in_portions({name: local_part(weight).nbytes for name, weight in weights.items()}):
+    for names in in_portions({name: local_of(weight).nbytes for name, weight in weights.items()}):
         sums = {name: weights[name].detach().clone() for name in names}
         add_checkpoints(sums, checkpoints)
         for name, total in sums.items():
@@ -68,8 +69,3 @@ def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         num_bytes += size
     if portion:
         yield portion
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

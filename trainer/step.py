@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from kernels_hub import assert_polynorm_runs, polynorm_in_use
 from modeling_motif2.diagnostics import attention_modules, reset_max_logits
-from trainer.averaging import local_part
 from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE_INDEX
 from trainer.execution import fast_attention
 from trainer.head_loss import HeadLoss
 from trainer.masks import attention_masks, send
+from trainer.optim.layout import local_of
 from trainer.sharding import drop_gathered_weights, gather_backwards_in_order
 
 
@@ -242,7 +242,7 @@ class TrainStep:
         """Make a gradient NaN where a loss or the norm is not finite, without waiting for the device to know."""
         spoilt = 0 * numbers[: 2 * len(self.domains) + 1].sum()
         gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
-        local = next((part for part in map(local_part, gradients) if part.numel()), None)
+        local = next((part for part in map(local_of, gradients) if part.numel()), None)
         if local is not None:
             local += spoilt.to(local.dtype)
 

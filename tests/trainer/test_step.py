@@ -21,10 +21,10 @@ import kernels_hub
 from modeling_motif2 import Motif2Config, Motif2ForCausalLM
 from tests.distributed import Collectives, run_distributed
 from trainer.assemble import make_accelerator
-from trainer.averaging import local_part
 from trainer.data.loader import Batch
 from trainer.execution import compile_layers
 from trainer.optim import build_muon_clip
+from trainer.optim.layout import local_of
 from trainer.sharding import drop_gathered_weights, gather_backwards_in_order
 from trainer.step import TrainStep
 
@@ -373,7 +373,7 @@ print("imported")
 def assert_step_is_left_out(step: TrainStep, spoilt: float) -> None:
     """A step whose losses have `spoilt` added, a constant: its gradients are finite."""
     step.run(batch(step, 0), 1.0)
-    before = [local_part(parameter).detach().clone() for parameter in step.model.parameters()]
+    before = [local_of(parameter).detach().clone() for parameter in step.model.parameters()]
     original = step.token_losses
 
     def token_losses(*arguments):
@@ -386,7 +386,7 @@ def assert_step_is_left_out(step: TrainStep, spoilt: float) -> None:
     assert not math.isfinite(outcome.loss)
     assert math.isfinite(outcome.grad_norm)
     assert outcome.clipped_heads == 0
-    after = (local_part(parameter) for parameter in step.model.parameters())
+    after = (local_of(parameter) for parameter in step.model.parameters())
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     step.token_losses = original
     next_outcome = step.run(batch(step, 1), 1.0)
