@@ -15,7 +15,7 @@ BACKENDS = (
     "openai-completions",
     "openai-chat-completions",
 )
-WINDOW_OPTIONS = ("max_length", "max_model_len", "truncation")
+WINDOW_OPTIONS = ("max_length", "max_model_len", "truncation", "truncate")
 
 
 @dataclass

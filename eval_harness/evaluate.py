@@ -6,19 +6,18 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_motif2  # noqa: F401  (registers Motif-2 with the Auto classes)
 from eval_harness.answers import THINKING_END
+from eval_harness.backends import WholePrompts
 from eval_harness.loading import load_tasks, quiet_lm_eval
 from eval_harness.responses import RecordedLM
 
@@ -26,43 +25,19 @@ SEED = 1234
 RESULTS_FILE = "results.json"
 
 
-class QuietHFLM(HFLM):
-    """lm-eval's transformers model, with four changes.
+class QuietHFLM(WholePrompts, HFLM):
+    """lm-eval's transformers model, with three changes besides those of `WholePrompts`.
 
     No progress bar a batch: `RecordedLM` shows one over all requests. The end of thinking stays in the text where it
-    is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer. A stop
+    is a special token, which lm-eval leaves out: without it nobody could tell thoughts from the answer. And a stop
     sequence that is a special token ends its own row at once: lm-eval lets the row write on until the whole batch has
-    stopped and then, since special tokens are left out of the text, no longer sees where to cut. And a prompt that
-    exceeds the model's window is refused, which lm-eval cuts from the left, examples first, with a warning among many;
-    `truncation=True` lets it. Where the window has room for fewer tokens than may be generated, the answer ends with
-    the window.
+    stopped and then, since special tokens are left out of the text, no longer sees where to cut.
     """
 
-    def generate_until(self, requests, disable_tqdm=False):
-        if not self.truncation:
-            longest = max(len(self.tok_encode(request.args[0])) for request in requests)
-            self._require_window(longest + 1)
-            requests = [self._within(request, self.max_length - longest) for request in requests]
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+    more_than_choice = -1  # the choice's last token is scored, not read
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        if not self.truncation:
-            self._require_window(max((len(context) + len(choice) for _, context, choice in requests), default=1) - 1)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-    def _require_window(self, tokens: int) -> None:
-        if tokens > self.max_length:
-            raise ValueError(
-                f"a prompt and its answer need {tokens} tokens, the model's window has {self.max_length}: use fewer "
-                f"examples or another task, state the window (`--model_args max_length={tokens}`), or let prompts be "
-                "cut from the left (`--model_args truncation=True`)"
-            )
-
-    def _within(self, request: Instance, room: int) -> Instance:
-        context, options = request.args
-        if normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"] <= room:
-            return request
-        return replace(request, arguments=(context, {**options, "max_gen_toks": room}))
 
     def _model_generate(self, context, max_length, stop, **generation_options):
         marks = {

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ class RecordedLM(LM):
 
     def _ask(self, kind: str, requests: list[Instance]) -> list:
         keys = request_keys(kind, requests)
+        if kind == "generate_until" and hasattr(self.inner, "_create_payload"):
+            requests = self._with_seeds(requests)
         contexts = [request.args[0] for request in requests]
         order = sorted(range(len(requests)), key=lambda index: (-len(contexts[index]), contexts[index], keys[index]))
         size = CHUNK_BATCHES[kind] * self.batch_size
@@ -88,6 +91,15 @@ class RecordedLM(LM):
         self._wait_for_slower_ranks(kind, requests, keys, len(unfinished))
         self.used |= {key: self.responses[key] for key in keys}
         return [self.responses[key] for key in keys]
+
+    def _with_seeds(self, requests: list[Instance]) -> list[Instance]:
+        """Requests to an API, each repeat with a seed of its own: lm-eval sends one and the same, for one answer."""
+        seeds = [f"{self.seed}:{self.inner._seed}:{number}" for number in repeat_numbers(requests)]
+        numbers = [int.from_bytes(hashlib.sha256(seed.encode()).digest()[:3], "big") for seed in seeds]
+        return [
+            replace(request, arguments=(request.args[0], {**request.args[1], "seed": number}))
+            for request, number in zip(requests, numbers, strict=True)
+        ]
 
     def _ask_chunk(self, kind: str, requests: list[Instance], keys: list[str]) -> list:
         digest = hashlib.sha256("".join([str(self.seed), *keys]).encode()).digest()
@@ -151,13 +163,23 @@ class RecordedLM(LM):
 
 def request_keys(kind: str, requests: Sequence[Instance]) -> list[str]:
     """A name for each request from what is asked; the second asking of the same gets another name."""
+    numbers = repeat_numbers(requests)
+    asked = [json.dumps([kind, *request.args], sort_keys=True, default=str) for request in requests]
+    return [
+        hashlib.sha256(f"{number + 1}:{text}".encode()).hexdigest()[:32]
+        for number, text in zip(numbers, asked, strict=True)
+    ]
+
+
+def repeat_numbers(requests: Sequence[Instance]) -> list[int]:
+    """How often each request was made before, among these."""
     seen: Counter = Counter()
-    keys = []
+    numbers = []
     for request in requests:
-        asked = json.dumps([kind, *request.args], sort_keys=True, default=str)
+        asked = json.dumps(request.args, sort_keys=True, default=str)
+        numbers.append(seen[asked])
         seen[asked] += 1
-        keys.append(hashlib.sha256(f"{seen[asked]}:{asked}".encode()).hexdigest()[:32])
-    return keys
+    return numbers
 
 
 def _read_responses(path: Path, identity: dict) -> dict[str, object]:

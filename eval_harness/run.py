@@ -100,10 +100,11 @@ def _load_model(config: EvalConfig, chat: bool):
 
     Raises:
         ValueError: no such model, chat is asked for and the tokenizer has no chat template, or a backend is not
-            installed.
+            installed or does not tell its window.
     """
     from transformers import AutoTokenizer
 
+    from eval_harness.backends import load_backend
     from eval_harness.evaluate import require_chat_template, wrap_model
 
     options = config.lm_eval_options()
@@ -116,7 +117,7 @@ def _load_model(config: EvalConfig, chat: bool):
         if config.backend == "hf":
             lm = wrap_model(config.model, config.tokenizer, config.batch_size, dtype=config.dtype, **options)
         else:
-            lm = _backend_model(config, options)
+            lm = load_backend(config.backend, config.model, options, config.batch_size)
     except (OSError, TypeError) as error:
         raise ValueError(
             f"model {config.model!r} could not be loaded ({error}); give a folder with config.json, weights and "
@@ -125,19 +126,6 @@ def _load_model(config: EvalConfig, chat: bool):
     if chat and "chat-completions" not in config.backend:  # there the server applies its own
         require_chat_template(getattr(lm, "tokenizer", None))
     return lm
-
-
-def _backend_model(config: EvalConfig, options: dict):
-    """One of lm-eval's models that are not transformers."""
-    from lm_eval.api.registry import get_model
-
-    key = "pretrained" if config.backend == "vllm" else "model"
-    try:
-        model = get_model(config.backend)
-        return model.create_from_arg_obj({key: config.model, **options}, {"batch_size": config.batch_size})
-    except ModuleNotFoundError as error:
-        extra = "vllm" if config.backend == "vllm" else "api"
-        raise ValueError(f"backend {config.backend!r} needs `pip install lm-eval[{extra}]` ({error})") from error
 
 
 if __name__ == "__main__":

@@ -141,6 +141,26 @@ def test_repeats_of_one_prompt_get_answers_of_their_own():
     assert len(set(request_keys("generate_until", asked("a", "a", "b")))) == 3
 
 
+def test_repeats_reach_an_api_with_seeds_of_their_own():
+    """An API answers a prompt and a seed always the same; lm-eval sends one seed with all."""
+
+    class Api(CountingLM):
+        _seed = 1234
+        _create_payload = None
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return [f"{request.args[0]} {request.args[1]['seed']}" for request in requests]
+
+    def answers(seed):
+        return RecordedLM(Api(), None, {"seed": seed}, batch_size=2).generate_until(asked("a", "a", "b", "a"))
+
+    first = answers(3)
+    assert len(set(first)) == 4
+    assert first[0].split()[1] == first[2].split()[1], "first askings share a seed, so that an API may batch them"
+    assert answers(3) == first
+    assert not set(answers(4)) & set(first)
+
+
 def test_all_kinds_come_back_from_file_as_they_were(tmp_path):
     requests = [Instance("loglikelihood", {}, ("a", "b"), 0)]
     rolling = [Instance("loglikelihood_rolling", {}, ("a",), 0)]
