@@ -35,7 +35,12 @@ def trainer_run(shape: Shape, kind: str, warm_ups: int, repeats: int, compiled: 
         warm_ups: steps before timing.
         repeats: steps timed.
         compiled: torch.compile the whole model, as the Trainer's own setting does.
+
+    Raises:
+        ValueError: a step's rows do not go through in whole parts, so the Trainer would take others.
     """
+    if shape.rows % shape.micro_rows:
+        raise ValueError(f"{shape.rows} rows a step, {shape.micro_rows} at once: the Trainer needs a divisor of them")
     AcceleratorState._reset_state(reset_partial_state=True)
     cuda = torch.cuda.is_available()
     config = shape.motif() if kind == "Motif2" else shape.peer(kind)
@@ -47,7 +52,8 @@ def trainer_run(shape: Shape, kind: str, warm_ups: int, repeats: int, compiled: 
         model = model_class(config)
     if kind == "Motif2":
         use_polynorm(model, "auto")
-    rows = torch.randint(0, shape.vocabulary, (64, shape.length))
+    # All steps lie in one epoch: the Trainer's last step of an epoch has what rows are left, fewer than a step's.
+    rows = torch.randint(0, shape.vocabulary, (shape.rows * (warm_ups + repeats), shape.length))
     data = [{"input_ids": row, "labels": row} for row in rows]
     steps = StepClock(warm_ups)
     with tempfile.TemporaryDirectory() as folder:
