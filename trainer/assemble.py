@@ -187,12 +187,13 @@ def open_loader(config: PretrainConfig, tokenizer, accelerator: Accelerator) -> 
     return CurriculumLoader(corpora, config.mixture(), plan, config.seed, pad, rank, ranks)
 
 
-def open_heldout(config: PretrainConfig, tokenizer, verify: bool = False) -> dict[str, list[dict]]:
-    """Held-out batches by domain; none when evaluation is off.
+def open_heldout(config: PretrainConfig, tokenizer, ranks: int = 1, verify: bool = False) -> dict[str, list[dict]]:
+    """Held-out batches by domain, as large as a forward in training; none when evaluation is off.
 
     Args:
         config: of the run.
         tokenizer: of the run.
+        ranks: of the run; each takes batches of its own, but for those that share its rows by tensor parallelism.
         verify: compare the checksums of the held-out shards first.
 
     Raises:
@@ -201,7 +202,8 @@ def open_heldout(config: PretrainConfig, tokenizer, verify: bool = False) -> dic
     if not config.eval_steps:
         return {}
     length, pad = config.sequence_length, pad_token_id(tokenizer)
-    rows = max(1, (config.micro_batch_tokens or config.batch_tokens) // length)
+    of_a_rank = config.batch_tokens * config.tensor_parallel // ranks
+    rows = max(1, min(config.micro_batch_tokens or of_a_rank, of_a_rank) // length)
     corpora = {name: TokenCorpus(config.data_dir, name, "heldout", verify) for name in config.domains}
     return {name: heldout_batches(corpus, length, rows, config.eval_tokens, pad) for name, corpus in corpora.items()}
 

@@ -33,7 +33,7 @@ from trainer.failure_signs import CheckpointWarning, FailureSigns, LossSpikeWarn
 from trainer.measurements import Measurements
 from trainer.metrics import Metrics
 from trainer.model import build_model, load_tokenizer
-from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, open_run_folder, save_whole
+from trainer.run_folder import CHECKPOINTS, METRICS, MODEL, TRACKED, open_run_folder, save_whole
 from trainer.spikes import SpikeDetector
 from trainer.step import NonFiniteLossError, StepOutcome, TrainStep, whole
 
@@ -116,7 +116,12 @@ class _Run:
         self.tokenizer = load_tokenizer(config.tokenizer)
         prepare_shards(config, self.tokenizer, accelerator)
         self.loader = open_loader(config, self.tokenizer, accelerator)
-        self.heldout = open_heldout(config, self.tokenizer, config.verify_checksums and accelerator.is_main_process)
+        self.heldout = open_heldout(
+            config,
+            self.tokenizer,
+            accelerator.num_processes,
+            config.verify_checksums and accelerator.is_main_process,
+        )
         self.schedule = config.learning_rate_schedule()
         set_seed(config.seed)
         model = build_model(config, self.tokenizer)
@@ -155,7 +160,7 @@ class _Run:
         """Run to the last token and export the model."""
         accelerator, config = self.accelerator, self.config
         if config.trackers:
-            accelerator.init_trackers("pretrain")
+            accelerator.init_trackers(TRACKED)
         metrics_path = self.folder / METRICS
         self.metrics = Metrics(metrics_path, accelerator, config.total_tokens, config.log_steps, config.progress)
         try:

@@ -14,6 +14,7 @@ from trainer.config import PretrainConfig
 from trainer.errors import RunStoppedError
 
 MODEL, CHECKPOINTS, METRICS, CONFIG = "model", "checkpoints", "metrics.jsonl", "config.yaml"
+TRACKED = "pretrain"  # what trackers call the run; tensorboard's files lie in a folder of that name
 RUNS_HAVE = {"output_dir", "data_dir", "domains", "total_tokens"}  # settings that tell a run's from others' files
 DECIDE_AVERAGES = {"checkpoint_steps", "keep_last"}  # where checkpoints are averaged, these decide the weights too
 # Settings that may change when a run goes on: they decide neither the weights nor the order of the data.
@@ -92,6 +93,8 @@ def _claim(config: PretrainConfig, folder: Path) -> None:
     if config.overwrite and not _is_interrupted(config, folder):
         for name in (MODEL, CHECKPOINTS, METRICS, CONFIG):
             _delete(folder / name)
+        for events in (folder / TRACKED).glob("events.out.tfevents.*"):  # else its curves and the new run's are one
+            _delete(events)
     if (folder / MODEL).exists():
         raise ValueError(f"{folder} holds a finished run: choose another output_dir, or give --overwrite to delete it")
     _check_same_run(config, folder)

@@ -15,7 +15,7 @@ import kernels_hub
 import trainer.loop
 from kernels_hub import use_polynorm
 from tests.distributed import run_distributed
-from trainer.assemble import build_optimizer, open_loader, split_layers
+from trainer.assemble import build_optimizer, open_heldout, open_loader, split_layers
 from trainer.checkpoint_files import complete_checkpoints
 from trainer.errors import LostRankError
 from trainer.loop import NonFiniteLossError, run_pretraining
@@ -205,6 +205,23 @@ def test_a_kernel_asked_for_by_name_is_not_replaced(make_config, monkeypatch):
     monkeypatch.setattr("kernels_hub.loader.load_layers", refuse)
     with pytest.raises(ValueError, match=r"polynorm is 'hub', which cannot be used here \(hub: not today\)"):
         run_pretraining(make_config(polynorm="hub"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "rows"),
+    [
+        (1, {}, 4),
+        (2, {}, 2),
+        (2, {"micro_batch_tokens": 32}, 1),
+        (4, {"micro_batch_tokens": 64}, 1),
+        (2, {"tensor_parallel": 2}, 4),
+    ],
+)
+def test_held_out_batches_are_no_larger_than_a_forward_of_training(make_config, ranks, settings, rows):
+    config = make_config(**settings)
+    for batches in open_heldout(config, load_tokenizer(config.tokenizer), ranks).values():
+        assert [len(batch["input_ids"]) for batch in batches[:-1]] == [rows] * (len(batches) - 1)
+        assert len(batches) > 1
 
 
 def test_a_finished_run_is_not_overwritten_by_mistake(make_config):

@@ -79,6 +79,17 @@ def test_overwrite_does_not_delete_the_progress_of_the_same_command(make_config,
     assert not complete_checkpoints(interrupted / "checkpoints")
 
 
+def test_overwrite_deletes_the_curves_of_the_run_that_it_deletes(make_config, interrupted):
+    events = interrupted / "pretrain" / "events.out.tfevents.1.host.1.0"
+    events.parent.mkdir()
+    for file in (events, events.with_name("notes.txt")):
+        file.write_text("of the run before")
+    open_run_folder(make_config(eval_steps=0, overwrite=True), ALONE)
+    assert events.exists(), "the same run goes on"
+    open_run_folder(make_config(eval_steps=0, overwrite=True, seed=1), ALONE)
+    assert [file.name for file in events.parent.iterdir()] == ["notes.txt"]
+
+
 def test_how_often_checkpoints_are_taken_may_change_unless_they_are_averaged(make_config, interrupted):
     open_run_folder(make_config(eval_steps=0, checkpoint_steps=2, keep_last=3), ALONE)
     averaging = {"eval_steps": 0, "average_every_tokens": 512, "average_checkpoints": 2}
