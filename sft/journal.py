@@ -43,8 +43,8 @@ class Journal:
             )
 
     def _read(self) -> Iterator[dict]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-        yield from map(json.loads, lines[:-1])  # what follows the last line's end was cut short
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        yield from map(json.loads, lines[:-1])  # what follows the last line's end was cut short, perhaps in a character
 
     def open(self) -> None:
         """Make the folder, and drop a line that was cut short; the journal is replaced as a whole."""

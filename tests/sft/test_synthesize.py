@@ -425,8 +425,8 @@ def test_synthesis_goes_on_where_the_endpoint_failed(config, solver, tmp_path):
     journal = tmp_path / "synthetic" / JOURNAL_FILE
     done = len(journal.read_text().splitlines())
     assert 0 < done <= 5
-    with journal.open("a") as file:
-        file.write('{"task": "cut sho')
+    with journal.open("ab") as file:
+        file.write('{"task": "cut shör'.encode()[:-2])  # within a character
     with pytest.raises(ValueError, match=r"other settings \(candidates 2 -> 3\)"):
         run_synthesis(config(candidates=3))
     solver.failing = 0
