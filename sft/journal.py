@@ -34,7 +34,7 @@ class Journal:
             self.done = {line[key]: line for line in self._read()}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output_dir {str(folder)!r} holds no readable {work}: {error!r}; remove it") from error
-        changed = [name for name in identity if before.get(name) != identity[name]]
+        changed = [name for name in identity if before.get(name, identity[name]) != identity[name]]
         if changed:
             changes = ", ".join(f"{name} {before.get(name)!r} -> {identity[name]!r}" for name in changed)
             raise ValueError(
@@ -44,7 +44,7 @@ class Journal:
 
     def _read(self) -> Iterator[dict]:
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        yield from map(json.loads, lines[:-1])  # what follows the last line's end was cut short, perhaps in a character
+        yield from map(json.loads, lines[:-1])  # what follows the last end was cut short, perhaps in a character
 
     def open(self) -> None:
         """Make the folder, and drop a line that was cut short; the journal is replaced as a whole."""

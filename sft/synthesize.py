@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -94,9 +95,11 @@ class SynthesizeConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
 
-    def identity(self) -> dict:
-        """The settings that one synthesis must keep from start to start."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
+    def identity(self, tasks: list[Task]) -> dict:
+        """What one synthesis must keep from start to start: settings and tasks, which the journal knows by number."""
+        digest = blake2b(repr(tasks).encode(), digest_size=8).hexdigest()
+        settings = {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
+        return settings | {"digest_of_tasks": digest}
 
 
 def load_tasks(config: SynthesizeConfig) -> tuple[list[Task], int, DataReport]:
@@ -185,7 +188,7 @@ def synthesize(config: SynthesizeConfig, sampler: Sampler | None = None) -> Path
         SandboxUnavailable: there is a code task and programs cannot be confined here.
     """
     tasks, left_out, bad = load_tasks(config)
-    journal = Journal(config.output_dir, config.identity())
+    journal = Journal(config.output_dir, config.identity(tasks))
     todo = [task for task in tasks if task.identifier not in journal.done]
     sandbox = Sandbox() if any(task.domain == "code" for task in todo) else None
     sampler = sampler or load_sampler(config)
@@ -243,7 +246,7 @@ def describe_synthesis(config: SynthesizeConfig) -> str:
     if missing:
         return "\n".join([*lines, f"not on this machine, tasks not read: {', '.join(missing)}"])
     tasks, left_out, bad = load_tasks(config)
-    solved = Journal(config.output_dir, config.identity()).done
+    solved = Journal(config.output_dir, config.identity(tasks)).done
     lines.append(f"{len(tasks):,} tasks, {left_out:,} left out as evaluation text, {len(solved):,} solved before")
     lines += bad.dropped_lines()
     counts = Counter((task.domain, task.skill) for task in tasks)

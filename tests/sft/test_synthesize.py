@@ -436,6 +436,20 @@ def test_synthesis_goes_on_where_the_endpoint_failed(config, solver, tmp_path):
     assert resumed == run_synthesis(config(output_dir=str(tmp_path / "whole"))).read_text()
 
 
+def test_synthesis_does_not_go_on_with_other_tasks_under_the_same_names(config, solver, write_rows):
+    rows = [{"question": f"Start with {number}. What is the result?", "answer": str(number)} for number in range(4)]
+    run = config(task_files=[write_rows(rows, "known.jsonl")], composed_tasks=0, workers=1)
+    solver.failing = 3
+    with pytest.raises(EndpointError):
+        run_synthesis(run)
+    solver.failing = 0
+    write_rows(rows[1:], "known.jsonl")
+    with pytest.raises(ValueError, match="other settings \\(digest_of_tasks"):
+        run_synthesis(run)
+    write_rows(rows, "known.jsonl")
+    run_synthesis(run)
+
+
 @needs_sandbox
 def test_files_of_tasks_are_solved_and_evaluation_text_is_left_out(config, write_rows, tmp_path):
     leaked = "A very long question that stands in the evaluation set word by word, with 13 words and more: how many?"
