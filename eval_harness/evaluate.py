@@ -257,7 +257,9 @@ def leaf_tasks(groups: dict[str, list[str]], name: str) -> list[str]:
 
 def _identity(model, lm: LM, chat: bool, seed: int) -> dict:
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    return {"model": name or type(model).__name__, "dtype": str(getattr(lm, "dtype", "")), "chat": chat, "seed": seed}
+    tokenizer = str(getattr(getattr(lm, "tokenizer", None), "name_or_path", ""))
+    dtype = str(getattr(lm, "dtype", ""))
+    return {"model": name or type(model).__name__, "tokenizer": tokenizer, "dtype": dtype, "chat": chat, "seed": seed}
 
 
 def _cost(recorded: RecordedLM, seconds: float) -> dict:

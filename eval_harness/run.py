@@ -85,7 +85,13 @@ def _evaluate(config: EvalConfig) -> None:
         repeats=config.repeats,
         skip_missing=config.skip_missing,
         seed=config.seed,
-        identity={"model": config.model, "model_args": config.lasting_options(), "dtype": config.dtype, "chat": chat},
+        identity={
+            "model": config.model,
+            "backend": config.backend,
+            "model_args": config.lasting_options(),
+            "dtype": config.dtype,
+            "chat": chat,
+        },
     )
     if result is not None:
         print(write_report(config.output, asdict(config), config.rows()))

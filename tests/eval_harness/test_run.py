@@ -106,6 +106,15 @@ def test_a_run_that_stopped_at_the_window_goes_on_with_a_wider_one(checkpoint, d
     assert "(2 found on file)" in printed, printed
 
 
+def test_responses_under_another_tokenizer_are_refused(checkpoint, tokenizer, data_dir, tmp_path):
+    chosen = ["--tasks", "motif2_gsm8k_chat", "--max_gen_toks", "2", "--output", str(tmp_path / "run")]
+    main(words(checkpoint, data_dir, *chosen))
+    (tmp_path / "run" / "results.json").unlink()
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="use another output folder"):
+        main(words(checkpoint, data_dir, *chosen, "--tokenizer", str(tmp_path / "other")))
+
+
 def test_a_folder_without_rows_and_a_model_without_name_are_explained(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--model", str(checkpoint), "--suite", "base", "--data_dir", str(tmp_path / "no"), "--output", "x"])
