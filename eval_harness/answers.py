@@ -24,14 +24,19 @@ _SLASH = re.compile(
 _ANSWER_IS = re.compile(r"(?:answer|result)\s+is\s*:?\s*(?P<rest>[^\n]*)", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*(?P<rest>[^\n]*)")
 _STATED = re.compile(r"(?:\W*(?:the\s+)?(?:final\s+)?answer\b(?:\s+is\b)?)?\W*(?:[dt]?frac\W*)?\d", re.IGNORECASE)
+_ANSWER_LINE = re.compile(
+    r"\W*(?:the\s+)?(?:final\s+)?answer[\s*_]{0,4}:[\s*_$\\([{]{0,8}(?:[dt]?frac\{?)?[-−.]?\d", re.IGNORECASE
+)
+_EXPONENT = re.compile(r"\^(?:\{[^{}]*\}|[-−]?\d+)")
 _NUMBERED_HEADING = re.compile(r"\W*\d+[.):]\s+\S")
 _BOX = re.compile(r"\\(?:f?boxed|fbox)\s*")
 _BOXED_WORD = re.compile(r"(?:[^\s$.,;]|[.,](?=\d))+")
 _LETTER_STATED = re.compile(
-    r"(?i:answer(?:\s+is|\W{0,3}:)\W*(?:(?:option|choice|text\w*|math\w+|boxed)\W+)*)"
+    r"(?i:(?:answer(?:\s+is|\W{0,3}:)|correct\s+(?:option|choice)\s+is)"
+    r"\W*(?:(?:option|choice|text\w*|math\w+|boxed)\W+)*)"
     r"(?:(?P<upper>[A-D])\b|(?P<lower>[a-d])(?=[).]|\W*$))"
 )
-_LETTER_BOXED = re.compile(r"\W*(?:(?:text|math)\w*\W+)?([A-D])(?:\W*|[.):]+\s.*)", re.DOTALL)
+_LETTER_BOXED = re.compile(r"\W*(?:(?:text|math)\w*\W+)?([A-D])(?:\W*|[.):]+[}\\]*\s.*)", re.DOTALL)
 _LETTER_ALONE = re.compile(r"\W*([A-D])\W*")
 _LETTER_AND_CHOICE = re.compile(r"\W*([A-D])[.):]+\s.*")
 
@@ -54,23 +59,24 @@ def first_number(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{…}` (or `\fbox{…}`, or `\boxed x`) holds; None where there is none."""
+    r"""What the last complete `\boxed{…}` (or `\fbox{…}`, or `\boxed x`) holds that is not empty; None for none."""
     closing = _closing_braces(text)
     for start in reversed([match.end() for match in _BOX.finditer(text)]):
         if text[start : start + 1] != "{":
             word = _BOXED_WORD.match(text, start)
             if word:
                 return word[0]
-        elif start in closing:
-            return text[start + 1 : closing[start]].strip()
+        elif start in closing and (inside := text[start + 1 : closing[start]].strip()):
+            return inside
     return None
 
 
 def final_number(text: str) -> str:
-    r"""A word problem's answer: after `####`, in the last `\boxed{}`, after "answer is", or the last number.
+    r"""A word problem's answer: after `####`, in the last `\boxed{}`, after "answer is" or "Answer:", or the last.
 
-    Where an equation is stated (`12 - 5 = 7`), its last number counts. `####` also begins a heading of Markdown
-    (`#### Step 1`, `#### 1. Count`), which is no answer.
+    Where an equation is stated (`12 - 5 = 7 in 2 days`), the number after its last sign counts; an exponent (`25 m^2`)
+    is no number. `####` also begins a heading of Markdown (`#### Step 1`, `#### 1. Count`), which is no answer; nor is
+    a line "Answer:" with more numbers, which begins the working.
 
     Args:
         text: everything the model wrote; text after the answer does not matter.
@@ -83,16 +89,17 @@ def final_number(text: str) -> str:
     stated = [rest for rest in hashes if _STATED.match(rest) and not _NUMBERED_HEADING.match(rest)]
     stated.append(last_boxed(text) or "")
     stated += [re.split(r"\.\s|\.$", sentence["rest"])[0] for sentence in _ANSWER_IS.finditer(text)]
+    stated += [line for line in reversed(text.splitlines()) if _ANSWER_LINE.match(line) and len(_numbers(line)) == 1]
     for part in stated:
-        if numbers := _numbers(part):
-            return numbers[-1 if "=" in part else 0]
+        if numbers := _numbers(part.rpartition("=")[2]) or _numbers(part)[-1:]:
+            return numbers[0]
     numbers = _numbers(f"\n{text}")
     return numbers[-1] if numbers else INVALID
 
 
 def _numbers(text: str) -> list[str]:
     """Every number of a text in reading order, each in one form."""
-    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    text = _EXPONENT.sub(" ", text.replace("{,}", ",").replace("\\,", "").replace("\\!", ""))
     found: list[tuple[int, Fraction]] = []
     taken = [False] * len(text)
 

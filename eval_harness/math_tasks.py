@@ -18,9 +18,13 @@ _ANSWER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_LAST_STOP = re.compile(r"(?:(?<!\\)[.,;])+$")
 _BASE = re.compile(r"^-?[0-9A-Z.]+_\{?(\d+)\}?(?:\D|$)")
 _BARE_FRACTION = re.compile(r"\\[dt]?frac\s*(\\[a-zA-Z]+|[^\s{\\])\s*(\\[a-zA-Z]+|[^\s{\\])")
 _THIN_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
+_NEGATIVE_SPACE = re.compile(r"(?<=,)\\!(?=\d)")
+_SPACE = re.compile(r"\\[,;:!]")
+_MIXED_NUMBER = re.compile(r"(-?\d+)(?:\s|\\\s)(\d+)/(\d+)")
 TIMEOUT_SECONDS = 30  # assumption; the library's 5 make a score depend on how busy the machine is
 _MATHEMATICS = (LatexExtractionConfig(), ExprExtractionConfig())
 
@@ -45,17 +49,17 @@ def final_expression(text: str) -> str:
 
 
 def score(doc: dict, results: list[str]) -> dict[str, float]:
-    """lm-eval `process_results`: both metrics of one response."""
-    stated = final_expression(results[0])
-    exact = normalize_final_answer(stated) == normalize_final_answer(doc["answer"])
-    return {"exact_match": float(exact), "math_verify": float(exact or same_object(doc["answer"], stated))}
+    """lm-eval `process_results`: both metrics of one response; 0 where it states no answer."""
+    stated, gold = final_expression(results[0]), _bare(doc["answer"])
+    exact = stated != INVALID and normalize_final_answer(stated) == normalize_final_answer(gold)
+    return {"exact_match": float(exact), "math_verify": float(exact or same_object(gold, stated))}
 
 
 def same_object(gold: str, stated: str) -> bool:
     r"""Whether two LaTeX expressions denote the same object, as far as math-verify can tell.
 
     math-verify overlooks the base of a number (`12_3` and `12_4` are equal to it), so different bases are told apart
-    here; and it misreads `\frac \pi4` and `10\,000`, which are written plainly first.
+    here; and it misreads `\frac \pi4`, `10\,000`, `9,000\,\text{cm}` and `1 1/2`, which are written plainly first.
     """
     if stated == INVALID:
         return False
@@ -67,12 +71,15 @@ def same_object(gold: str, stated: str) -> bool:
 
 def _parsed(expression: str) -> list:
     plain = _THIN_SPACE.sub("", _BARE_FRACTION.sub(r"\\frac{\1}{\2}", expression))
+    plain = _SPACE.sub(" ", _NEGATIVE_SPACE.sub("", plain))
+    if mixed := _MIXED_NUMBER.fullmatch(plain.strip()):
+        plain = rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     return parse(f"${plain}$", extraction_config=_MATHEMATICS, parsing_timeout=TIMEOUT_SECONDS)
 
 
 def _bare(text: str) -> str:
-    """An expression without the full stop after it and the marks of mathematics or emphasis around it."""
-    text = text.strip().rstrip(".").strip()
+    """An expression without the full stop or comma after it and the marks of mathematics or emphasis around it."""
+    text = _LAST_STOP.sub("", text.strip()).strip()
     for opening, closing in _DELIMITERS:
         inner = text[len(opening) : -len(closing)]
         if text == f"{opening}{inner}{closing}" and opening not in inner and inner.strip():

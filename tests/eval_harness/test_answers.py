@@ -89,6 +89,13 @@ def test_no_text_breaks_the_extraction(text):
         ("#### 1. Count the eggs\n16 - 7 = 9\n#### 2. Sell them\n9 * 2 makes 18", "18"),
         ("#### Final answer: 18 eggs\nThat is 3 boxes.", "18"),
         ("#### 10 + 8 = 18", "18"),
+        (r"\boxed{x = 18 \text{ dollars in 9 days}}", "18"),
+        (r"\boxed{A = 5 \times 5 = 25 \text{ m}^2}", "25"),
+        ("The answer is 18 = x", "18"),
+        ("So its volume is 125 cm^3 and its area 25 m^{2}.", "25"),
+        ("**Answer:** $72\n\nExplanation: 48/2 = 24.", "72"),
+        ("Answer: 16 eggs minus 7 is 9.\n9 * 2 makes 18", "18"),
+        (r"so \boxed{18}, as was asked within \boxed{}. 7", "18"),
         ("The answer is 18 dollars for 9 eggs. 9 * 2 = 18, not 20", "18"),
         ("The total is:\n- 18 dollars", "18"),
         ("- 18 dollars", "18"),
@@ -112,7 +119,7 @@ def test_forms_that_occur(text, number):
 
 def test_a_model_that_repeats_itself_ends_no_run_and_costs_no_minutes():
     """Ten thousand times the same, as greedy decoding may give it; limited in processor time, whatever else runs."""
-    repeated = dict.fromkeys(("1", ",111", "\n", " ", "- ", "\\boxed{", "the answer is ", "#"), "0.5")
+    repeated = dict.fromkeys(("1", ",111", "\n", " ", "- ", "\\boxed{", "the answer is ", "#", "answer:", "^{"), "0.5")
     repeated["\\frac{1}{"] = "1"
     expected = {f"0.5 {piece * 10_000}": number for piece, number in repeated.items()}
     long = "1" * 10_000  # a number that nobody means: passed over
@@ -137,6 +144,7 @@ def test_hashes_without_a_number_are_no_answer():
         (r"\boxed{\frac{a}{b}} and then \boxed{c", r"\frac{a}{b}"),
         (r"\boxed 7 is it", "7"),
         (r"\fbox{8}", "8"),
+        (r"\boxed{9} \boxed{ }", "9"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         ("no box", None),
     ],
@@ -167,6 +175,10 @@ def test_boxes(text, expected):
         (r"so $\boxed{\textbf{(B)}}$", "B"),
         (r"so \boxed{B. Paris}", "B"),
         (r"so \boxed{A + 1}", INVALID),
+        (r"so \boxed{\textbf{(B)}\ 5}", "B"),
+        (r"so \boxed{\text{A} + 1}", INVALID),
+        ("The correct option is **B**.", "B"),
+        ("The correct choice is a matter of taste.", INVALID),
         ("(B) Paris", "B"),
         ("A. Rome is wrong.\nB. Paris is right.", INVALID),
     ],

@@ -22,6 +22,8 @@ from eval_harness.math_tasks import add_answers, final_expression, same_object, 
         ("The final answer is 5. This is because 2 + 3 = 5.", "5"),
         ("So the answer is:\n\\[\n\\frac{1}{2}\n\\]\nDone.", r"\frac{1}{2}"),
         (r"The answer is \(x = 5\).", "x = 5"),
+        (r"It is \boxed{5}, which I put within \boxed{}.", "5"),
+        ("The answer is $x+1$, as asked.\nThe answer is $x+1$,", "x+1"),
         ("The answer is $$5$$", "5"),
         ("**Final Answer:** $3.5$", "3.5"),
         ("**Answer**: **7**.", "7"),
@@ -55,6 +57,14 @@ def test_final_expression(text, expression):
         ("7", "$7$", 1.0, 1.0),
         ("10,000", r"10\,000", 0.0, 1.0),
         ("10,000", r"10\,001", 0.0, 0.0),
+        ("9240", r"9{,}240\,\text{cm}", 0.0, 1.0),
+        ("9240", r"9,\!241\,\text{cm}", 0.0, 0.0),
+        ("9,240", r"9,\!240\,\text{cm}^2", 0.0, 1.0),
+        ("x+1", r"x+1\,", 0.0, 1.0),
+        (r"\sin x", r"\sin\,x", 0.0, 1.0),
+        (r"-\frac{5}{3}.", r"-\frac{5}{3}", 1.0, 1.0),
+        (r"11 \frac{2}{3}", "11 2/3", 0.0, 1.0),
+        (r"11 \frac{2}{3}", "112/3", 0.0, 0.0),
         (r"\text{Evelyn}", r"\text{Evelyn}", 1.0, 1.0),
         (r"\text{Evelyn}", r"\text{Evelyq}", 0.0, 0.0),
     ],
@@ -62,6 +72,10 @@ def test_final_expression(text, expression):
 def test_both_metrics(gold, stated, exact, same):
     found = score({"answer": gold}, [f"It is \\boxed{{{stated}}}."])
     assert found == {"exact_match": exact, "math_verify": same}
+
+
+def test_no_answer_is_never_right_not_even_where_the_solution_boxes_none():
+    assert score({"answer": INVALID}, ["no idea"]) == {"exact_match": 0.0, "math_verify": 0.0}
 
 
 def test_an_equation_states_its_end_and_is_not_stated_by_it():
