@@ -1,9 +1,11 @@
 """Documents from local files and from dataset hubs, one dictionary `{"text": …}` at a time."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
 
@@ -132,19 +134,25 @@ def _file_documents(file: Path) -> Iterator[dict]:
 
 
 def _json_lines(file: Path) -> Iterator[dict]:
-    import zstandard
-
     number = 0
     try:
-        with (zstandard.open if file.suffix == ".zst" else open)(file, "rt", encoding="utf-8-sig") as lines:
+        with _open_text(file) as lines:
             for line in lines:
                 number += 1
                 document = json.loads(line)
                 if not isinstance(document, dict):
                     raise ValueError(f"a line must hold an object, got {type(document).__name__}")
                 yield document
-    except (ValueError, OSError, zstandard.ZstdError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read near line {max(number, 1)}: {error}") from error
+
+
+def _open_text(file: Path) -> TextIO:
+    if file.suffix != ".zst":
+        return file.open(encoding="utf-8-sig")
+    import pyarrow  # knows a file that was cut short, of which zstandard gives what is there without a word
+
+    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig")
 
 
 def _parquet_rows(file: Path) -> Iterator[dict]:

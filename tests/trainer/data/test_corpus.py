@@ -46,6 +46,11 @@ def test_max_documents_and_text_field(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{broken\n', "line 2"),
         ("a.jsonl", b'{"content": "x"}\n', "text_field"),
         ("a.jsonl.zst", b"no zstd at all", "a.jsonl.zst"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(b'{"text": "x"}\n') + zstandard.compress(b'{"text": "y"}\n')[:-3],
+            "Truncated",
+        ),
         ("a.parquet", b"no parquet at all", "a.parquet"),
         ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
         ("a.csv", b"x", "known suffixes"),
