@@ -149,6 +149,14 @@ def test_recording_does_not_count_padding_and_keeps_an_earlier_tracking():
     assert all(torch.isneginf(module.max_logits).all() for module in attention_modules(model))
 
 
+def test_a_bias_that_is_added_to_the_logits_hides_nothing():
+    model, ids = small_model(attention="sdpa"), random_ids(1, 8)
+    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)[None, None]
+    biased = torch.full((1, 1, 8, 8), -1.0).masked_fill(hidden, torch.finfo(torch.float32).min)
+    found = attention_statistics(model, input_ids=ids, attention_mask=biased)
+    compare(found, attention_statistics(model, input_ids=ids))
+
+
 def test_layers_put_off_to_disk_are_recorded_too(tmp_path):
     model = small_model(attention="sdpa")
     model.save_pretrained(tmp_path)
