@@ -94,6 +94,7 @@ def test_no_text_breaks_the_extraction(text):
         ("The answer is 18 = x", "18"),
         ("So its volume is 125 cm^3 and its area 25 m^{2}.", "25"),
         ("**Answer:** $72\n\nExplanation: 48/2 = 24.", "72"),
+        ("Answer: 71\nThat forgets one.\nAnswer: 72\n(8 * 9)", "72"),
         ("Answer: 16 eggs minus 7 is 9.\n9 * 2 makes 18", "18"),
         (r"so \boxed{18}, as was asked within \boxed{}. 7", "18"),
         ("The answer is 18 dollars for 9 eggs. 9 * 2 = 18, not 20", "18"),
@@ -162,6 +163,7 @@ def test_boxes(text, expected):
         (r"so \boxed{A}", "A"),
         (r"so \boxed{\text{C}}", "C"),
         ("B", "B"),
+        ("A\nNo, rather:\nB", "B"),
         ("First I thought the answer is A. But the answer is D", "D"),
         ("<think>The answer is A</think>The answer is C", "C"),
         ("The answer is Apple", INVALID),
@@ -189,4 +191,5 @@ def test_letters(text, expected):
 
 def test_thinking_is_not_read():
     assert after_thinking("<think>5</think> 6") == " 6"
+    assert after_thinking("4</think> 5</think> 6") == " 6"
     assert after_thinking("5") == "5"

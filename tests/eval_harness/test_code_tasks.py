@@ -75,11 +75,14 @@ def test_several_samples_of_a_problem_stay_together():
 def test_pass_at_k_of_a_row():
     verdicts = [{"passed": index < 3, "reason": ""} for index in range(10)]
     assert score({}, [verdicts]) == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
+    assert score({}, [verdicts * 10]).keys() == {"pass@1", "pass@10", "pass@100"}
 
 
 def test_the_judge_imports_modules_itself_and_takes_only_the_asked_names_from_the_program():
     program = mbpp_program("anything", SQUARE)
     assert (program.names, program.setup) == (("square",), "import math")
+    prepared = mbpp_program("anything", SQUARE | {"test_setup_code": "n = 3", "test_list": ["assert square(n) == 9"]})
+    assert (prepared.names, prepared.tests) == (("square",), "n = 3\nassert square(n) == 9")
     assert humaneval_program("", DOUBLE).names == ("double",)
 
 
