@@ -19,6 +19,7 @@ from eval_harness.statistics import pass_at_k
 
 WEAK_VARIABLE = "MOTIF2_WEAK_SANDBOX"
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:(?:\n[ \t]*)?```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_BEGIN = re.compile(r"\A\s*\[BEGIN\][ \t]*")
 
 
 @functools.cache
@@ -49,7 +50,7 @@ def humaneval_program(response: str, doc: dict) -> Program:
 
 
 def mbpp_program(response: str, doc: dict) -> Program:
-    """An MBPP response (fenced or not, up to `[DONE]`) and its problem's assertions.
+    """An MBPP response (fenced or not, from `[BEGIN]` to `[DONE]`, inside a fence too) and its problem's assertions.
 
     Of several fenced blocks the last one counts that defines an asked-for function: an example may follow it.
     """
@@ -58,8 +59,8 @@ def mbpp_program(response: str, doc: dict) -> Program:
     modules = [name for name in needed if name in sys.stdlib_module_names]
     names = tuple(name for name in needed if name not in modules)
     blocks = [code_block(response, f"def {name}(") for name in names] + [code_block(response)]
-    unfenced = after_thinking(response).split("[DONE]")[0].removeprefix("[BEGIN]")
-    source = next((block for block in blocks if block is not None), unfenced)
+    source = next((block for block in blocks if block is not None), after_thinking(response))
+    source = _BEGIN.sub("", source.split("[DONE]")[0])
     setup = "\n".join(f"import {name}" for name in modules)
     return Program(source, tests, names, setup)
 

@@ -60,6 +60,9 @@ def test_base_and_chat_responses_of_mbpp():
         "def square(x):\n    return x + x": False,
         "```python\ndef square(x):\n    return x ** 2\n```\nFor example\n```\n>>> square(3)\n9\n```": True,
         "[BEGIN]\ndef square(x):\n    return x ** 2\n[DONE]": True,
+        "\n[BEGIN] \ndef square(x):\n    return x ** 2\n[DONE]": True,
+        "```python\n[BEGIN]\ndef square(x):\n    return x ** 2\n[DONE]\n```": True,
+        "```python\n[BEGIN]\ndef square(x):\n    return x + 2\n[DONE]\n```": False,
         "import math\nmath.isclose = lambda *a: True\ndef square(x):\n    return 9": False,
     }
     verdicts = judge_mbpp([[text] for text in responses], [SQUARE] * len(responses))

@@ -7,13 +7,20 @@ import pytest
 from eval_harness.compare import compare
 
 
-def write_run(folder, scores, groups):
-    """A finished run: task -> a score a row."""
+def write_run(folder, scores, groups, content="h"):
+    """A finished run: task -> a score a row; rows with another `content` are other rows."""
     (folder / "samples").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"raw": {"group_subtasks": groups}}))
     for task, values in scores.items():
         rows = [
-            {"doc_id": n, "doc_hash": f"h{n}", "prompt_hash": "p", "filter": "none", "metrics": ["acc"], "acc": value}
+            {
+                "doc_id": n,
+                "doc_hash": f"{content}{n}",
+                "prompt_hash": "p",
+                "filter": "none",
+                "metrics": ["acc"],
+                "acc": value,
+            }
             for n, value in enumerate(values)
         ]
         (folder / "samples" / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,3 +47,19 @@ def test_scores_of_whole_texts_are_not_compared(tmp_path):
     runs = [write_run(tmp_path / name, {"heldout": [[-3.0, 8]]}, {"heldout": []}) for name in "ab"]
     with pytest.raises(ValueError, match=r"no row with a score of its own .* they ran heldout and heldout"):
         compare(*runs)
+
+
+def test_rows_of_other_content_are_other_rows(tmp_path):
+    runs = [write_run(tmp_path / name, {"law": [1.0]}, {"law": []}, content=name) for name in "ab"]
+    with pytest.raises(ValueError, match="share no row"):
+        compare(*runs)
+
+
+def test_other_readings_of_the_same_answers_stay_apart(tmp_path):
+    runs = [write_run(tmp_path / name, {"law": [0.0, float(name == "b")]}, {"law": []}) for name in "ab"]
+    for run in runs:
+        path = run / "samples" / "law.jsonl"
+        rows = [json.loads(line) | {"filter": "flexible-extract", "acc": 1.0} for line in path.open()]
+        path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    found = {metric: paired.difference for (_, metric), paired in compare(*runs).items()}
+    assert found == {"acc": 0.5, "acc,flexible-extract": 0.0}
