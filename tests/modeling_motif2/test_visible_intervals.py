@@ -40,6 +40,7 @@ def test_intervals_are_the_boolean_mask(kind, tokens, keys, offset, padding):
     queries = torch.arange(tokens) + offset
     is_token = torch.ones(2, tokens, dtype=torch.bool) if attention_mask is None else attention_mask[:, queries]
     assert torch.equal(found[is_token.nonzero()[:, 0], 0, is_token.nonzero()[:, 1]], wanted[:, 0][is_token])
+    assert found.any(-1).all(), "a query that sees nothing is NaN to some kernels"
     first, last = intervals
     assert torch.equal(first <= last, is_token)
 

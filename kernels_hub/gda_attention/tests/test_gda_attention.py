@@ -233,6 +233,8 @@ def test_torch_checks_the_operators(kernel, device):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     arguments = (*inputs, None, None, 0.25, EPS, OUT_SCALE, True, "own", "own")
     torch.library.opcheck(kernel.ops._forward, arguments, test_utils=checks)
+    arguments = (*(each.detach() for each in inputs), None, None, 0.25, EPS, OUT_SCALE, False, "own", "own")
+    torch.library.opcheck(kernel.ops._forward, arguments, test_utils=("test_schema", "test_faketensor"))
     token = [each[:, :1].detach() if index < 2 else each.detach() for index, each in enumerate(inputs)]
     torch.library.opcheck(
         kernel.ops._decode, (*token, None, None, 0.25, EPS, OUT_SCALE), test_utils=("test_schema", "test_faketensor")
