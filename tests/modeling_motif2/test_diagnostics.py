@@ -7,6 +7,7 @@ from transformers.cache_utils import StaticCache
 
 from modeling_motif2 import attention, modeling_motif2
 from modeling_motif2.diagnostics import (
+    LayerStatistics,
     attention_modules,
     attention_statistics,
     record_attention,
@@ -132,6 +133,11 @@ def test_one_call_returns_every_statistic_by_layer():
         )
         assert layer_statistics.noise_share == pytest.approx(float(share), rel=1e-5)
     assert all(module.max_logits is None and module.output_norms is None for module in attention_modules(model))
+
+
+def test_the_noise_share_of_a_negative_lambda_is_positive():
+    layer = LayerStatistics(0, -0.5, torch.tensor([3.0, 1.0]), torch.tensor([1.0]), None)
+    assert layer.noise_share == 0.25
 
 
 def test_recording_does_not_count_padding_and_keeps_an_earlier_tracking():

@@ -78,6 +78,15 @@ def test_triton(case):
     check(*case, device="cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bound_is_never_below_the_logit_of_parallel_vectors(dtype):
+    query = torch.randn(1, 1, 64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for token in query.split(1, dim=2):
+        length = float(token.double().square().sum())
+        bound = largest_logits(token, token, None, 1.0, 1e6)
+        assert length <= float(bound) <= 1.001 * length
+
+
 SIZES = ("heads", "ratio", "tokens", "length", "dim")
 STRIDES = tuple(
     f"{name}_{axis}" for name, axes in (("query", "bhtd"), ("key", "bgsd"), ("visible", "bts")) for axis in axes
