@@ -114,10 +114,9 @@ def operators(table: Table, bandwidth: float) -> None:
             for direction in ("forward", "backward"):
                 result = times[name, direction]
                 share = minimal_bytes(rows, mul, direction == "backward") / bandwidth / result[0] * 1e3
-                base = times.get(("torch.compile", direction), result)[0]
-                table.add(
-                    "operator", name, shape, direction, result, share_of_copy=share, ratio_to_compile=base / result[0]
-                )
+                base = times.get(("torch.compile", direction))  # none where it failed
+                ratio = {"ratio_to_compile": base[0] / result[0]} if base else {}
+                table.add("operator", name, shape, direction, result, share_of_copy=share, **ratio)
         _time_peak(table, rows, mul)
 
 
