@@ -71,6 +71,18 @@ def test_chat_markup_replaces_the_raw_prompt(demo_data, tiny_model, tokenizer):
     assert prompts == ["<user>What is 10 + 13?<assistant>", "Question: What is 10 + 13?\nAnswer:"]
 
 
+def test_worked_examples_are_turns_of_a_chat(tmp_path, tiny_model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    options = {"data_dir": write_benchmarks(tmp_path), "limit": 1, "generation_options": {"max_gen_toks": 1}}
+    task = "motif2_math_4shot::algebra"
+    try:
+        result = evaluate(tiny_model, tokenizer, [task], apply_chat_template=True, **options)
+    finally:
+        tokenizer.chat_template = None
+    prompt = result.samples[task][0]["arguments"][0][0]
+    assert (prompt.count("<user>Problem:"), prompt.count("<assistant>")) == (5, 5)
+
+
 def test_no_chat_template_is_refused(demo_data, tiny_model, tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
         evaluate(tiny_model, tokenizer, TASKS[:1], data_dir=demo_data, apply_chat_template=True)
