@@ -47,13 +47,14 @@ def test_a_judge_without_a_number_is_counted_and_stops_nothing(write_rows, tmp_p
     def judge(question, answer):
         if answer == GOOD:
             raise ValueError("judge replied 'great', which is no number")
-        return 1.0
+        return 1.0 if answer == PLAIN else 7.0
 
-    _, counts = curate(config(write_rows([row(PLAIN), row(GOOD)]), tmp_path / "out", keep_share=1.0), judge)
-    assert counts["kept"] == 2
-    assert counts["scored without the judge, whose reply was no number"] == 1
+    rows = [row(PLAIN), row(GOOD), row(f"{GOOD}7")]
+    _, counts = curate(config(write_rows(rows), tmp_path / "out", keep_share=1.0), judge)
+    assert counts["kept"] == 3
+    assert counts["scored without the judge, whose reply was no number"] == 2
     lines = [json.loads(line) for line in (tmp_path / "out" / "decisions.jsonl").read_text().splitlines()]
-    assert [line["judge"] for line in lines] == [1.0, None]
+    assert [line["judge"] for line in lines] == [1.0, None, None]
 
 
 def rated(endpoint, rate):
@@ -113,6 +114,18 @@ def test_a_dead_judge_ends_the_run_and_the_same_command_goes_on(endpoint, write_
     main(words)
     assert len(endpoint.requests) == 8 - done
     assert len(list(read_rows(tmp_path / "out" / "train.jsonl"))) == 4
+
+
+def test_what_a_judge_refused_is_asked_for_at_the_next_start(endpoint, write_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.samplers.time.sleep", lambda seconds: None)
+    words = words_for(endpoint, write_rows([row(GOOD), row(PLAIN)]), tmp_path / "out")
+    rated(endpoint, lambda text: (400, "busy") if GOOD in text else (500, "down"))
+    with pytest.raises(SystemExit, match="status 500"):
+        main(words)
+    rated(endpoint, lambda text: (200, "5"))
+    main(words)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "decisions.jsonl").read_text().splitlines()]
+    assert [line["judge"] for line in lines] == [0.5, 0.5]
 
 
 def test_a_judge_that_rates_nothing_is_no_judge(endpoint, write_rows, tmp_path):

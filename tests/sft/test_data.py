@@ -196,13 +196,13 @@ def test_first_bad_row_stops_when_refused(tokenizer, write_rows):
 def test_long_conversations_by_rule(tokenizer, write_rows):
     long = turns(USER, {"role": "assistant", "content": "2 " * 300})
     all_prompt = turns({"role": "user", "content": "2 " * 300}, REPLY)
-    path = write_rows([GOOD, long, all_prompt])
+    path = write_rows([long, GOOD, all_prompt])
     data, report = load_conversations([path], tokenizer, max_length=100, seed=None)
     assert (len(data), report.dropped["more than 100 tokens"], report.truncated) == (1, 2, 0)
     exactly, _ = load_conversations([path], tokenizer, max_length=report.longest_tokens, seed=None)
     assert len(exactly) == 1
     data, report = load_conversations([path], tokenizer, max_length=100, seed=None, long_samples="truncate")
-    assert [len(ids) for ids in data["input_ids"]][1] == 100
+    assert len(data["input_ids"][0]) == 100
     assert (len(data), report.longest_tokens) == (2, 100), "a reply that is wholly cut off teaches nothing"
     assert "the longest 100; 1 of them cut there" in report.summary()
     with pytest.raises(ValueError, match="more than max_length 100"):

@@ -26,7 +26,7 @@ from sft.curate import CurateConfig
 from sft.data import NOT_UNICODE, DataReport, read_rows, row_problem
 from sft.journal import JOURNAL_FILE
 from sft.samplers import Endpoint, EndpointError, Judge, LocalModel, RequestRefused, in_order
-from sft.synthesize import SynthesizeConfig, load_sampler, main, sample_tasks
+from sft.synthesize import SynthesizeConfig, load_sampler, load_tasks, main, sample_tasks
 from sft.synthesize import synthesize as run_synthesis
 from sft.tasks import Task, compose_tasks, tasks_from_rows
 from sft.verify import verify_all, verify_candidates
@@ -434,6 +434,12 @@ def test_synthesis_goes_on_where_the_endpoint_failed(config, solver, tmp_path):
     resumed = run_synthesis(config(workers=2)).read_text()
     assert len(solver.requests) == 8 - done
     assert resumed == run_synthesis(config(output_dir=str(tmp_path / "whole"))).read_text()
+
+
+def test_the_first_tasks_alone_are_solved_where_asked(config):
+    tasks, left_out, _ = load_tasks(config(max_tasks=3))
+    assert tasks == compose_tasks(0, 8, 2)[:3]
+    assert left_out == 0
 
 
 def test_synthesis_does_not_go_on_with_other_tasks_under_the_same_names(config, solver, write_rows):
