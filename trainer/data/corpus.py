@@ -143,7 +143,7 @@ def _json_lines(file: Path) -> Iterator[dict]:
                 if not isinstance(document, dict):
                     raise ValueError(f"a line must hold an object, got {type(document).__name__}")
                 yield document
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last: brackets without end
         raise ValueError(f"{file} cannot be read near line {max(number, 1)}: {error}") from error
 
 

@@ -44,6 +44,7 @@ def test_max_documents_and_text_field(tmp_path):
     ("name", "content", "named"),
     [
         ("a.jsonl", b'{"text": "x"}\n{broken\n', "line 2"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "line 2"),
         ("a.jsonl", b'{"content": "x"}\n', "text_field"),
         ("a.jsonl.zst", b"no zstd at all", "a.jsonl.zst"),
         (
