@@ -55,3 +55,14 @@ def test_mmlu_shows_the_development_split_and_asks_for_a_letter(data_dir):
     assert prompt.endswith("Which is 0?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:")
     chat, _ = first_prompt("motif2_mmlu_chat::anatomy", data_dir)
     assert chat.startswith("Which is 0?\nA. 0\nB. 1\nC. 2\nD. 3\n\n")
+
+
+def test_a_row_changes_decoding_and_the_shots_of_tasks_that_are_not_ours(data_dir, monkeypatch):
+    name = "motif2_gsm8k_8shot"
+    changes = {"shots": {name: 2}, "generation": {name: {"max_gen_toks": 7}}}
+    _, (ours,), _ = load_tasks([name], data_dir, **changes)
+    assert (ours.config.num_fewshot, ours.config.generation_kwargs["max_gen_toks"]) == (8, 7)
+    assert "Q:" in ours.config.generation_kwargs["until"]
+    monkeypatch.setattr("eval_harness.loading.OUR_PREFIX", "ours_")
+    _, (theirs,), _ = load_tasks([name], data_dir, **changes)
+    assert theirs.config.num_fewshot == 2
