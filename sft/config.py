@@ -53,7 +53,7 @@ def _field(default, text: str):
 
 @dataclass
 class SftStageConfig:
-    """One stage. Defaults are stage 1 of arXiv 2511.07464, section 4, but for the batch, which fits one device.
+    """One stage. Defaults are stage 1 of arXiv 2511.07464, post-training, but for the batch, which fits one device.
 
     Raises:
         ValueError: a value is out of range or two settings contradict each other; the message names the mend.

@@ -4,7 +4,7 @@
 shows what went and what stayed. Rows that people wrote are kept.
 
 Shapes: N conversations, B of them at a time, T tokens of a conversation, H hidden size, V vocabulary.
-Source: arXiv 2511.07464, section 4, stage 3, names the aims; the measures and thresholds are an assumption. Utility is
+Source: arXiv 2511.07464, post-training stage 3, names the aims; measures and thresholds are an assumption. Utility is
 the ratio of the answer's loss with and without its instruction (arXiv 2308.12032).
 """
 

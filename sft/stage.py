@@ -85,7 +85,7 @@ def run_stage(config: SftStageConfig) -> SftResult:
         FloatingPointError: the loss is not finite.
         CheckpointError: a checkpoint or the model could not be written.
 
-    Source: arXiv 2511.07464, section 4.
+    Source: arXiv 2511.07464, post-training.
     """
     output_dir = Path(config.output_dir)
     checkpoint, notes = claim_output_dir(output_dir, config.resume)
