@@ -86,6 +86,9 @@ def test_thinking_is_kept_on_file_and_cut_from_what_is_scored(tmp_path):
         assert recorded.generate_until(asked("a")) == ["5"]
         recorded.close()
     assert "<think>4</think>" in (tmp_path / "responses.jsonl").read_text()
+    whole = RecordedLM(Thinking(), None, IDENTITY, batch_size=1)
+    whole.inner.generate_until = lambda requests, disable_tqdm=False: ["    return x"]
+    assert whole.generate_until(asked("def f(x):")) == ["    return x"], "a continuation keeps its indentation"
 
 
 def test_choices_of_one_context_are_asked_for_together():

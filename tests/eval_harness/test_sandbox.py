@@ -11,8 +11,9 @@ import sys
 import psutil
 import pytest
 
+from eval_harness.guest import wire
 from eval_harness.process_tree import Usage, usage
-from eval_harness.sandbox import INSTALL, WEAK_LACKS, Program, Sandbox, SandboxUnavailable
+from eval_harness.sandbox import INSTALL, WEAK_LACKS, Program, Sandbox, SandboxUnavailable, _read_verdict
 from tests.eval_harness.hostile_programs import (
     ESCAPES,
     FORKED_MEMORY,
@@ -188,6 +189,11 @@ def test_values_cross_unchanged(patient, source, tests):
     names = ("f", "P") if "class P" in source else ("f",)
     outcome = patient.run(Program(source, tests, names))
     assert outcome.passed, outcome.reason
+
+
+def test_a_verdict_without_the_judge_s_token_counts_for_nothing():
+    assert _read_verdict(wire.encode(("token", None)), "token") == (True, "")
+    assert _read_verdict(wire.encode(("guessed", None)), "token") == (False, "the verdict carries a wrong token")
 
 
 @needs_bubblewrap
