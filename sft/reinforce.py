@@ -93,11 +93,20 @@ class ReinforceConfig:
             )
 
 
-class PreferenceTrainer(GuardedSteps, DPOTrainer):
+class WithReference(GuardedSteps):
+    """Mixed into TRL's trainers that compare with the model as it was at first."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # TRL loads that model by these: under FSDP it would spread it over all GPUs that a process sees.
+        self.args.model_init_kwargs = {"device_map": None}
+
+
+class PreferenceTrainer(WithReference, DPOTrainer):
     """TRL's DPO, guarded."""
 
 
-class RewardTrainer(GuardedSteps, GRPOTrainer):
+class RewardTrainer(WithReference, GRPOTrainer):
     """TRL's GRPO, guarded."""
 
 

@@ -1,5 +1,6 @@
 """DPO and GRPO run with MuonClip; rewards and pairs are right; DPO learns to prefer the true answer."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -53,6 +54,23 @@ def config(workplace, tmp_path):
 )
 def test_reward_is_for_the_right_number_alone(text, reward):
     assert answer_reward([[{"role": "assistant", "content": text}]], [7]) == [reward]
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_the_first_model_is_not_spread_over_devices(config, method, monkeypatch):
+    """On CPUs nothing is; with GPUs TRL would spread it under FSDP."""
+    module = importlib.import_module(f"trl.trainer.{method}_trainer")
+    load, asked = module.create_model_from_path, []
+
+    def note(path, **options):
+        asked.append(options)
+        return load(path, **options)
+
+    monkeypatch.setattr(module, "create_model_from_path", note)
+    settings = config(method)
+    trainer = build_reinforce_trainer(settings, load_tokenizer(settings.model_name_or_path))
+    assert [options["device_map"] for options in asked] == [None]
+    assert trainer.ref_model is not None
 
 
 def test_rejected_answers_are_wrong_and_chosen_ones_right():
