@@ -6,7 +6,6 @@ Words are lower-cased runs of letters and digits. A row shorter than 13 words co
 not below 8 words: so short a text is in every corpus (both numbers as in GPT-3's check, arXiv 2005.14165, appendix C).
 """
 
-import io
 import json
 import re
 from collections import defaultdict
@@ -16,12 +15,12 @@ from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet
-import zstandard
 from lm_eval.api.group import Group
 from tqdm import tqdm
 
 from eval_harness.loading import load_tasks, nearest
 from trainer.cli import parse_recipe
+from trainer.data.corpus import open_text
 
 RUN_WORDS = 13
 SHORTEST_WORDS = 8
@@ -168,15 +167,14 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict]:
 
 
 def _json_rows(path: Path) -> Iterator[object]:
-    with path.open("rb") as file:
-        stream = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
-        number = 1
-        try:
-            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+    number = 1
+    try:
+        with open_text(path) as lines:
+            for line in lines:
                 yield json.loads(line)
                 number += 1
-        except (ValueError, zstandard.ZstdError) as error:
-            raise ValueError(f"{path}, line {number} cannot be read: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}, line {number} cannot be read: {error}") from error
 
 
 def benchmark_texts(names: list[str], data_dir: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -54,6 +54,7 @@ def test_corpora_are_read_in_every_form(tmp_path, suffix):
         ("a.jsonl", b'{"text": "eins"}\noops\n', "line 2 cannot be read"),
         ("a.jsonl.gz", b"\x1f\x8b\x08", "line 1 cannot be read"),
         ("a.jsonl.zst", b'{"text": "eins"}\n', "line 1 cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "eins"}\n' * 9)[:-4], "cannot be read"),
         ("a.txt", b"\xff\xfe", "is no text in UTF-8"),
         ("a.md", b"eins", "holds no .jsonl"),
     ],

@@ -136,7 +136,7 @@ def _file_documents(file: Path) -> Iterator[dict]:
 def _json_lines(file: Path) -> Iterator[dict]:
     number = 0
     try:
-        with _open_text(file) as lines:
+        with open_text(file) as lines:
             for line in lines:
                 number += 1
                 document = json.loads(line)
@@ -147,7 +147,8 @@ def _json_lines(file: Path) -> Iterator[dict]:
         raise ValueError(f"{file} cannot be read near line {max(number, 1)}: {error}") from error
 
 
-def _open_text(file: Path) -> TextIO:
+def open_text(file: Path) -> TextIO:
+    """A file's text, decompressed where its name ends with .zst; one that was cut short is an OSError at its end."""
     if file.suffix != ".zst":
         return file.open(encoding="utf-8-sig")
     import pyarrow  # knows a file that was cut short, of which zstandard gives what is there without a word
