@@ -17,15 +17,31 @@ def definition(matrices, steps):
     return (u * s[..., None, :]) @ vh
 
 
+def plain_loop(matrices, steps):
+    """The same steps one operation at a time in bfloat16, each of them rounded."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x if wide is matrices else x.mT
+
+
+def relative_error(got, wanted):
+    return (got.double() - wanted).norm() / wanted.norm()
+
+
 @pytest.mark.parametrize("coefficients", ["motif", "jordan", "polar_express"])
 @pytest.mark.parametrize("method", ["gram", "classic"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(kernel, device, shape, method, coefficients):
     matrices = torch.randn(2, *shape, device=device)
     got = kernel.newton_schulz(matrices, method, coefficients)
-    wanted = definition(matrices, kernel.COEFFICIENTS[coefficients])
-    error = (got.double() - wanted).norm() / wanted.norm()
-    assert error < (1e-4 if device == "cpu" else 0.03)
+    steps = kernel.COEFFICIENTS[coefficients]
+    wanted = definition(matrices, steps)
+    # Of few singular values the steps amplify bfloat16's rounding: there no more than they do in the plain loop.
+    bound = 1e-4 if device == "cpu" else max(0.03, relative_error(plain_loop(matrices, steps), wanted))
+    assert relative_error(got, wanted) < bound
 
 
 @pytest.mark.parametrize("method", ["gram", "classic"])
