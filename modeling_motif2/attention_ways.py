@@ -196,7 +196,7 @@ def attend_with_kernel(
     if not wants_gradient and signal_query.shape[2] == 1:
         if torch.compiler.is_compiling():
             # From the index, a constant to the compiler, as the cache's place is: layers compiled one by one make a
-            # symbol of the attribute, and Inductor's cache gave them each other's code, with the first one's factor.
+            # symbol of the attribute, and Inductor's cache gave them each other's code, with another one's factor.
             out_scale = 1 - lambda_init(attention.layer_idx)
         return attention.kernel.decode(*arguments, out_scale=out_scale, **options), None
     if not (wants_gradient or torch.compiler.is_compiling()):

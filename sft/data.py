@@ -4,13 +4,11 @@ A row is `{"messages": [{"role", "content", …}, …], …}`. Roles are system 
 last turn is the assistant's. `tools` may hold tool schemas; other columns are ignored here.
 """
 
-import io
 import json
 import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.chat import STRUCTURE_TOKENS, encode_conversations
 from sft.files import write_text
+from trainer.data.corpus import open_text
 
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
@@ -133,31 +132,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with _open_lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):  # also a number of thousands of digits, or brackets without end
-                    row = line
-                yield f"{path}:{number}", row
-
-
-@contextmanager
-def _open_lines(path: Path) -> Iterator[Iterable[str]]:
-    """The lines of a text file; a byte that is no UTF-8 becomes a lone surrogate, by which its row is known."""
-    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-    if path.suffix != ".zst":
-        with path.open(**text) as lines:
-            yield lines
-        return
-    import pyarrow
-
+    # A byte that is no UTF-8 becomes a lone surrogate, by which its row is known.
     try:
-        with io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **text) as lines:
-            yield lines
+        with open_text(path, errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _json_row(line)
     except OSError as error:
+        if path.suffix != ".zst":
+            raise
         raise ValueError(f"{str(path)!r} cannot be read as zstandard: {error}") from error
+
+
+def _json_row(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # also a number of thousands of digits, or brackets without end
+        return line
 
 
 def row_problem(row: object, max_characters: int = 1_000_000) -> str | None:

@@ -147,13 +147,18 @@ def _json_lines(file: Path) -> Iterator[dict]:
         raise ValueError(f"{file} cannot be read near line {max(number, 1)}: {error}") from error
 
 
-def open_text(file: Path) -> TextIO:
-    """A file's text, decompressed where its name ends with .zst; one that was cut short is an OSError at its end."""
+def open_text(file: Path, errors: str = "strict") -> TextIO:
+    """A file's text, decompressed where its name ends with .zst; one that was cut short is an OSError at its end.
+
+    Args:
+        file: in UTF-8, with or without a byte order mark.
+        errors: what becomes of other bytes, as for `open`.
+    """
     if file.suffix != ".zst":
-        return file.open(encoding="utf-8-sig")
+        return file.open(encoding="utf-8-sig", errors=errors)
     import pyarrow  # knows a file that was cut short, of which zstandard gives what is there without a word
 
-    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig")
+    return io.TextIOWrapper(pyarrow.input_stream(str(file), compression="zstd"), encoding="utf-8-sig", errors=errors)
 
 
 def _parquet_rows(file: Path) -> Iterator[dict]:
